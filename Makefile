@@ -1,0 +1,45 @@
+# make help shows what there is. Everything runs in .venv, which scripts/install.sh makes.
+SHELL := /bin/bash
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+SEED ?= 0
+TESTS ?= tests/unit tests/cpu tests/gpu
+
+.PHONY: help install quickstart clean-quickstart test test-unit lint format bench lock
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
+
+install:  ## make .venv from requirements/cpu.txt (does nothing when it is there)
+	@VENV=$(VENV) scripts/install.sh
+
+quickstart:  ## prompts to a better model on this machine, by SFT and GRPO (SEED=1 for another run)
+	@started=$$(date +%s.%N) && $(MAKE) --no-print-directory install && \
+	exec $(PYTHON) scripts/quickstart/run.py --seed $(SEED) --started $$started
+
+clean-quickstart:  ## delete runs/quickstart*
+	rm -rf runs/quickstart runs/quickstart-seed*
+
+test: test-unit  ## unit tests with the heavy parts hidden, then all tests
+	$(PYTHON) -m pytest $(wildcard $(TESTS))
+
+test-unit: install  ## unit tests, with Ray, Megatron and vLLM hidden from them
+	$(PYTHON) -m pytest tests/unit --hide-stack
+
+lint: install  ## ruff and pyright
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pyright
+
+format: install  ## let ruff fix and format
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+bench: install  ## where a CPU step's time goes; writes benchmarks/results/cpu_step.json
+	$(PYTHON) benchmarks/cpu_step.py
+
+lock: install  ## refresh requirements/cpu.txt from cpu.in, keeping versions that still fit
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/uv pip compile --quiet \
+	  $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend cpu) \
+	  --python-version 3.11 --excludes requirements/cpu-excludes.txt \
+	  --output-file requirements/cpu.txt requirements/cpu.in > /dev/null

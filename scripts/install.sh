@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# Makes .venv from requirements/cpu.txt and installs vime into it. A second run does nothing.
+#   PYTHON=python3.12 scripts/install.sh     another interpreter (3.11 and 3.12 work)
+#   VENV=/elsewhere/venv scripts/install.sh  another place
+#   scripts/install.sh --force               install again although the stamp says it is done
+set -euo pipefail
+
+ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." &>/dev/null && pwd)"
+VENV="${VENV:-${ROOT}/.venv}"
+LOCK="${ROOT}/requirements/cpu.txt"
+STAMP="${VENV}/.vime-installed"
+
+say() { printf '[install] %s\n' "$*"; }
+die() { printf '[install] error: %s\n' "$1" >&2; shift; printf '          %s\n' "$@" >&2; exit 1; }
+
+hash_of() { cat "$@" | { sha256sum 2>/dev/null || shasum -a 256; } | cut -d' ' -f1; }
+right_python() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' &>/dev/null; }
+
+# The stamp is keyed by what decides the outcome: the lock, the project's metadata, its place.
+key="$(hash_of "${LOCK}" "${ROOT}/pyproject.toml") ${ROOT}"
+if [[ "${1:-}" != --force && -f "${STAMP}" && "$(<"${STAMP}")" == "${key}" ]]; then
+   exit 0
+fi
+started=${SECONDS}
+
+[[ "$(uname -s)-$(uname -m)" == Linux-x86_64 ]] ||
+   die "requirements/cpu.txt is a lock for Linux on x86-64; this is $(uname -s) on $(uname -m)." \
+      "Run vime in a Linux x86-64 machine or container."
+command -v gcc >/dev/null || command -v cc >/dev/null ||
+   die "no C compiler (gcc) was found; PyTorch compiles kernels with it." \
+      "On Debian or Ubuntu: apt-get install gcc"
+
+# --- the virtual environment
+if ! { [[ -x "${VENV}/bin/python" ]] && right_python "${VENV}/bin/python"; }; then
+   base=""
+   seen=""
+   for candidate in ${PYTHON:-python3.11 python3.12 python3 python}; do
+      command -v "${candidate}" >/dev/null || continue
+      seen+=" ${candidate}=$("${candidate}" -V 2>&1 | head -n 1 | cut -d' ' -f2)"
+      if right_python "${candidate}" && "${candidate}" -c 'import ensurepip, venv' &>/dev/null; then
+         base="${candidate}"
+         break
+      fi
+   done
+   [[ -n "${base}" ]] ||
+      die "vime needs Python 3.11 or 3.12 with its venv module; found:${seen:- none}." \
+         "On Debian or Ubuntu: apt-get install python3.11 python3.11-venv" \
+         "or name an interpreter: PYTHON=/path/to/python3.11 make quickstart"
+   say "making ${VENV} with $("${base}" -V)"
+   "${base}" -m venv --clear "${VENV}"
+fi
+py="${VENV}/bin/python"
+
+# --- where packages come from: uv does not read pip's configuration, so hand it on
+pip_setting() { # NAME of a pip option: environment first, as pip does, then its files
+   local variable="PIP_$(tr 'a-z-' 'A-Z_' <<<"$1")"
+   if [[ -n "${!variable:-}" ]]; then
+      printf '%s' "${!variable}"
+   else
+      "${py}" -m pip config get "install.$1" 2>/dev/null || "${py}" -m pip config get "global.$1" 2>/dev/null || true
+   fi
+}
+sources=()
+for place in $(pip_setting find-links); do sources+=(--find-links "${place}"); done
+for place in $(pip_setting index-url); do sources+=(--default-index "${place}"); done
+extra=0
+for place in $(pip_setting extra-index-url); do sources+=(--index "${place}"); extra=1; done
+# With several indexes, take any version that fits, as pip does; the lock pins every one.
+if ((extra)); then sources+=(--index-strategy unsafe-best-match); fi
+cert="$(pip_setting cert)"
+if [[ -n "${cert}" ]]; then export SSL_CERT_FILE="${SSL_CERT_FILE:-${cert}}"; fi
+
+no_network() {
+   die "$1" \
+      "Is there a network connection? Behind a proxy set HTTPS_PROXY; with a mirror set PIP_INDEX_URL;" \
+      "without any network point PIP_FIND_LINKS at a folder of wheels. Then run this again."
+}
+
+# --- uv, then everything in the lock
+uv_pin="$(grep -E '^uv==' "${LOCK}")"
+uv=("${VENV}/bin/uv")
+if [[ "$("${uv[@]}" --version 2>/dev/null | cut -d' ' -f2)" != "${uv_pin#uv==}" ]]; then
+   say "installing ${uv_pin}"
+   "${py}" -m pip install --quiet --disable-pip-version-check "${uv_pin}" ||
+      no_network "pip could not install ${uv_pin}."
+fi
+install=("${uv[@]}" pip install --python "${py}" --no-deps)
+
+# A CPU-only PyTorch from pip's own places where they have one, else from PyTorch's CPU index.
+torch_pin="$(grep -E '^torch==' "${LOCK}")"
+if ! "${install[@]}" --quiet --dry-run "${sources[@]}" "${torch_pin}" &>/dev/null; then
+   sources+=(--torch-backend cpu)
+fi
+say "installing $(grep -cE '^[a-z0-9]' "${LOCK}") packages (2.7 GB on disk; minutes on a slow line)"
+"${install[@]}" "${sources[@]}" -r "${LOCK}" || no_network "uv could not install requirements/cpu.txt."
+"${install[@]}" --quiet --no-build-isolation --editable "${ROOT}" ||
+   die "vime itself did not install; the lines above say why."
+
+printf '%s' "${key}" >"${STAMP}"
+say "done in $((SECONDS - started)) s"

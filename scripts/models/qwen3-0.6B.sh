@@ -1,0 +1,18 @@
+# Qwen3-0.6B (arXiv:2505.09388), in Megatron's flags.
+MODEL_ARGS=(
+   --num-layers 28
+   --hidden-size 1024
+   --ffn-hidden-size 3072
+   --num-attention-heads 16
+   --group-query-attention
+   --num-query-groups 8
+   --kv-channels 128
+   --qk-layernorm
+   --swiglu
+   --disable-bias-linear
+   --normalization RMSNorm
+   --norm-epsilon 1e-6
+   --use-rotary-position-embeddings
+   --rotary-base 1000000
+   --vocab-size 151936
+)

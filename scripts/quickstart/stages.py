@@ -1,0 +1,87 @@
+"""Stages that are skipped when they are done, and done again when what they came from changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step of the quickstart.
+
+    name     short, names its stamp
+    words    what a person reads
+    work     does it
+    outputs  files and folders that it makes; deleted before it starts, required after
+    inputs   text that decides the outcome: settings, sources
+    """
+
+    name: str
+    words: str
+    work: Callable[[], None]
+    outputs: tuple[Path, ...]
+    inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    stage: Stage
+    seconds: float  # when it was run, now or earlier
+    reused: bool
+
+
+def run_stages(stages: Iterable[Stage], stamps: Path, tell: Callable[[str], None]) -> list[Done]:
+    """Run in order; each stage's key includes the keys before it, so a change redoes what follows.
+
+    A stamp is written when a stage has ended well: a stage that was cut off is done again.
+    """
+    stamps.mkdir(parents=True, exist_ok=True)
+    stages = list(stages)
+    done: list[Done] = []
+    key = ""
+    for number, stage in enumerate(stages, start=1):
+        key = hashlib.sha256("\0".join((key, stage.name, *stage.inputs)).encode()).hexdigest()
+        stamp = stamps / f"{stage.name}.json"
+        title = f"{number}/{len(stages)} {stage.words}"
+        seconds = seconds_if_done(stage, stamp, key)
+        if seconds is not None:
+            tell(f"{title}: done before ({seconds:.0f} s)")
+            done.append(Done(stage, seconds, reused=True))
+            continue
+        tell(title)
+        stamp.unlink(missing_ok=True)
+        for path in stage.outputs:
+            delete(path)
+        started = time.monotonic()
+        stage.work()
+        seconds = time.monotonic() - started
+        missing = [str(path) for path in stage.outputs if not path.exists()]
+        if missing:
+            raise FileNotFoundError(f"stage {stage.name} ended without making {', '.join(missing)}")
+        stamp.write_text(json.dumps({"key": key, "seconds": seconds}) + "\n")
+        done.append(Done(stage, seconds, reused=False))
+    return done
+
+
+def seconds_if_done(stage: Stage, stamp: Path, key: str) -> float | None:
+    """How long the stage took, when its stamp has this key and its outputs are there."""
+    if not stamp.exists() or not all(path.exists() for path in stage.outputs):
+        return None
+    try:
+        record = json.loads(stamp.read_text())
+    except json.JSONDecodeError:
+        return None
+    return float(record["seconds"]) if record.get("key") == key else None
+
+
+def delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

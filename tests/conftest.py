@@ -1,0 +1,46 @@
+"""What all tests share: what is hidden, what is skipped and why."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("ray", "megatron", "vllm", "vllm_router")
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS.parent))  # train.py, tools/, scripts/ and benchmarks/ are importable
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--hide-stack",
+        action="store_true",
+        help="make Ray, Megatron and vLLM unimportable, as on a machine that lacks them",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu(count=1): needs that many CUDA devices; else skipped")
+    if config.getoption("--hide-stack"):
+        for name in HEAVY:
+            sys.modules[name] = None  # type: ignore[assignment]  # `import name` now fails
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs more GPUs than there are; everything in tests/gpu needs one at least."""
+    for item in items:
+        if TESTS / "gpu" in item.path.parents and item.get_closest_marker("gpu") is None:
+            item.add_marker(pytest.mark.gpu(1))
+    asking = [item for item in items if item.get_closest_marker("gpu")]
+    if not asking:
+        return
+    import torch
+
+    present = torch.cuda.device_count()
+    for item in asking:
+        marker = item.get_closest_marker("gpu")
+        wanted = marker.args[0] if marker.args else marker.kwargs.get("count", 1)
+        if present < wanted:
+            reason = f"needs {wanted} CUDA device(s), this machine has {present}"
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,188 @@
+"""A tiny random model of every family, and what is compared with Hugging Face in every layout."""
+
+from __future__ import annotations
+
+import filecmp
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from test_megatron_model import packed_logits, sequences
+from tiny import make_config
+from training import hf_logps, hf_model, named_gradients, samples_of
+
+_SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+# Original context 8: over the 4 to 16 positions of the test every kind of frequency occurs.
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
+_LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 0.7}
+_YARN |= {"mscale_all_dim": 1.0, "original_max_position_embeddings": 8}
+_YARN |= {"beta_fast": 32, "beta_slow": 1}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.446,
+    "norm_topk_prob": True,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+# {model: (class prefix in transformers, shape)}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama 3": ("Llama", {"rope_parameters": _LLAMA3}),
+    "SmolLM2": ("Llama", {"tie_word_embeddings": True}),
+    "Qwen2.5": ("Qwen2", {"rope_theta": 1e6, "tie_word_embeddings": True}),
+    "Qwen3": ("Qwen3", {"rope_theta": 1e6, "head_dim": 16}),
+    "Qwen3-MoE": (
+        "Qwen3Moe",
+        {"rope_theta": 1e6, "head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": [0]}
+        | _EXPERTS,
+    ),
+    "GLM4": ("Glm4", {"head_dim": 16, "attention_bias": True}),
+    "Moonlight": (
+        "DeepseekV3",
+        _LATENT | {"q_lora_rank": None, "num_experts_per_tok": 3, "n_group": 1, "topk_group": 1},
+    ),
+    "DeepSeek-V3": (
+        "DeepseekV3",
+        _LATENT
+        | {"q_lora_rank": 24, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+        | {"rope_parameters": _YARN},
+    ),
+}
+WITH_EXPERTS = ("Qwen3-MoE", "Moonlight", "DeepSeek-V3")
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "1 rank": {},
+    "TP2+SP": {"tp": 2, "sequence_parallel": True},
+    "PP2": {"pp": 2},
+    "CP2": {"cp": 2},
+    "EP2": {"ep": 2},
+    "EP2+TP2+SP": {"ep": 2, "tp": 2, "sequence_parallel": True},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one model in one layout showed. Differences are None where this rank has no logits."""
+
+    logits: float | None  # largest absolute difference
+    gradient: float  # largest difference of a tensor, relative to that tensor's largest entry
+    round_trip: bool  # the exported files have the bytes of the originals
+
+
+def cases(num_ranks: int) -> list[tuple[str, str]]:
+    """[(model, layout)] that `num_ranks` ranks can run."""
+    return [
+        (model, layout)
+        for layout in LAYOUTS
+        for model in MODELS
+        if ("1" in layout) == (num_ranks == 1) and ("EP" not in layout or model in WITH_EXPERTS)
+    ]
+
+
+def write_model(folder: Path, model: str) -> None:
+    """The HF folder, with HF's own logits and gradient of the test data beside it."""
+    import transformers
+
+    prefix, shape = MODELS[model]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{prefix}Config")(**_SHAPE | shape)
+    made = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    tensors = [*made.named_parameters(), *made.named_buffers()]
+    with torch.no_grad():
+        for name, t in tensors:
+            if "norm" in name:
+                t.copy_(1 + 0.1 * torch.randn_like(t))
+            elif "inv_freq" not in name:
+                t.copy_(0.08 * torch.randn_like(t))
+    made.save_pretrained(folder)
+    plain = hf_model(folder)
+    with torch.no_grad():
+        torch.save(torch.cat([plain(ids[None]).logits[0] for ids in sequences()]), logits_of(folder))
+    for seq in batch_of(config_of(folder, 1, {})).sequences:
+        logp, _ = hf_logps(plain, seq, 1.0)
+        (-(torch.as_tensor(seq.weight) * logp).sum()).backward()
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
+    plain.save_pretrained(gradient_of(folder))
+
+
+def logits_of(folder: Path) -> Path:
+    return folder.with_suffix(".logits")
+
+
+def gradient_of(folder: Path) -> Path:
+    return folder.with_suffix(".gradient")
+
+
+def config_of(folder: Path, world: int, parallel: dict[str, Any]) -> Any:
+    return make_config(
+        folder,
+        cluster={"actor_gpus_per_node": world},
+        parallel=parallel,
+        batch={"prompts": 2, "samples_per_prompt": 2, "num_rollout": 1, "micro_batch_size": 2},
+        algorithm={"loss_type": "sft_loss"},
+        optimizer={"clip_grad": 0.0},
+    )
+
+
+def batch_of(cfg: Any) -> Any:
+    from vime.data.batching import build_train_batch
+
+    return build_train_batch(samples_of(2, 2), cfg, 0)
+
+
+def examine(
+    rank: int, world: int, port: int, root: Path, cases: list[tuple[str, str]], ports: list[int]
+) -> list[Finding]:
+    from vime.backends.megatron.trainer import MegatronTrainer
+
+    findings = []
+    for (model, layout), own_port in zip(cases, ports, strict=True):
+        print(model, layout, flush=True)
+        folder = root / model
+        cfg = config_of(folder, world, LAYOUTS[layout])
+        trainer = MegatronTrainer(cfg, rank, world, rank, "127.0.0.1", own_port)
+        with torch.no_grad():
+            logits = packed_logits(cfg, trainer.chunks)
+        worst = None
+        if logits is not None:
+            worst = float((logits - torch.load(logits_of(folder))).abs().max())
+        copy = root / f"{model} {layout}"
+        trainer.save_hf(str(copy))
+        names = [p.name for p in folder.iterdir()]
+        exact = len(names) > 1 and not any(
+            filecmp.cmpfiles(folder, copy, names, shallow=False)[1:]
+        )
+        trainer.train(batch_of(cfg))
+        expected = load_file(gradient_of(folder) / "model.safetensors")
+        found = named_gradients(trainer)
+        of_parameters = {n for n in found if not n.endswith("e_score_correction_bias")}
+        assert of_parameters == {n for n in expected if not n.endswith("e_score_correction_bias")}
+        off = max(
+            float((found[n] - expected[n]).abs().max() / expected[n].abs().max().clamp(min=1e-12))
+            for n in of_parameters
+        )
+        findings.append(Finding(worst, off, exact))
+        trainer.close()
+    return findings

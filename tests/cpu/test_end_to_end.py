@@ -1,0 +1,142 @@
+"""The whole job, with the real parts, as a user starts it."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cpu.launching import Job, alive, descendants
+
+EXACT = 1e-4  # float32: trainer and engine measure the same distribution
+
+
+@pytest.fixture(scope="module")
+def job_in(tmp_path_factory, quickstart_assets):
+    """Makes a Job with the untrained quickstart model, in a folder of its own."""
+
+    def make(name: str, entry: str = "train.py", env: dict | None = None, **flags) -> Job:
+        folder = tmp_path_factory.mktemp(name)
+        given = {f"--{k.replace('_', '-')}": v for k, v in flags.items()}
+        return Job(
+            folder=folder,
+            checkpoint=quickstart_assets / "model",
+            prompts=quickstart_assets / "train.jsonl",
+            entry=entry,
+            flags=given,
+            env={"PROMPT_LOG": str(folder / "prompts.tsv"), **(env or {})},
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def straight_run(job_in):
+    """Six rollouts in one go, with checkpoints on the way."""
+    job = job_in("straight")
+    job.flags |= {"--save": str(job.folder / "ckpt"), "--save-interval": "2"}
+    job.run()
+    return job
+
+
+def trained_prompts(job: Job) -> dict[str, list[str]]:
+    """{rollout id: its prompts' labels, in the order of their index}."""
+    rows = [line.split("\t") for line in (job.folder / "prompts.tsv").read_text().splitlines()]
+    rollouts: dict[str, dict[int, str]] = {}
+    for rollout_id, index, label in rows:
+        rollouts.setdefault(rollout_id, {})[int(index)] = label
+    return {r: [labels[i] for i in sorted(labels)] for r, labels in rollouts.items()}
+
+
+def test_reward_rises_and_the_engine_never_drifts_from_the_trainer(straight_run):
+    steps = [m for m in straight_run.metrics() if "train/loss" in m]
+    assert len(steps) == 6
+    rewards = [m["rollout/raw_reward"] for m in steps]
+    assert rewards[-1] > rewards[0] + 0.05, rewards
+    drifts = [m["train/train_rollout_logprob_abs_diff"] for m in steps]
+    assert max(drifts) < EXACT, drifts
+    assert abs(steps[0]["train/ppo_kl"]) < 1e-6
+    assert abs(steps[0]["train/kl_loss"]) < 1e-6
+    assert steps[-1]["train/kl_loss"] > 1e-6  # the reference stayed where the actor began
+
+
+def test_every_step_is_logged_once_with_its_number(straight_run):
+    steps = [m["step"] for m in straight_run.metrics()]
+    assert steps == sorted(set(steps))
+
+
+def test_a_killed_run_leaves_nothing_behind_and_continues_with_the_same_prompts(
+    job_in, straight_run
+):
+    job = job_in("killed")
+    save = str(job.folder / "ckpt")
+    job.flags |= {"--save": save, "--load": save, "--save-interval": "2"}
+    process = job.start()
+    below = wait_for_checkpoint(process, Path(save), iteration=1)
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    wait_until_gone(below)
+
+    job.run()
+    assert trained_prompts(job) == trained_prompts(straight_run)
+    steps = [m["step"] for m in job.metrics()]
+    assert steps == [m["step"] for m in straight_run.metrics()]
+
+
+def test_ctrl_c_ends_every_process_that_the_run_started(job_in):
+    job = job_in("interrupted", num_rollout="500")
+    process = job.start()
+    wait_for_text(process, job.folder / "metrics.jsonl", '"step": 1')
+    below = descendants(process.pid)
+    assert len(below) > 3  # Ray, a trainer, a server, a router
+    process.send_signal(signal.SIGINT)
+    assert process.wait(90) == 130
+    wait_until_gone(below)
+
+
+def test_the_async_loop_trains_decoupled_and_over_gloo(job_in):
+    job = job_in(
+        "async", entry="train_async.py", colocate="", rollout_num_gpus="1", num_rollout="4"
+    )
+    job.run()
+    steps = [m for m in job.metrics() if "train/loss" in m]
+    assert len(steps) == 4
+    assert steps[0]["train/train_rollout_logprob_abs_diff"] < EXACT
+    assert steps[-1]["rollout/raw_reward"] > steps[0]["rollout/raw_reward"]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"tensor_model_parallel_size": "2", "sequence_parallel": None}],
+    ids=["DP2", "TP2"],
+)
+def test_two_ranks_keep_the_engine_exact(job_in, straight_run, layout):
+    job = job_in("two", actor_num_gpus_per_node="2", cpu_slots="2", num_rollout="2",
+                 rollout_num_gpus_per_engine="2" if layout else "1", **layout)  # fmt: skip
+    job.run()
+    steps = [m for m in job.metrics() if "train/loss" in m]
+    assert max(m["train/train_rollout_logprob_abs_diff"] for m in steps) < EXACT
+    assert trained_prompts(job)["0"] == trained_prompts(straight_run)["0"]
+
+
+def wait_for_text(process, file: Path, text: str, timeout_s: float = 180) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not (file.exists() and text in file.read_text()):
+        assert process.poll() is None, "the run ended early"
+        assert time.monotonic() < deadline, f"no {text} in {file} after {timeout_s} s"
+        time.sleep(0.1)
+
+
+def wait_for_checkpoint(process, folder: Path, iteration: int) -> list[int]:
+    """The processes below, as soon as the tracker names the iteration."""
+    wait_for_text(process, folder / "latest_checkpointed_iteration.txt", str(iteration))
+    return descendants(process.pid)
+
+
+def wait_until_gone(pids: list[int], timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while left := alive(pids):
+        assert time.monotonic() < deadline, "\n".join(left)
+        time.sleep(0.2)

@@ -1,0 +1,245 @@
+"""Checkpoints in Megatron's format: any layout to any other, and the same next update."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+from tiny import make_config, write_tiny_hf
+
+from vime.backends.megatron import hf
+from vime.errors import CheckpointError
+
+TP2 = {"tp": 2, "sequence_parallel": True}
+PP2 = {"pp": 2}
+VPP2 = {"pp": 2, "vpp": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, with a second folder `gradients` of the same names and shapes in it."""
+    made = write_tiny_hf(tmp_path_factory.mktemp("hf") / "model", tied=True)
+    weights = load_file(made / "model.safetensors")
+    g = torch.Generator().manual_seed(1)
+    (made / "gradients").mkdir()
+    gradients = {n: 0.01 * torch.randn(w.shape, generator=g) for n, w in weights.items()}
+    save_file(gradients, made / "gradients" / "model.safetensors")
+    return made
+
+
+class Trainee:
+    """Model, optimizer and scheduler in one layout; `step` applies the same gradient everywhere."""
+
+    def __init__(self, folder: Path, parallel: dict, optimizer: str = "adam", **kw: Any) -> None:
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+        from vime.backends.megatron.model import build_model
+        from vime.backends.megatron.parallel import initialize_groups
+
+        shard = parallel.get("use_distributed_optimizer", False)
+        self.folder = folder
+        self.cfg = make_config(folder, parallel=parallel, checkpoint=kw)
+        initialize_groups(self.cfg)
+        self.bare = build_model(self.cfg)
+        hf.load_hf_weights(self.bare, folder, self.cfg)
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=shard
+        )
+        self.chunks = [DistributedDataParallel(c.config, ddp, c) for c in self.bare]
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer=optimizer,
+                lr=1e-3,
+                min_lr=0.0,
+                weight_decay=0.01,
+                clip_grad=0.0,
+                use_distributed_optimizer=shard,
+            ),
+            self.chunks,
+        )
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=1e-3,
+            min_lr=0.0,
+            lr_warmup_steps=2,
+            lr_decay_steps=10,
+            lr_decay_style="linear",
+            start_wd=0.01,
+            end_wd=0.01,
+            wd_incr_steps=10,
+            wd_incr_style="constant",
+        )
+
+    def step(self) -> None:
+        parameters = [p for c in self.bare for p in c.parameters()]
+        kept = [p.detach().clone() for p in parameters]
+        hf.load_hf_weights(self.bare, self.folder / "gradients", self.cfg)
+        for p, before in zip(parameters, kept, strict=True):
+            p.main_grad.copy_(p.data)
+            p.data.copy_(before)
+        self.optimizer.step()
+        self.scheduler.step(1)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {n: t.clone() for n, t in hf.export_hf(self.chunks, self.cfg)}
+
+    def save(self, folder: str, iteration: int | None, **kw: Any) -> Path:
+        from vime.backends.megatron.checkpoint import save_checkpoint
+
+        args = (self.cfg, folder, iteration, self.chunks, self.optimizer, self.scheduler)
+        return save_checkpoint(*args, {"rollout_id": iteration, "note": "kept"}, **kw)
+
+    def load(self, folder: str, **kw: Any) -> tuple[int, dict]:
+        from vime.backends.megatron.checkpoint import load_checkpoint, resolve
+
+        start = resolve(folder, **kw)
+        args = (self.cfg, start, self.chunks, self.optimizer, self.scheduler)
+        return start.rollout_id, load_checkpoint(*args)
+
+
+def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    return [n for n in a if not torch.equal(a[n], b[n])]
+
+
+def start_ranks(rank: int, world: int, port: int, folder: Path) -> None:
+    from vime.backends.megatron.parallel import initialize_parallel
+
+    initialize_parallel(make_config(folder), rank, world, rank, "127.0.0.1", port)
+
+
+def save_and_load(
+    rank: int, world: int, port: int, folder: Path, out: str, trips: list
+) -> list[tuple]:
+    """[(trip, weights that differ once loaded, the same one update later, rollout, extra)]"""
+    start_ranks(rank, world, port, folder)
+    results = []
+    for number, (optimizer, first, second) in enumerate(trips):
+        here = Trainee(folder, first, optimizer)
+        for _ in range(3):
+            here.step()
+        path = f"{out}/{number}"
+        here.save(path, 4)
+        torch.manual_seed(11)
+        saved = here.weights()
+        here.step()
+        after = here.weights()
+        other = Trainee(folder, second, optimizer)
+        rollout, extra = other.load(path)
+        at_once = differing(other.weights(), saved)
+        other.step()
+        later = differing(other.weights(), after)
+        results.append(((optimizer, first, second), at_once, later, rollout, extra))
+    return results
+
+
+def test_a_checkpoint_loads_into_any_layout_and_updates_the_same(
+    folder: Path, tmp_path: Path
+) -> None:
+    dist = {"use_distributed_optimizer": True}
+    trips = [
+        ("adam", TP2, PP2),
+        ("adam", PP2, {}),
+        ("adam", VPP2, TP2),
+        ("sgd", {}, TP2),
+        ("adam", dist, dist | TP2),
+        ("adam", dist | TP2, dist | PP2),
+        ("adam", dist | VPP2, dist),
+        ("adam", dist | PP2, dist | TP2),
+    ]
+    ranks = run_ranks(save_and_load, 2, folder=folder, out=str(tmp_path), trips=trips)
+    for result in ranks[0] + ranks[1]:
+        assert result[1:] == ([], [], 5, {"rollout_id": 4, "note": "kept"}), result
+
+
+def one_rank(rank: int, world: int, port: int, folder: Path, out: str) -> dict[str, Any]:
+    """What a single rank meets: damaged and missing files, RNG, release weights, dtypes."""
+    from vime.backends.megatron import checkpoint
+
+    start_ranks(rank, world, port, folder)
+    here = Trainee(folder, {})
+    here.step()
+    whole = f"{out}/whole"
+    saved = here.save(whole, 0)
+    draw = torch.rand(3)
+    here.step()
+    here.save(whole, 1, commit=False)
+    tracker = Path(whole, checkpoint.TRACKER)
+    seen: dict[str, Any] = {"tracker": tracker.read_text(), "uncommitted": Path(whole).exists()}
+    rollout, _ = here.load(whole)
+    seen["rollout"], seen["rng"] = rollout, torch.equal(torch.rand(3), draw)
+    seen["chosen"] = here.load(whole, ckpt_step=1)[0]
+
+    converted = f"{out}/converted"
+    checkpoint.save_checkpoint(here.cfg, converted, None, here.chunks)
+    fresh = Trainee(folder, {})
+    start = checkpoint.resolve(f"{out}/nothing-here", converted)
+    checkpoint.load_checkpoint(fresh.cfg, start, fresh.chunks, fresh.optimizer)
+    seen["release"] = (start.rollout_id, differing(fresh.weights(), here.weights()))
+
+    data = next(saved.glob("*.distcp"))
+    damages = {
+        "missing": lambda p: next(p.glob("*.distcp")).unlink(),
+        "cut": lambda p: (p / data.name).write_bytes(data.read_bytes()[:-100]),
+        "metadata": lambda p: (p / ".metadata").write_bytes(b"nonsense"),
+        "common": lambda p: (p / "common.pt").write_bytes(b"nonsense"),
+        "incomplete": lambda p: (p / "metadata.json").unlink(),
+        "gone": shutil.rmtree,
+    }
+    for name, damage in damages.items():
+        copy = Path(out, name)
+        shutil.copytree(whole, copy)
+        damage(copy / "iter_0000000")
+        seen[name] = failure(lambda copy=copy: here.load(str(copy)))
+    tracker.write_text("soon")
+    seen["garbled"] = failure(lambda: here.load(whole))
+    wider = write_tiny_hf(f"{out}/wider", tied=True, intermediate_size=160)
+    bigger = Trainee.__new__(Trainee)
+    from vime.backends.megatron.model import build_model
+
+    bigger.cfg = make_config(wider)
+    start = checkpoint.resolve(converted)
+    seen["other model"] = failure(
+        lambda: checkpoint.load_checkpoint(bigger.cfg, start, build_model(bigger.cfg))
+    )
+    half = make_config(folder, model={"dtype": "bfloat16"})
+    chunks = build_model(half)
+    checkpoint.load_checkpoint(half, start, chunks)
+    exact = {n: t.bfloat16() for n, t in here.weights().items()}
+    seen["bfloat16"] = differing(dict(hf.export_hf(chunks, half)), exact)
+    return seen
+
+
+def failure(action: Any) -> str:
+    try:
+        action()
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_checkpoint_is_whole_or_its_error_names_the_file(folder: Path, tmp_path: Path) -> None:
+    (seen,) = run_ranks(one_rank, 1, folder=folder, out=str(tmp_path))
+    assert seen["tracker"] == "0", "a save without commit must not move the tracker"
+    assert (seen["rollout"], seen["rng"], seen["chosen"]) == (1, True, 2)
+    assert seen["release"] == (0, [])
+    assert seen["bfloat16"] == []
+    for name, words in {
+        "missing": (".distcp is missing", "--ckpt-step"),
+        "cut": (".distcp has", "cut off"),
+        "metadata": (".metadata is damaged",),
+        "common": ("common.pt is damaged",),
+        "incomplete": ("metadata.json is missing",),
+        "gone": ("iter_0000000, which does not exist", "iter_0000001"),
+        "garbled": ("latest_checkpointed_iteration.txt holds 'soon'",),
+        "other model": ("release", "config.json"),
+    }.items():
+        for word in words:
+            assert word in seen[name], (name, seen[name])

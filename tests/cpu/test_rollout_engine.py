@@ -1,0 +1,186 @@
+"""The default rollout function against a running vLLM behind its router."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+import requests
+
+from tests.unit.fake_engine import make_config, write_prompts, write_tokenizer
+from vime.backends.vllm.router import Router
+from vime.config.view import ArgsView
+from vime.rollout.data_source import RolloutDataSourceWithBuffer
+from vime.rollout.vllm_rollout import generate_rollout
+from vime.rollout.wire import PATH
+from vime.types import Status
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tok"))
+
+
+@pytest.fixture(scope="module")
+def router(tied_engine):
+    router = Router(tied_engine.cfg)
+    yield router.start([tied_engine.url])
+    router.stop()
+
+
+@pytest.fixture
+def setting(tied_engine, router, hf, tmp_path):
+    """make(**sections) -> (args, data source): four groups of four, rewarded by chance."""
+
+    def make(**sections):
+        prompts = write_prompts(tmp_path / "p.jsonl", 64)
+        data = {"prompt_data": str(prompts), "input_key": "prompt", "apply_chat_template": True}
+        sections["data"] = data | sections.get("data", {})
+        sections["batch"] = {"prompts": 4, "samples_per_prompt": 4} | sections.get("batch", {})
+        sections["reward"] = {"custom_rm_path": f"{__name__}.is_even"}
+        host, port = router.removeprefix("http://").rsplit(":", 1)
+        args = ArgsView(
+            make_config(hf, **sections),
+            vllm_engine_urls=(tied_engine.url,),
+            vllm_router_ip=host,
+            vllm_router_port=int(port),
+        )
+        return args, RolloutDataSourceWithBuffer(args)
+
+    return make
+
+
+async def is_even(args, sample, **kwargs):
+    return float(sample.tokens[-1] % 2 == 0)
+
+
+def scored_by_the_engine(url, sample):
+    """The engine's own log-probabilities of a finished response, given as a prompt."""
+    params = {"prompt_logprobs": 0, "max_tokens": 1, "temperature": 1.0, "detokenize": False}
+    body = {"token_ids": sample.tokens, "sampling_params": params}
+    answer = requests.post(url + PATH, json=body, timeout=60)
+    assert answer.ok, answer.text
+    entries = answer.json()["prompt_logprobs"][sample.prompt_length :]
+    tokens = sample.tokens[sample.prompt_length :]
+    return [
+        next(e["logprob"] for e in entry if e["token_id"] == token)
+        if isinstance(entry, list)
+        else entry[str(token)]["logprob"]
+        for entry, token in zip(entries, tokens, strict=True)
+    ]
+
+
+def check(sample):
+    assert sample.status in (Status.COMPLETED, Status.TRUNCATED)
+    assert 0 < sample.response_length == len(sample.rollout_log_probs)
+    assert len(sample.weight_versions) == sample.response_length
+    assert all(logp <= 0 for logp in sample.rollout_log_probs)
+
+
+def test_every_token_has_the_log_probability_that_the_engine_gives_it(setting, tied_engine):
+    args, source = setting(rollout={"max_response_len": 12})
+    output = generate_rollout(args, 0, source)
+    assert [len(group) for group in output.samples] == [4] * 4
+    samples = [s for group in output.samples for s in group]
+    for sample in samples:
+        check(sample)
+    assert len({tuple(s.tokens) for s in samples}) > 4  # samples of a prompt differ
+    for sample in samples[:3]:
+        assert sample.rollout_log_probs == pytest.approx(
+            scored_by_the_engine(tied_engine.url, sample), abs=1e-4
+        )
+
+
+def test_dynamic_sampling_refills_until_the_target_is_met(setting):
+    path = "vime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
+    args, source = setting(
+        rollout={"max_response_len": 4, "dynamic_filter_path": path, "over_sampling": 5},
+        batch={"prompts": 4, "samples_per_prompt": 2},
+    )
+    output = generate_rollout(args, 0, source)
+    assert len(output.samples) == 4
+    assert all(len({s.reward for s in group}) == 2 for group in output.samples)
+    drops = [v for k, v in output.metrics.items() if k.startswith("rollout/dynamic_filter/drop_")]
+    taken = output.metrics["rollout/groups_taken"]
+    assert taken % 5 == 0
+    left = output.metrics["rollout/groups_surplus"] + output.metrics["rollout/groups_aborted"]
+    assert taken == 4 + sum(drops) + left
+
+
+async def first_two_are_short(args, sample, sampling_params):
+    from vime.rollout.vllm_rollout import generate
+
+    short = sample.group_index < 2 and sample.rollout_id == 0
+    return await generate(args, sample, sampling_params | ({"max_tokens": 2} if short else {}))
+
+
+def test_aborted_samples_continue_where_they_stopped(setting, tied_engine):
+    rollout = {
+        "partial": True,
+        "over_sampling": 4,
+        "max_response_len": 200,
+        "custom_generate_path": f"{__name__}.first_two_are_short",
+    }
+    args, source = setting(rollout=rollout, batch={"prompts": 2, "samples_per_prompt": 4})
+    first = generate_rollout(args, 0, source)
+    assert [g[0].group_index for g in first.samples] == [0, 1]
+    assert [g[0].group_index for g in source.buffer] == [2, 3]
+    waiting = [s for g in source.buffer for s in g]
+    assert Counter(s.status for s in waiting)[Status.ABORTED] >= 4
+    parts = {s.index: (list(s.tokens), list(s.rollout_log_probs)) for s in waiting}
+    assert sum(s.response_length for s in waiting) > 0
+
+    args, _ = setting(
+        rollout=rollout | {"over_sampling": 2}, batch={"prompts": 2, "samples_per_prompt": 4}
+    )
+    second = generate_rollout(args, 1, source)
+    assert [g[0].group_index for g in second.samples] == [2, 3]
+    for sample in (s for group in second.samples for s in group):
+        check(sample)
+        tokens, log_probs = parts[sample.index]
+        assert sample.tokens[: len(tokens)] == tokens
+        assert sample.rollout_log_probs[: len(log_probs)] == log_probs
+        if log_probs:
+            assert sample.metadata["start_rollout_id"] == 0
+    longest = max((s for g in second.samples for s in g), key=lambda s: s.response_length)
+    assert longest.rollout_log_probs == pytest.approx(
+        scored_by_the_engine(tied_engine.url, longest), abs=1e-4
+    )
+
+
+def test_the_engine_serves_on_after_an_abort_and_an_evaluation_runs(setting, tmp_path):
+    path = write_prompts(tmp_path / "eval.jsonl", 6)
+    args, _ = setting(
+        rollout={"max_response_len": 8},
+        eval={"interval": 1, "prompt_data": [str(path)], "samples_per_prompt": 2, "top_k": 1},
+    )
+    output = generate_rollout(args, 0, None, evaluation=True)
+    samples = output.data["aime"]["samples"]
+    assert len(samples) == 12
+    assert all(a.tokens == b.tokens for a, b in zip(samples[::2], samples[1::2], strict=True))
+    assert 0.0 <= output.metrics["eval/aime"] <= 1.0
+
+
+def test_a_deterministic_rollout_repeats_itself_though_prompts_are_split(setting, tmp_path):
+    """48 x 300 prompt tokens are more than one step of the engine takes: some are prefilled in two,
+    which without the plugin's care for CPU generators ends the engine."""
+    rows = [{"prompt": f"{i:02d}" + "word " * 60} for i in range(24)]
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def rollout(seed):
+        args, source = setting(
+            data={"prompt_data": str(path), "apply_chat_template": False, "seed": seed},
+            batch={"prompts": 24, "samples_per_prompt": 2},
+            rollout={"max_response_len": 24, "deterministic": True},
+        )
+        output = generate_rollout(args, 0, source)
+        return [s.tokens for group in output.samples for s in group]
+
+    first = rollout(1)
+    assert min(len(tokens) for tokens in first) > 300
+    assert rollout(1) == first
+    other = rollout(2)
+    assert sum(a != b for a, b in zip(first, other, strict=True)) > 40
+    assert len({tuple(tokens) for tokens in first}) == 48

@@ -1,0 +1,203 @@
+"""The trainer alone: it learns, starts on-policy, refuses what is not finite, resumes exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import make_config, write_tiny_hf
+from training import named_weights, samples_of
+
+from vime.data.batching import build_train_batch
+
+BATCH = {
+    "prompts": 4,
+    "samples_per_prompt": 4,
+    "dynamic": True,
+    "max_tokens_per_gpu": 512,
+    "num_rollout": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_hf(tmp_path_factory.mktemp("trainer"), tied=True, num_hidden_layers=2)
+
+
+def test_a_trainer_keeps_its_word(folder: Path, tmp_path: Path) -> None:
+    """One process runs every case: a trainer takes seconds to start."""
+    run_ranks(every_case, 1, folder=folder, out=str(tmp_path))
+
+
+def every_case(rank: int, world: int, port: int, folder: Path, out: str) -> None:
+    from ranks import free_port
+
+    from vime.backends.megatron.trainer import MegatronTrainer
+
+    def trainer(**sections: Any) -> MegatronTrainer:
+        sections = {"batch": BATCH, "optimizer": {"lr": 1e-3}} | sections
+        return MegatronTrainer(make_config(folder, **sections), master_port=free_port())
+
+    for case in (
+        grpo_raises_what_was_rewarded,
+        the_first_step_is_on_policy,
+        a_penalty_needs_and_gets_the_old_log_probabilities,
+        sft_learns_the_demonstrations,
+        what_is_not_finite_changes_nothing,
+        a_resumed_run_takes_the_same_steps,
+        warm_up_wastes_no_step,
+        norms_do_not_decay,
+    ):
+        print(case.__name__, flush=True)
+        case(trainer, Path(out))
+
+
+def batch_of(trainer: Any, groups: list | None = None, rollout_id: int = 0) -> Any:
+    return build_train_batch(groups or samples_of(4, 4), trainer.cfg, rollout_id)
+
+
+def logps(trainer: Any, batch: Any) -> list[float]:
+    """The mean log-probability of each sequence's response."""
+    from vime.backends.megatron.rollout_columns import RolloutColumns
+
+    columns = RolloutColumns(batch, trainer.cfg, trainer.device)
+    column = trainer._logps(columns, list(batch.steps))
+    rows = columns.table.responses
+    return [float(column[rows[p]].mean()) for p in range(len(batch.sequences))]
+
+
+def grpo_raises_what_was_rewarded(trainer: Any, out: Path) -> None:
+    t = trainer(algorithm={"use_kl_loss": True, "kl_loss_type": "low_var_kl"})
+    batch = batch_of(t)
+    before = logps(t, batch)
+    assert t.start_rollout_id == 0
+    for _ in range(4):
+        metrics = t.train(batch)
+    gain = np.subtract(logps(t, batch), before)
+    rewarded = np.array([s.raw_reward for s in batch.sequences]) == 1
+    assert gain[rewarded].mean() > 0.1 > -0.1 > gain[~rewarded].mean()
+    assert metrics["train/kl_loss"] > 0  # it has left the reference, which stayed
+    assert metrics["rollout/log_probs"] != metrics["rollout/ref_log_probs"]
+    t.close()
+
+
+def the_first_step_is_on_policy(trainer: Any, out: Path) -> None:
+    steps = BATCH | {"steps_asked": 2}
+    t = trainer(algorithm={"use_kl_loss": True, "kl_loss_type": "k3"}, batch=steps)
+    groups = samples_of(4, 4)
+    for sample, logp in zip(sum(groups, []), logps_of_tokens(t, batch_of(t)), strict=True):
+        sample.rollout_log_probs = logp
+    groups[1][1].rollout_log_probs = None  # a plugin that has none
+    metrics = t.train(batch_of(t, groups))
+    assert metrics["train/ppo_kl_first_step"] == metrics["train/kl_loss_first_step"] == 0.0
+    assert metrics["train/ppo_kl"] != 0.0
+    assert metrics["rollout/log_probs"] == pytest.approx(metrics["rollout/ref_log_probs"], abs=1e-6)
+    assert metrics["train/train_rollout_logprob_abs_diff_max"] < 1e-5
+    for name in ("loss", "pg_loss", "pg_clipfrac", "entropy_loss", "grad_norm", "lr"):
+        assert f"train/{name}" in metrics
+    for name in ("log_probs_time", "ref_log_probs_time", "actor_train_time"):
+        assert metrics[f"perf/{name}"] > 0
+    t.close()
+
+
+def logps_of_tokens(trainer: Any, batch: Any) -> list[list[float]]:
+    from vime.backends.megatron.rollout_columns import RolloutColumns
+
+    columns = RolloutColumns(batch, trainer.cfg, trainer.device)
+    column = trainer._logps(columns, list(batch.steps))
+    return [column[columns.table.responses[p]].tolist() for p in range(len(batch.sequences))]
+
+
+def a_penalty_needs_and_gets_the_old_log_probabilities(trainer: Any, out: Path) -> None:
+    for estimator in ("reinforce_plus_plus", "reinforce_plus_plus_baseline", "rloo"):
+        t = trainer(algorithm={"kl_coef": 0.1, "advantage_estimator": estimator})
+        metrics = t.train(batch_of(t))
+        assert abs(metrics["train/ppo_kl"]) < 1e-6
+        assert metrics["rollout/advantages"] == pytest.approx(0, abs=0.3)
+        assert metrics["train/grad_norm"] > 0
+        t.close()
+
+
+def sft_learns_the_demonstrations(trainer: Any, out: Path) -> None:
+    t = trainer(algorithm={"loss_type": "sft_loss"}, optimizer={"lr": 5e-3})
+    groups = samples_of(4, 4)
+    for sample in sum(groups, []):
+        sample.reward = None
+    losses = [t.train(batch_of(t, groups))["train/loss"] for _ in range(6)]
+    assert losses[-1] < 0.8 * losses[0]
+    metrics = t.train(batch_of(t, groups))
+    assert "train/train_rollout_logprob_abs_diff" not in metrics
+    assert "train/pg_loss" not in metrics
+    t.close()
+
+
+def what_is_not_finite_changes_nothing(trainer: Any, out: Path) -> None:
+    from vime.backends.megatron.trainer import MAX_SKIPPED_STEPS
+
+    t = trainer()
+    batch = batch_of(t)
+    broken = dataclasses.replace(
+        batch,
+        sequences=tuple(dataclasses.replace(s, reward=float("inf")) for s in batch.sequences),
+    )
+    before = named_weights(t)
+    for _ in range(MAX_SKIPPED_STEPS - 1):
+        assert t.train(broken)["train/skipped_steps"] == 1
+    assert all(torch.equal(w, before[n]) for n, w in named_weights(t).items())
+    assert t.train(batch)["train/skipped_steps"] == 0  # a good step starts the count anew
+    for _ in range(MAX_SKIPPED_STEPS - 1):
+        t.train(broken)
+    with pytest.raises(RuntimeError, match="5 optimizer steps in a row were not finite.*--lr"):
+        t.train(broken)
+    t.close()
+
+
+def a_resumed_run_takes_the_same_steps(trainer: Any, out: Path) -> None:
+    schedule = {"lr": 1e-3, "lr_decay_style": "linear", "lr_warmup_iters": 2}
+    saving = {"checkpoint": {"save": str(out / "run")}, "optimizer": schedule}
+    t = trainer(**saving)
+    for rollout_id in range(2):
+        t.train(batch_of(t, samples_of(4, 4, rollout_id)))
+    t.save(1)
+    straight = t.train(batch_of(t, samples_of(4, 4, 2)))
+    t.save_hf(str(out / "hf"))
+    expected = named_weights(t)
+    t.close()
+    t = trainer(checkpoint={"load": str(out / "run")}, optimizer=schedule)
+    assert t.start_rollout_id == 2
+    resumed = t.train(batch_of(t, samples_of(4, 4, 2)))
+    assert resumed["train/lr"] == straight["train/lr"]
+    assert resumed["train/loss"] == straight["train/loss"]
+    assert all(torch.equal(w, expected[n]) for n, w in named_weights(t).items())
+    assert (out / "hf" / "model.safetensors").exists()
+    t.close()
+    t = trainer(checkpoint={"load": str(out / "run")}, optimizer={"lr": 7e-4})
+    assert t.train(batch_of(t))["train/lr"] == pytest.approx(7e-4)  # a flag wins over the past
+    t.close()
+
+
+def warm_up_wastes_no_step(trainer: Any, out: Path) -> None:
+    t = trainer(optimizer={"lr": 4e-4, "lr_warmup_iters": 3})
+    rates = [t.train(batch_of(t))["train/lr"] for _ in range(5)]
+    assert rates == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4, 4e-4])
+    t.close()
+
+
+def norms_do_not_decay(trainer: Any, out: Path) -> None:
+    t = trainer(optimizer={"lr": 1e-3, "weight_decay": 10.0})
+    groups = samples_of(4, 4)
+    for sample in sum(groups, []):
+        sample.reward = 1.0  # no advantage, so no gradient: decay alone moves weights
+    before = named_weights(t)
+    t.train(batch_of(t, groups))
+    for name, weight in named_weights(t).items():
+        if weight.ndim == 1:
+            assert torch.equal(weight, before[name]), name
+        else:
+            torch.testing.assert_close(weight, before[name] * 0.99, rtol=1e-5, atol=1e-7)
+    t.close()

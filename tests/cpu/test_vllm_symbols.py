@@ -1,0 +1,115 @@
+"""What vime uses of vLLM without a promise that it stays: each symbol, in the installed release."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.cpu.tiny import make_config
+from vime.backends.vllm.flags import CPU_HEAD_SIZES, check_vllm_flags
+
+vllm = pytest.importorskip("vllm", reason="needs vLLM")
+
+
+def test_the_plugin_registers_its_transports():
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory as factory
+
+    from vime.backends.vllm import plugin
+
+    plugin.register()
+    plugin.register()  # vLLM may call it more than once
+    assert set(plugin.TRANSFER_ENGINES) <= set(factory._registry)
+    for name in plugin.TRANSFER_ENGINES:
+        assert inspect.isclass(factory._registry[name]())
+
+
+def test_vllm_finds_the_plugin():
+    from importlib.metadata import entry_points
+
+    found = {e.name: e.value for e in entry_points(group="vllm.general_plugins")}
+    assert found["vime_weights"] == "vime.backends.vllm.plugin:register"
+
+
+def test_layerwise_reload_and_the_cpu_repack_are_there():
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.model_loader.reload import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+    )
+
+    assert callable(initialize_layerwise_reload)
+    assert callable(finalize_layerwise_reload)
+    assert "remove_weight" in inspect.signature(dispatch_cpu_unquantized_gemm).parameters
+
+
+def test_moe_experts_can_be_packed_again():
+    import importlib
+
+    unquantized = importlib.import_module(
+        "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method"
+    )
+    assert "moe_kernel" in inspect.getsource(unquantized)
+
+
+def test_the_cpu_platform_chooses_spawn_where_we_choose_fork():
+    from vllm.platforms.cpu import CpuPlatform
+
+    assert inspect.ismethod(CpuPlatform.check_and_update_config)
+    assert "VLLM_WORKER_MULTIPROC_METHOD" in inspect.getsource(inspect.getmodule(CpuPlatform))
+
+
+def test_the_cpu_runner_rewinds_generators_where_we_keep_them():
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    assert callable(CPUModelRunner._sample)
+    assert "set_offset" in inspect.getsource(CPUModelRunner._bookkeeping_sync)
+    assert "discard_request_mask" in inspect.getsource(CPUModelRunner._bookkeeping_sync)
+
+
+def test_the_cpu_head_sizes_are_those_of_vllm():
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert tuple(CPUAttentionBackend.get_supported_head_sizes()) == CPU_HEAD_SIZES
+
+
+def test_workers_have_what_the_extension_needs():
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    from vime.backends.vllm.plugin_worker import WorkerExtension
+
+    ours = {n for n in vars(WorkerExtension) if not n.startswith("__")}
+    assert not ours & set(dir(WorkerBase)), "vLLM refuses an extension that shadows its own"
+    assert "rank" in inspect.signature(WorkerBase.__init__).parameters
+
+
+def test_wrong_flags_are_refused_with_the_nearest_name_and_right_ones_remembered(
+    tied_checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    given = {"max_num_sequences": "8", "block_size": "many", "swap": True, "stream_interval": "4"}
+    cfg = make_config(tied_checkpoint, engine={"vllm_args": given})
+    problems = {p.split()[0].rstrip(":"): p for p in check_vllm_flags(cfg)}
+    assert "Did you mean --vllm-max-num-seqs?" in problems["--vllm-max-num-sequences"]
+    assert "many" in problems["--vllm-block-size"]
+    assert "no such flag" in problems["--vllm-swap"]
+    assert "--vllm-stream-interval" not in problems
+
+    monkeypatch.setattr("vime.backends.vllm.flags.subprocess", None)  # from now on by heart
+    right = make_config(tied_checkpoint, engine={"vllm_args": {"stream_interval": "4"}})
+    assert check_vllm_flags(right) == []
+    wrong = make_config(tied_checkpoint, engine={"vllm_args": {"stream_intervall": "4"}})
+    assert "Did you mean --vllm-stream-interval?" in check_vllm_flags(wrong)[0]
+
+
+def test_importing_our_rooms_does_not_import_vllm():
+    code = (
+        "import sys, json, vime.weight_sync, vime.backends.vllm.engine, vime.backends.vllm.flags;"
+        "import vime.backends.vllm.router;"
+        "print(json.dumps([m for m in ('vllm', 'ray', 'megatron') if m in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert json.loads(done.stdout.splitlines()[-1]) == []

@@ -1,0 +1,164 @@
+"""The losses and advantages, against arithmetic that a reader can redo."""
+
+import math
+
+import pytest
+import torch
+
+from vime.algorithms.advantages import (
+    ESTIMATORS,
+    centred_baseline,
+    discounted_returns,
+    grpo_baseline,
+    leave_one_out_baseline,
+    same_for_every_token,
+    whiten,
+)
+from vime.algorithms.kl import KL_TYPES, kl_estimate
+from vime.algorithms.objective import PolicyObjective, sft_loss
+from vime.algorithms.policy import clipped_policy_loss
+from vime.config import AlgorithmConfig
+from vime.config.fields import flags_in
+
+
+def close(actual, expected, tol=1e-6):
+    torch.testing.assert_close(actual, torch.tensor(expected), rtol=tol, atol=tol)
+
+
+def test_the_clip_holds_a_ratio_above_the_bound_and_its_gradient():
+    logp = torch.tensor([2.0, 1.1]).log().requires_grad_()
+    loss = clipped_policy_loss(logp, torch.zeros(2), torch.ones(2), clip_low=0.2, clip_high=0.28)
+    close(loss.value_T.detach(), [-1.28, -1.1])
+    close(loss.stats["pg_clipfrac"], [1.0, 0.0])
+    close(loss.stats["ppo_kl"], [-math.log(2.0), -math.log(1.1)])
+    loss.value_T.sum().backward()
+    close(logp.grad, [0.0, -1.1])
+
+
+def test_the_clip_holds_a_ratio_below_the_bound_where_the_advantage_is_negative():
+    logp = torch.tensor([0.5, 0.9, 3.0]).log().requires_grad_()
+    adv = torch.tensor([-1.0, -1.0, -1.0])
+    loss = clipped_policy_loss(logp, torch.zeros(3), adv, clip_low=0.2, clip_high=0.28)
+    close(loss.value_T.detach(), [0.8, 0.9, 3.0])
+    close(loss.stats["pg_clipfrac"], [1.0, 0.0, 0.0])
+    loss.value_T.sum().backward()
+    close(logp.grad, [0.0, 0.9, 3.0])
+
+
+def test_dual_clip_limits_the_loss_of_a_bad_token_that_became_likely():
+    logp = torch.tensor([5.0, 2.0, 5.0]).log().requires_grad_()
+    adv = torch.tensor([-1.0, -1.0, 1.0])
+    loss = clipped_policy_loss(
+        logp, torch.zeros(3), adv, clip_low=0.2, clip_high=0.2, dual_clip=3.0
+    )
+    close(loss.value_T.detach(), [3.0, 2.0, -1.2])
+    close(loss.stats["pg_clipfrac"], [1.0, 0.0, 1.0])
+    loss.value_T.sum().backward()
+    close(logp.grad, [0.0, 2.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("k1", math.log(2)),
+        ("k2", math.log(2) ** 2 / 2),
+        ("k3", 0.5 - 1 + math.log(2)),
+        ("low_var_kl", 0.5 - 1 + math.log(2)),
+    ],
+)
+def test_kl_of_a_token_twice_as_likely_as_under_the_reference(kind, expected):
+    close(kl_estimate(torch.tensor([0.5]).log(), torch.tensor([0.25]).log(), kind), [expected])
+
+
+@pytest.mark.parametrize("kind", KL_TYPES)
+def test_kl_to_itself_is_exactly_zero(kind):
+    logp = torch.randn(9)
+    assert kl_estimate(logp, logp.clone(), kind).abs().max() == 0
+
+
+def test_low_var_kl_is_bounded_where_k3_explodes():
+    logp, ref = torch.tensor([-9.0]), torch.tensor([0.0])
+    assert kl_estimate(logp, ref, "k3") > 1000
+    close(kl_estimate(logp, ref, "low_var_kl"), [10.0])
+
+
+def test_grpo_divides_by_the_unbiased_std():
+    # mean 0.5; squares 4 x 0.25, over 3: std 0.57735
+    scores = grpo_baseline(torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    close(scores, [0.866024, -0.866024, 0.866024, -0.866024], tol=1e-5)
+
+
+def test_an_all_equal_group_scores_exactly_zero():
+    rewards = torch.full((7,), 0.1)
+    for baseline in (grpo_baseline, centred_baseline, leave_one_out_baseline):
+        assert baseline(rewards).abs().max() == 0
+
+
+def test_a_group_of_one_scores_zero():
+    for baseline in (grpo_baseline, centred_baseline, leave_one_out_baseline):
+        assert baseline(torch.tensor([3.0])).tolist() == [0.0]
+
+
+def test_leave_one_out_subtracts_the_mean_of_the_others():
+    close(leave_one_out_baseline(torch.tensor([3.0, 0.0, 0.0])), [3.0, -1.5, -1.5])
+
+
+def test_group_advantages_are_the_score_less_each_tokens_penalty():
+    close(same_for_every_token(2.0, torch.tensor([0.0, 0.5, -0.5]), 1.0), [2.0, 1.5, 2.5])
+
+
+def test_returns_to_go_carry_the_score_back_and_add_up_penalties():
+    penalty = torch.tensor([1.0, 2.0, 3.0])
+    close(discounted_returns(10.0, penalty, 1.0), [4.0, 5.0, 7.0])
+    # 7; 0.5 x 7 - 2 = 1.5; 0.5 x 1.5 - 1 = -0.25
+    close(discounted_returns(10.0, penalty, 0.5), [-0.25, 1.5, 7.0])
+
+
+def test_whitening_ignores_masked_tokens_and_sums_over_ranks():
+    values, mask = torch.tensor([1.0, 3.0, 99.0]), torch.tensor([1.0, 1.0, 0.0])
+    close(whiten(values, mask, lambda x: x), [-0.707107, 0.707107, 0.0], tol=1e-5)
+    # two ranks with the same tokens: mean 2, squares 4 x 1 over 3, std 1.154701
+    close(whiten(values, mask, lambda x: 2 * x), [-0.866025, 0.866025, 0.0], tol=1e-5)
+
+
+def test_the_objective_adds_kl_and_subtracts_entropy():
+    objective = PolicyObjective(
+        clip_low=0.2, clip_high=0.2, kl_coef=0.1, kl_type="k1", entropy_coef=0.01
+    )
+    logp = torch.zeros(1, requires_grad=True)
+    out = objective(
+        logp,
+        old_logp_T=torch.zeros(1),
+        adv_T=torch.ones(1),
+        entropy_T=torch.tensor([2.0]),
+        ref_logp_T=torch.tensor([-0.5]),
+    )
+    close(out.value_T.detach(), [-1 + 0.1 * 0.5 - 0.01 * 2.0])
+    assert set(out.stats) == {"pg_loss", "pg_clipfrac", "ppo_kl", "kl_loss", "entropy_loss"}
+    out.value_T.sum().backward()
+    close(logp.grad, [-1 + 0.1])
+
+
+def test_a_term_with_coefficient_zero_is_reported_and_cannot_spoil_the_gradient():
+    logp = torch.zeros(1, requires_grad=True)
+    out = PolicyObjective(kl_type="k3")(
+        logp, old_logp_T=torch.zeros(1), adv_T=torch.ones(1), ref_logp_T=torch.tensor([1e4])
+    )
+    assert out.stats["kl_loss"].isinf().all()
+    out.value_T.sum().backward()
+    close(logp.grad, [-1.0])
+
+
+def test_sft_loss_is_the_negative_log_likelihood():
+    close(sft_loss(torch.tensor([-0.5, -2.0])).value_T, [0.5, 2.0])
+
+
+def test_the_flag_offers_what_the_registry_has():
+    assert set(flags_in(AlgorithmConfig)["advantage_estimator"].choices) == set(ESTIMATORS)
+
+
+def test_whitening_estimators_are_the_reinforce_plus_plus_ones():
+    assert {name for name, e in ESTIMATORS.items() if e.whiten} == {
+        "reinforce_plus_plus",
+        "reinforce_plus_plus_baseline",
+    }

@@ -1,0 +1,114 @@
+"""The arrows between rooms, read from the imports. docs/architecture.md draws them."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "vime"
+
+# A room imports from lower ones only. Rooms of one height do not know each other.
+HEIGHT = {
+    "errors": 0,
+    "types": 1,
+    "platform": 1,
+    "observe": 2,
+    "config": 2,
+    "algorithms": 3,
+    "data": 4,
+    "cli": 5,
+    "rollout": 5,
+    "weight_sync": 5,
+    "backends.vllm": 6,
+    "backends.megatron": 7,
+    "ray": 8,
+}
+FORBIDDEN = {  # further than height says
+    "observe": {"platform"},
+    "backends.vllm": {"rollout", "cli"},
+    "backends.megatron": {"rollout", "cli"},
+    "ray": {"cli"},
+}
+ONLY_HOME = {  # a library: the places that may import it
+    "ray": ("vime/ray/", "train.py", "train_async.py"),
+    "megatron": ("vime/backends/megatron/",),
+    "vllm": ("vime/backends/vllm/plugin",),
+    # the last holds a Namespace because Megatron's checkpoints do
+    "argparse": ("vime/cli/", "tools/", "scripts/", "vime/backends/megatron/checkpoint.py"),
+}
+
+
+def sources() -> list[Path]:
+    entries = [*ROOT.glob("train*.py"), *(ROOT / "tools").glob("*.py")]
+    return sorted([*PACKAGE.rglob("*.py"), *entries, *(ROOT / "scripts").rglob("*.py")])
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module that a file imports anywhere, as "vime.data.packing" or "vime.data.x"."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write the whole name of what you import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(module: str) -> str | None:
+    """ "vime.backends.vllm.client.X" -> "backends.vllm"; None outside the package."""
+    parts = module.split(".")
+    if parts[0] != "vime" or len(parts) == 1:
+        return None
+    return ".".join(parts[1:3]) if parts[1] == "backends" else parts[1]
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def test_every_room_has_a_height():
+    rooms = {room(name_of(p)) for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE}
+    assert rooms - {"backends.__init__"} <= set(HEIGHT)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=name_of)
+def test_imports_point_down(path):
+    here = room(name_of(path))
+    if here not in HEIGHT:  # an empty __init__.py
+        assert not list(imported(path))
+        return
+    for module in imported(path):
+        there = room(module)
+        if there is None or there == here:
+            continue
+        assert HEIGHT[there] < HEIGHT[here], f"{here} imports {module}"
+        assert there not in FORBIDDEN.get(here, ()), f"{here} imports {module}"
+
+
+@pytest.mark.parametrize("library", ONLY_HOME)
+def test_a_library_has_one_home(library):
+    users = [
+        path.relative_to(ROOT).as_posix()
+        for path in sources()
+        if any(module.split(".")[0] == library for module in imported(path))
+    ]
+    assert [user for user in users if not user.startswith(ONLY_HOME[library])] == []
+
+
+def test_rooms_without_the_stack_import_where_it_is_missing():
+    """Ray, Megatron and vLLM need not be installed for what does not start them."""
+    rooms = ("config", "cli", "algorithms", "data", "rollout", "observe")
+    modules = [name_of(p) for r in rooms for p in (PACKAGE / r).rglob("*.py")]
+    modules = [name.removesuffix(".__init__") for name in modules]
+    code = (
+        "import importlib, sys\n"
+        "for name in ('ray', 'megatron', 'vllm', 'vllm_router'): sys.modules[name] = None\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,235 @@
+"""Every token's weight is final before training starts, whatever happened to its neighbours."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vime.config import (
+    AlgorithmConfig,
+    BatchConfig,
+    CheckpointConfig,
+    ClusterConfig,
+    Config,
+    DataConfig,
+    DebugConfig,
+    EngineConfig,
+    EvalConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RewardConfig,
+    RolloutConfig,
+)
+from vime.data.batching import build_train_batch, token_weights
+from vime.errors import PluginError
+from vime.types import Sample, Status
+
+
+def make_config(prompts=2, n=2, *, gpus=1, algorithm=None, parallel=None, reward=None, **batch):
+    batch = {"dynamic": True, "max_tokens_per_gpu": 64, **batch}
+    return Config(
+        cluster=ClusterConfig(actor_gpus_per_node=gpus),
+        model=ModelConfig(hf_checkpoint="unused"),
+        parallel=ParallelConfig(**(parallel or {})),
+        optimizer=OptimizerConfig(),
+        data=DataConfig(),
+        batch=BatchConfig(prompts=prompts, samples_per_prompt=n, **batch),
+        rollout=RolloutConfig(),
+        reward=RewardConfig(**(reward or {})),
+        eval=EvalConfig(),
+        checkpoint=CheckpointConfig(),
+        algorithm=AlgorithmConfig(**(algorithm or {})),
+        engine=EngineConfig(),
+        log=LogConfig(),
+        debug=DebugConfig(),
+    )
+
+
+def sample(index, group, response=3, reward=0.0, prompt=2, **kw):
+    kw = {"status": Status.COMPLETED, "rollout_log_probs": [-1.0] * response, **kw}
+    return Sample(
+        index=index,
+        group_index=group,
+        tokens=list(range(prompt + response)),
+        response_length=response,
+        reward=reward,
+        **kw,
+    )
+
+
+def two_groups(**changes):
+    """Rewards 1 0 | 1 1, responses of 2, 4, 3, 1 tokens; changes: {index: fields}."""
+    samples = [
+        sample(0, 0, response=2, reward=1.0),
+        sample(1, 0, response=4, reward=0.0),
+        sample(2, 1, response=3, reward=1.0),
+        sample(3, 1, response=1, reward=1.0),
+    ]
+    for name, fields in changes.items():
+        i = int(name.removeprefix("s"))
+        samples[i] = dataclasses.replace(samples[i], **fields)
+    return [samples[:2], samples[2:]]
+
+
+def test_weights_give_the_mean_over_samples_of_token_means():
+    batch = build_train_batch(two_groups(), make_config(), 5)
+    assert batch.rollout_id == 5
+    for seq, r in zip(batch.sequences, (2, 4, 3, 1), strict=True):
+        np.testing.assert_allclose(seq.weight, np.full(r, 1 / (r * 4)), rtol=1e-6)
+
+
+def test_per_token_weights_give_the_mean_over_tokens():
+    cfg = make_config(algorithm={"per_token_loss": True})
+    batch = build_train_batch(two_groups(s1={"loss_mask": [1, 0, 0, 1]}), cfg, 0)
+    np.testing.assert_allclose(batch.sequences[1].weight, np.array([1, 0, 0, 1]) / 8, rtol=1e-6)
+
+
+def test_each_step_has_its_own_weights():
+    batch = build_train_batch(two_groups(), make_config(steps_asked=2), 0)
+    assert len(batch.steps) == 2
+    np.testing.assert_allclose(batch.sequences[3].weight, [1 / 2])
+    np.testing.assert_allclose(batch.sequences[0].weight, [1 / 4, 1 / 4])
+
+
+def test_scores_are_relative_to_the_group():
+    batch = build_train_batch(two_groups(), make_config(), 0)
+    assert [s.reward for s in batch.sequences] == pytest.approx(
+        [0.707106, -0.707106, 0.0, 0.0], abs=1e-5
+    )
+    assert [s.raw_reward for s in batch.sequences] == [1.0, 0.0, 1.0, 1.0]
+    m = batch.metrics
+    assert m["rollout/raw_reward"] == 0.75
+    assert m["rollout/zero_std/count"] == m["rollout/zero_std/count_1"] == 1
+    assert m["rollout/response_len/max"] == 4
+    assert m["rollout/response_len/mean"] == 2.5
+    assert m["rollout/total_tokens"] == 18
+    assert m["perf/packing_efficiency"] == 18 / 64
+
+
+def test_a_removed_sample_counts_in_its_group_and_its_step_and_weighs_nothing():
+    batch = build_train_batch(two_groups(s1={"remove_sample": True}), make_config(), 0)
+    assert batch.sequences[1].weight.sum() == 0
+    assert batch.sequences[0].reward == pytest.approx(0.707106, abs=1e-5)
+    assert batch.sequences[0].weight.sum() == pytest.approx(1 / 4)
+    assert batch.metrics["rollout/removed_samples"] == 1
+
+
+@pytest.mark.parametrize(
+    "fields", [{"status": Status.FAILED, "failure": "grader died"}, {"reward": None}]
+)
+def test_a_failed_sample_is_out_of_the_loss_and_the_statistics_and_is_counted(fields):
+    batch = build_train_batch(two_groups(s1=fields), make_config(), 0)
+    assert [s.index for s in batch.sequences] == [0, 2, 3]
+    assert batch.sequences[0].reward == 0.0  # alone in its group now
+    assert batch.metrics["rollout/failed_samples"] == 1
+    assert batch.metrics["rollout/raw_reward"] == 1.0
+    assert sum(s.weight.sum() for s in batch.sequences) == pytest.approx(1.0)
+
+
+def test_all_samples_failed_is_an_error_with_the_reason():
+    groups = [[sample(0, 0, reward=None, failure="grader died")]]
+    with pytest.raises(ValueError, match=r"none of its 1 samples.*grader died"):
+        build_train_batch(groups, make_config(1, 1), 3)
+
+
+def test_an_empty_response_counts_in_the_statistics_and_has_no_sequence():
+    empty = {"tokens": [1, 2], "response_length": 0, "rollout_log_probs": []}
+    batch = build_train_batch(two_groups(s1=empty), make_config(), 0)
+    assert [s.index for s in batch.sequences] == [0, 2, 3]
+    assert batch.sequences[0].reward > 0
+    assert batch.metrics["rollout/empty_samples"] == 1
+
+
+def test_an_unfinished_sample_is_refused():
+    with pytest.raises(ValueError, match="sample 2 is aborted"):
+        build_train_batch(two_groups(s2={"status": Status.ABORTED}), make_config(), 0)
+
+
+@pytest.mark.parametrize("name", ["loss_mask", "rollout_log_probs"])
+def test_a_list_that_does_not_match_the_response_is_refused(name):
+    with pytest.raises(ValueError, match=f"sample 2: {name} has 1 entries .* 3 tokens"):
+        build_train_batch(two_groups(s2={name: [1]}), make_config(), 0)
+
+
+def test_the_reward_key_picks_from_a_dict_and_a_missing_one_is_named():
+    groups = [[sample(0, 0, reward={"acc": 1.0}), sample(1, 0, reward={"acc": 0.0})]]
+    cfg = make_config(1, 2, reward={"reward_key": "acc"})
+    assert build_train_batch(groups, cfg, 0).metrics["rollout/raw_reward"] == 0.5
+    with pytest.raises(PluginError, match="--reward-key score"):
+        build_train_batch(groups, make_config(1, 2, reward={"reward_key": "score"}), 0)
+
+
+def test_sft_needs_neither_rewards_nor_sampled_log_probabilities():
+    groups = [[sample(0, 0, reward=None, rollout_log_probs=None)]]
+    batch = build_train_batch(groups, make_config(1, 1, algorithm={"loss_type": "sft_loss"}), 0)
+    assert batch.sequences[0].rollout_logp is None
+    assert "rollout/raw_reward" not in batch.metrics
+
+
+def test_a_missing_sampled_log_probability_stays_missing():
+    batch = build_train_batch(two_groups(s2={"rollout_log_probs": None}), make_config(), 0)
+    assert batch.sequences[2].rollout_logp is None
+    assert batch.sequences[1].rollout_logp is not None
+
+
+def test_a_step_whose_samples_all_failed_is_left_out():
+    gone = {"reward": None}
+    batch = build_train_batch(two_groups(s0=gone, s1=gone), make_config(steps_asked=2), 0)
+    assert len(batch.steps) == 1
+    assert sum(s.weight.sum() for s in batch.sequences) == pytest.approx(1.0)
+
+
+def test_forward_only_passes_get_their_own_packing_when_asked():
+    assert build_train_batch(two_groups(), make_config(), 0).forward is None
+    cfg = make_config(max_tokens_per_gpu=6, log_probs_max_tokens_per_gpu=100)
+    batch = build_train_batch(two_groups(), cfg, 0)
+    assert batch.steps[0].num_micro_batches == 4
+    assert batch.forward.num_micro_batches == 1
+
+
+@given(
+    st.lists(st.integers(1, 30), min_size=4, max_size=24),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_weights_do_not_care_how_tokens_are_split(lengths, dp, steps, dynamic, balance, per_token):
+    groups = [[sample(i, i // 4, response=r, reward=float(i % 3))] for i, r in enumerate(lengths)]
+    algorithm = {"per_token_loss": per_token}
+    one = build_train_batch(groups, make_config(6, 1, steps_asked=steps, algorithm=algorithm), 0)
+    many = build_train_batch(
+        groups,
+        make_config(
+            6,
+            1,
+            gpus=dp,
+            steps_asked=steps,
+            dynamic=dynamic,
+            max_tokens_per_gpu=40,
+            micro_batch_size=2,
+            balance=balance,
+            algorithm=algorithm,
+        ),
+        0,
+    )
+    placed = sorted(p for plan in many.steps for r in plan.micro_batches for b in r for p in b)
+    assert placed == list(range(len(many.sequences)))
+    for a, b in zip(one.steps, many.steps, strict=True):
+        members = {p for r in a.micro_batches for m in r for p in m}
+        assert members == {p for r in b.micro_batches for m in r for p in m}
+        assert sum(many.sequences[p].weight.sum() for p in members) == pytest.approx(1, abs=1e-5)
+    for a, b in zip(one.sequences, many.sequences, strict=True):
+        np.testing.assert_array_equal(a.weight, b.weight)
+
+
+def test_a_sequence_without_loss_tokens_weighs_nothing_in_both_modes():
+    masks = [np.zeros(3, np.float32), np.ones(2, np.float32)]
+    assert [w.sum() for w in token_weights(masks, per_token=False)] == [0.0, 0.5]
+    assert [w.sum() for w in token_weights(masks, per_token=True)] == [0.0, 1.0]

@@ -1,0 +1,320 @@
+"""Each rule names flag, value and remedy. What works otherwise than asked is a notice."""
+
+import pytest
+
+from tests.unit.command_lines import refused, words, write_checkpoint, write_prompts
+from vime.cli import parse_config
+
+REFUSED = {
+    "steps that do not divide": (
+        {"--num-steps-per-rollout": "3"},
+        "--num-steps-per-rollout 3 does not divide 256 samples (32 prompts x 8). Lower it or "
+        "change --rollout-batch-size.",
+    ),
+    "a batch size that does not divide": (
+        {"--global-batch-size": "100"},
+        "--global-batch-size 100 does not divide 256 samples (32 prompts x 8). Give a divisor, or "
+        "--num-steps-per-rollout in its place.",
+    ),
+    "steps and batch size that disagree": (
+        {"--global-batch-size": "64", "--num-steps-per-rollout": "2"},
+        "--global-batch-size 64 x --num-steps-per-rollout 2 is not 256 samples (32 prompts x 8). "
+        "Give --global-batch-size 128, or only one of the two.",
+    ),
+    "packs without a size": (
+        {"--use-dynamic-batch-size": None},
+        "--use-dynamic-batch-size needs the size of a pack. Add --max-tokens-per-gpu, for example "
+        "9216.",
+    ),
+    "no length of the run": (
+        {"--num-rollout": ""},
+        "--num-rollout is missing. Give it, or --num-epoch in its place.",
+    ),
+    "two lengths of the run": (
+        {"--num-epoch": "2"},
+        "--num-rollout 3 and --num-epoch 2 both set the length of the run. Give one.",
+    ),
+    "a step with fewer samples than ranks": (
+        {"--num-steps-per-rollout": "64"},
+        "--num-steps-per-rollout 64 leaves 4 samples a step for 8 data-parallel ranks. Lower it, "
+        "or raise --rollout-batch-size 32 or --n-samples-per-prompt 8.",
+    ),
+    "engines that do not divide": (
+        {"--rollout-num-gpus": "6", "--rollout-num-gpus-per-engine": "4"},
+        "--rollout-num-gpus-per-engine 4 does not divide the 6 GPUs that generate. Give a divisor "
+        "of 6, or change --rollout-num-gpus.",
+    ),
+    "more GPUs than a node": (
+        {"--actor-num-gpus-per-node": "16"},
+        "--actor-num-gpus-per-node 16 is more than --num-gpus-per-node 8. Lower the first, or "
+        "raise the second to what a node has.",
+    ),
+    "an engine larger than a node": (
+        {
+            "--actor-num-gpus-per-node": "2",
+            "--num-gpus-per-node": "2",
+            "--rollout-num-gpus": "4",
+            "--rollout-num-gpus-per-engine": "4",
+        },
+        "--rollout-num-gpus-per-engine 4 is more than --num-gpus-per-node 2, and an engine lives "
+        "on one node. Lower the first.",
+    ),
+    "an engine larger than the model": (
+        {"--rollout-num-gpus-per-engine": "8"},
+        "--rollout-num-gpus-per-engine 8 does not divide the model's 4 attention heads. Give a "
+        "divisor of 4.",
+    ),
+    "a layout that does not divide": (
+        {"--tensor-model-parallel-size": "3"},
+        "--tensor-model-parallel-size 3 x --pipeline-model-parallel-size 1 x "
+        "--context-parallel-size 1 = 3 does not divide the 8 GPUs that train. Lower one of them, "
+        "or make --actor-num-nodes 1 x --actor-num-gpus-per-node 8 a multiple of 3.",
+    ),
+    "experts that do not divide": (
+        {"--expert-model-parallel-size": "3"},
+        "--expert-tensor-parallel-size 1 x --expert-model-parallel-size 3 x "
+        "--pipeline-model-parallel-size 1 = 3 does not divide the 8 GPUs that train. Lower one of "
+        "them, or make --actor-num-nodes 1 x --actor-num-gpus-per-node 8 a multiple of 3.",
+    ),
+    "a virtual pipeline without a pipeline": (
+        {"--virtual-pipeline-model-parallel-size": "2"},
+        "--virtual-pipeline-model-parallel-size 2 needs a pipeline, and "
+        "--pipeline-model-parallel-size is 1. Raise the second, or leave the first out.",
+    ),
+    "full recompute without a method": (
+        {"--recompute-granularity": "full"},
+        "--recompute-granularity full needs a method. Add --recompute-method uniform "
+        "--recompute-num-layers 1.",
+    ),
+    "a recompute method without full recompute": (
+        {"--recompute-method": "uniform", "--recompute-num-layers": "1"},
+        "--recompute-method uniform acts only with --recompute-granularity full (now None). Add "
+        "that, or leave the method out.",
+    ),
+    "over-sampling below the batch": (
+        {"--over-sampling-batch-size": "16"},
+        "--over-sampling-batch-size 16 is below --rollout-batch-size 32. Give more than 32, for "
+        "example 64.",
+    ),
+    "two KL penalties": (
+        {"--kl-coef": "0.1", "--kl-loss-coef": "0.2", "--use-kl-loss": None},
+        "--kl-coef 0.1 and --kl-loss-coef 0.2 exclude each other: the first is a penalty on the "
+        "reward, the second a loss. Set one to 0.",
+    ),
+    "a KL coefficient without the loss": (
+        {"--kl-loss-coef": "0.2"},
+        "--kl-loss-coef 0.2 has no effect without --use-kl-loss. Add that, or set the coefficient "
+        "to 0.",
+    ),
+    "evaluation without data": (
+        {"--eval-interval": "5"},
+        "--eval-interval 5 has nothing to evaluate. Add --eval-prompt-data NAME PATH, or leave it "
+        "out.",
+    ),
+    "saving nowhere": (
+        {"--save-interval": "20"},
+        "--save-interval 20 has nowhere to save. Add --save FOLDER.",
+    ),
+    "one export folder for all": (
+        {"--save-hf": "out/hf"},
+        "--save-hf out/hf would write every export to one folder. Put {rollout_id} into the name.",
+    ),
+    "a step of no checkpoint": (
+        {"--ckpt-step": "20"},
+        "--ckpt-step 20 chooses within --load. Add --load FOLDER.",
+    ),
+    "no prompts": (
+        {"--prompt-data": ""},
+        "--prompt-data is missing. Add --prompt-data FILE.jsonl, or a --data-source-path.",
+    ),
+    "a grader without its server": (
+        {"--rm-type": "remote_rm"},
+        "--rm-type remote_rm needs a server. Add --rm-url http://HOST:PORT/PATH.",
+    ),
+    "a group grader without its function": (
+        {"--group-rm": None},
+        "--group-rm grades with a function of yours. Add --custom-rm-path, or leave it out.",
+    ),
+    "masks without partial rollouts": (
+        {"--mask-offpolicy-in-partial-rollout": None},
+        "--mask-offpolicy-in-partial-rollout acts only on partial rollouts. Add --partial-rollout, "
+        "or leave it out.",
+    ),
+    "no room for a prompt": (
+        {"--rollout-max-response-len": "4096", "--vllm-max-model-len": "4096"},
+        "--rollout-max-response-len 4096 leaves no room for a prompt in --vllm-max-model-len 4096. "
+        "Lower it.",
+    ),
+    "prompts as long as the context": (
+        {"--rollout-max-prompt-len": "512", "--rollout-max-context-len": "512"},
+        "--rollout-max-prompt-len 512 leaves no room in --rollout-max-context-len 512. Lower the "
+        "first or raise the second.",
+    ),
+    "imitation of sampled answers": (
+        {"--loss-type": "sft_loss"},
+        "--loss-type sft_loss learns from given answers, and --rollout-function-path "
+        "vime.rollout.vllm_rollout.generate_rollout samples new ones. Add --rollout-function-path "
+        "vime.rollout.sft_rollout.generate_rollout.",
+    ),
+    "reinforcement of given answers": (
+        {"--rollout-function-path": "vime.rollout.sft_rollout.generate_rollout"},
+        "--rollout-function-path vime.rollout.sft_rollout.generate_rollout makes no rewards, which "
+        "--loss-type policy_loss needs. Add --loss-type sft_loss.",
+    ),
+    "sampling without engines": (
+        {"--debug-train-only": None},
+        "--debug-train-only starts no engines, which --rollout-function-path "
+        "vime.rollout.vllm_rollout.generate_rollout needs. Give a function that reads data itself, "
+        "or drop --debug-train-only.",
+    ),
+    "two warm-ups": (
+        {"--lr-warmup-fraction": "0.1", "--lr-warmup-iters": "6"},
+        "--lr-warmup-fraction 0.1 and --lr-warmup-iters 6 both set the warm-up. Give one.",
+    ),
+    "a floor above the rate": (
+        {"--lr": "1e-6", "--min-lr": "1e-5"},
+        "--min-lr 1e-05 is above --lr 1e-06. Lower it.",
+    ),
+    "an overlap of nothing": (
+        {"--overlap-param-gather": None, "--overlap-grad-reduce": None},
+        "--overlap-param-gather has nothing to gather. Add --use-distributed-optimizer, or leave "
+        "it out.",
+    ),
+    "nothing left to run": (
+        {
+            "--debug-train-only": None,
+            "--debug-rollout-only": None,
+            "--rollout-function-path": "mine.read_data",
+        },
+        "--debug-train-only and --debug-rollout-only leave nothing to run. Give one.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_it_is_refused(case, capsys, tmp_path):
+    changes, expected = REFUSED[case]
+    assert refused(capsys, tmp_path, changes) == [expected]
+
+
+def test_a_missing_checkpoint_is_refused(capsys, tmp_path):
+    assert refused(capsys, tmp_path, {"--hf-checkpoint": f"{tmp_path}/none"}) == [
+        f"--hf-checkpoint {tmp_path}/none is not a folder. Give the folder of a downloaded Hugging "
+        "Face checkpoint."
+    ]
+
+
+def test_a_checkpoint_without_a_config_is_refused(capsys, tmp_path):
+    assert refused(capsys, tmp_path, {"--hf-checkpoint": str(tmp_path)}) == [
+        f"--hf-checkpoint {tmp_path} holds no config.json. Give the folder of a complete "
+        "checkpoint."
+    ]
+
+
+def test_a_missing_reference_is_refused(capsys, tmp_path):
+    assert refused(capsys, tmp_path, {"--ref-load": f"{tmp_path}/none"}) == [
+        f"--ref-load {tmp_path}/none is not a folder. Make it with "
+        "tools/convert_hf_to_torch_dist.py, or leave it out to start from --hf-checkpoint."
+    ]
+
+
+def test_a_missing_load_is_a_fresh_run(tmp_path):
+    argv = words(tmp_path, {"--load": f"{tmp_path}/none", "--save": f"{tmp_path}/none"})
+    assert parse_config(argv).checkpoint.load == f"{tmp_path}/none"
+
+
+def test_missing_prompts_are_refused(capsys, tmp_path):
+    (problem,) = refused(capsys, tmp_path, {"--prompt-data": f"{tmp_path}/none.jsonl"})
+    assert f"--prompt-data {tmp_path}/none.jsonl" in problem
+    assert "does not exist" in problem
+
+
+def test_evaluation_data_comes_in_pairs(capsys, tmp_path):
+    path = write_prompts(tmp_path / "eval.jsonl")
+    changes = {"--eval-prompt-data": f"a {path} b", "--eval-interval": "5"}
+    found = refused(capsys, tmp_path, changes)
+    assert (
+        f"--eval-prompt-data a {path} b is not pairs of name and path. Give NAME PATH "
+        "[NAME PATH ...], or one bare path." in found
+    )
+
+
+def test_a_bare_evaluation_path_is_named_aime(tmp_path):
+    path = str(write_prompts(tmp_path / "eval.jsonl"))
+    argv = words(tmp_path, {"--eval-prompt-data": path, "--eval-interval": "5"})
+    assert parse_config(argv).eval.datasets == {"aime": path}
+
+
+def test_a_response_longer_than_the_models_positions_is_refused(capsys, tmp_path):
+    small = write_checkpoint(tmp_path / "small", max_position_embeddings=512)
+    assert refused(capsys, tmp_path, {"--hf-checkpoint": str(small)}) == [
+        "--rollout-max-response-len 1024 leaves no room for a prompt in the model's 512 positions. "
+        "Lower it."
+    ]
+
+
+NOTICED = {
+    "rollout GPUs under colocate": (
+        {"--colocate": None, "--rollout-num-gpus": "4"},
+        "note: --rollout-num-gpus 4 is ignored under --colocate: generation uses the 8 GPUs that "
+        "train.",
+    ),
+    "sequence parallelism alone": (
+        {"--sequence-parallel": None},
+        "note: --sequence-parallel is off: it divides work among tensor-parallel ranks, and "
+        "--tensor-model-parallel-size is 1.",
+    ),
+    "a micro-batch size beside packs": (
+        {
+            "--use-dynamic-batch-size": None,
+            "--max-tokens-per-gpu": "512",
+            "--micro-batch-size": "4",
+        },
+        "note: --micro-batch-size 4 is ignored under --use-dynamic-batch-size.",
+    ),
+    "a pack size without packs": (
+        {"--max-tokens-per-gpu": "512"},
+        "note: --max-tokens-per-gpu 512 has no effect without --use-dynamic-batch-size.",
+    ),
+    "a cut distribution": (
+        {"--rollout-top-p": "0.9"},
+        "note: --rollout-top-p 0.9 and --rollout-top-k -1 cut the sampled distribution, which the "
+        "trainer does not see: expect a larger train/train_rollout_logprob_abs_diff.",
+    ),
+    "graders in the data": (
+        {"--rm-type": ""},
+        "note: no --rm-type or --custom-rm-path: every prompt must name its grader in metadata, as "
+        '{"rm_type": ...}.',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOTICED)
+def test_it_is_noticed_once(case, capsys, tmp_path):
+    changes, expected = NOTICED[case]
+    parse_config(words(tmp_path, changes))
+    assert capsys.readouterr().err.splitlines() == [expected]
+
+
+def test_the_reference_is_the_hf_checkpoint_unless_told_otherwise(capsys, tmp_path):
+    parse_config(words(tmp_path, {"--use-kl-loss": None}))
+    assert capsys.readouterr().err == (
+        f"note: no --ref-load: the reference model is --hf-checkpoint {tmp_path}/hf.\n"
+    )
+
+
+def test_a_plain_run_is_noticed_nothing(capsys, tmp_path):
+    parse_config(words(tmp_path, {}))
+    assert capsys.readouterr().err == ""
+
+
+def test_sequence_parallelism_alone_is_turned_off(tmp_path):
+    alone = parse_config(words(tmp_path, {"--sequence-parallel": None}))
+    both = {"--sequence-parallel": None, "--tensor-model-parallel-size": "2"}
+    assert alone.parallel.sequence_parallel is False
+    assert parse_config(words(tmp_path, both)).parallel.sequence_parallel is True
+
+
+def test_rollout_gpus_are_the_trainers_under_colocate(tmp_path):
+    cfg = parse_config(words(tmp_path, {"--colocate": None, "--rollout-num-gpus": "4"}))
+    assert (cfg.cluster.rollout_gpus, cfg.cluster.total_gpus) == (8, 8)

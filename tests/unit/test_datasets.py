@@ -1,0 +1,104 @@
+import json
+import tracemalloc
+
+import pytest
+
+from vime.data.datasets import DataKeys, PromptDataset, check_prompt_data
+from vime.errors import ConfigError
+
+KEYS = DataKeys(input="prompt", label="label")
+
+
+def write(path, *lines):
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def row(i, **more):
+    return json.dumps({"prompt": f"q{i}", "label": i, **more})
+
+
+def test_rows_come_in_the_files_order_with_label_as_text_and_metadata(tmp_path):
+    path = write(tmp_path / "a.jsonl", row(0, metadata={"rm_type": "math"}), "", row(1), "  ", "")
+    rows = list(PromptDataset(path, KEYS))
+    assert [(r.prompt, r.label) for r in rows] == [("q0", "0"), ("q1", "1")]
+    assert rows[0].metadata == {"rm_type": "math"}
+    assert rows[1].where.endswith("line 3")
+
+
+@pytest.mark.parametrize(
+    ("piece", "wanted"), [("[2:4]", [2, 3]), ("[:2]", [0, 1]), ("[-1:]", [5]), ("[4:99]", [4, 5])]
+)
+def test_a_slice_has_pythons_meaning(tmp_path, piece, wanted):
+    path = write(tmp_path / "a.jsonl", *[row(i) for i in range(6)])
+    assert [r.label for r in PromptDataset(f"{path}@{piece}", KEYS)] == [str(i) for i in wanted]
+
+
+def test_parquet_gives_the_same_rows_as_jsonl(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {"prompt": [{"role": "user", "content": f"q{i}"}], "label": str(i), "metadata": {"i": i}}
+        for i in range(5)
+    ]
+    lines = write(tmp_path / "a.jsonl", *map(json.dumps, rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    from_jsonl = list(PromptDataset(f"{lines}@[1:4]", KEYS))
+    from_parquet = list(PromptDataset(f"{tmp_path}/a.parquet@[1:4]", KEYS))
+    same = ("prompt", "label", "metadata")
+    assert [[getattr(r, k) for k in same] for r in from_jsonl] == [
+        [getattr(r, k) for k in same] for r in from_parquet
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"prompt": "x", ', ["line 2", "not valid JSON"]),
+        ("[1, 2]", ["line 2", "list"]),
+        ('{"question": "x", "label": "1"}', ["line 2", "'prompt'", "--input-key", "question"]),
+        ('{"prompt": "x", "answer": "1"}', ["line 2", "'label'", "--label-key", "answer"]),
+        ('{"prompt": "", "label": "1"}', ["line 2", "non-empty"]),
+        ('{"prompt": [{"content": "x"}], "label": "1"}', ["line 2", "role"]),
+        ('{"prompt": "x", "label": "1", "metadata": [1]}', ["line 2", "metadata"]),
+    ],
+)
+def test_a_malformed_line_is_named_with_its_number_and_what_is_wrong(tmp_path, line, words):
+    path = write(tmp_path / "a.jsonl", row(0), line, row(2))
+    problems = check_prompt_data(path, input_key="prompt", label_key="label")
+    assert len(problems) == 1
+    assert problems[0].startswith(f"--prompt-data {path}")
+    assert all(word in problems[0] for word in words), problems[0]
+    with pytest.raises(ConfigError):
+        PromptDataset(path, KEYS)[1]
+
+
+def test_a_missing_file_an_empty_slice_and_a_foreign_file_are_problems(tmp_path):
+    path = write(tmp_path / "a.jsonl", row(0))
+    (tmp_path / "b.parquet").write_text("no parquet")
+    checks = {f"{tmp_path}/none.jsonl": "does not exist", f"{path}@[5:9]": "holds no row"}
+    checks |= {f"{tmp_path}/b.parquet": "could not be read"}
+    for name, words in checks.items():
+        problems = check_prompt_data(name, input_key="prompt")
+        assert len(problems) == 1
+        assert words in problems[0]
+
+
+def test_messages_without_the_chat_template_are_a_problem(tmp_path):
+    path = write(tmp_path / "a.jsonl", json.dumps({"prompt": [{"role": "user", "content": "x"}]}))
+    assert check_prompt_data(path, input_key="prompt", apply_chat_template=True) == []
+    problems = check_prompt_data(path, input_key="prompt", apply_chat_template=False)
+    assert "--apply-chat-template" in problems[0]
+
+
+def test_a_long_file_is_not_held_in_memory(tmp_path):
+    path = tmp_path / "long.jsonl"
+    line = row(1, filler="x" * 150) + "\n"
+    path.write_text(line * 200_000)
+    tracemalloc.start()
+    data = PromptDataset(str(path), KEYS)
+    assert (len(data), data[199_999].label) == (200_000, "1")
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < path.stat().st_size / 5

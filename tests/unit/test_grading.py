@@ -1,0 +1,300 @@
+import asyncio
+import logging
+import time
+
+import pytest
+
+from tests.unit.fake_engine import make_config
+from vime.config.view import ArgsView
+from vime.errors import PluginError
+from vime.rollout import grading
+from vime.rollout.rm_hub import answers, dapo, deepscaler, f1, gpqa, math
+from vime.rollout.rm_hub.pool import GraderPool, GradingFailed, GradingTimeout
+from vime.types import Sample, Status
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = GraderPool(1, timeout_s=3.0)
+    yield pool
+    pool.close()
+
+
+def make_args(**reward):
+    return ArgsView(make_config("none", reward=reward))
+
+
+def finished(response, label, index=0, **fields):
+    return Sample(index=index, response=response, label=label, status=Status.COMPLETED, **fields)
+
+
+def grade(args, *samples):
+    asyncio.run(grading.grade_group(args, list(samples)))
+    return samples[0].reward if len(samples) == 1 else [s.reward for s in samples]
+
+
+def test_the_last_box_counts_and_its_braces_must_close():
+    assert answers.last_boxed(r"\boxed{1} so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
+    assert answers.last_boxed(r"\boxed{1} so \boxed{2") is None
+    assert answers.last_boxed("42") is None
+    assert answers.last_boxed(r"\boxed{" + "{" * 50_000 + "}" * 50_001) is not None
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (r"\dfrac{1}{2}", "1/2"),
+        (r"\frac12", r"\frac{1}{2}"),
+        (r"\frac1{72}", r"\frac{1}{72}"),
+        ("0.5", r"\frac{1}{2}"),
+        (".25", "0.25"),
+        (r"\left( 1, 2 \right)", "(1,2)"),
+        (r"90^\circ", "90"),
+        (r"50\%", "50"),
+        (r"\$12", "12"),
+        (r"5\text{ cm}", "5"),
+        (r"\text{even}", "even"),
+        ("x = 7", "7"),
+        (r"\sqrt2", r"\sqrt{2}"),
+    ],
+)
+def test_spellings_of_one_answer_are_one(a, b):
+    assert answers.normalise(a) == answers.normalise(b)
+
+
+@pytest.mark.parametrize(
+    ("response", "label", "reward"),
+    [
+        (r"<think>hm</think>\boxed{834}", "834", 1.0),
+        (r"###Response \boxed{834}", "834", 1.0),
+        (r"\boxed{834}", "834", 0.0),
+        (r"<think>\boxed{834}</think> so 834", "834", 0.0),
+        (r"</think>\boxed{834.0}", "834", 1.0),
+        (r"</think>\boxed{1,000}", "1000", 1.0),
+        (r"</think>\boxed{83a}", "834", 0.0),
+        (r"</think>\boxed{2+2}", "4", 0.0),
+        (r"</think>\boxed{\frac{2}{4}}", r"\frac{1}{2}", 0.0),
+        (r"</think>\boxed{\frac{1}{2}}", r"\boxed{0.5}", 1.0),
+        (r"</think>\boxed{}", "1", 0.0),
+    ],
+)
+def test_deepscaler_without_algebra(response, label, reward):
+    assert deepscaler.quick(response, label, {}) == reward
+
+
+@pytest.mark.parametrize(
+    ("answer", "label", "reward"),
+    [
+        (r"2\sqrt{2}", r"\sqrt{8}", 1.0),
+        (r"(x+1)^2", "x^2+2x+1", 1.0),
+        (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}", 1.0),
+        (r"(1, \sqrt{4}+0)", r"(1,2)", 1.0),
+        (r"(1,2]", r"(1,2)", 0.0),
+        (r"2\pi", r"3\pi", 0.0),
+        (r"x+1", "x+2", 0.0),
+        (r"\mathbb{R}", r"\sqrt{2}", 0.0),
+        (r"__import__('os').getpid()", r"\sqrt{2}", 0.0),
+        (r"sqrt.__class__", r"\sqrt{2}", 0.0),
+    ],
+)
+def test_deepscaler_with_algebra_in_a_grader_process(pool, answer, label, reward):
+    response = rf"</think>\boxed{{{answer}}}"
+    assert deepscaler.quick(response, label, {}) is None
+    assert pool.submit("deepscaler", response, label, {}).result(60) == reward
+
+
+@pytest.mark.parametrize(
+    ("answer", "label", "reward"),
+    [("834", "834", 1.0), ("835", "834", 0.0), ("0.50", r"\frac{1}{2}", 1.0), ("", "", 0.0)],
+)
+def test_math_compares_plain_numbers_at_once(answer, label, reward):
+    assert math.quick(rf"\boxed{{{answer}}}", label, {}) == reward
+
+
+@pytest.mark.parametrize(
+    ("answer", "label", "reward"),
+    [(r"\sqrt{8}", r"2\sqrt{2}", 1.0), (r"\{1,2\}", r"\{2,1\}", 1.0), (r"x+1", "x", 0.0)],
+)
+def test_math_asks_math_verify_for_the_rest(pool, answer, label, reward):
+    pytest.importorskip("math_verify")
+    response = rf"\boxed{{{answer}}}"
+    assert math.quick(response, label, {}) is None
+    assert pool.submit("math", response, label, {}).result(60) == reward
+
+
+def test_dapo_reads_the_answer_line_of_the_tail():
+    assert dapo.grade("so\nAnswer: 42", "42", {}) == {"score": 1.0, "acc": True, "pred": "42"}
+    assert dapo.grade("Answer: $x = 1,042$.<|im_end|>", "1042", {})["acc"]
+    assert dapo.grade("Answer: 41", "42", {})["score"] == -1.0
+    assert dapo.grade("Answer: 42" + " " * 301, "42", {})["pred"] == "[INVALID]"
+
+
+def test_f1_counts_shared_words():
+    assert f1.grade("The cat sat.", "a cat sat", {}) == 1.0
+    assert f1.grade("cat dog", "cat", {}) == pytest.approx(2 / 3)
+    assert f1.grade("dog", "cat", {}) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [
+        (r"so \boxed{B}", 1.0),
+        ("The answer is (B).", 1.0),
+        ("<think>A</think> Answer: **B**", 1.0),
+        ("The answer is C", 0.0),
+        ("no idea", 0.0),
+    ],
+)
+def test_gpqa_reads_the_letter(response, reward):
+    choices = ["one", "two", "three", "four"]
+    assert gpqa.grade(response, None, {"choices": choices, "correct_letter": "B"}) == reward
+    assert gpqa.grade(response, "two", {"choices": choices}) == reward
+
+
+def test_the_first_grader_that_is_set_wins():
+    here = f"{__name__}."
+    metadata = {"rm_type": "f1"}
+    sample = lambda **kw: finished(r"\boxed{5}", "5", **kw)  # noqa: E731
+    assert grade(make_args(rm_type="math"), sample()) == 1.0
+    assert grade(make_args(rm_type="math"), sample(metadata=metadata)) == 0.0
+    both = make_args(rm_type="math", custom_rm_path=here + "constant")
+    assert grade(both, sample(metadata=metadata)) == 0.25
+    assert grade(both, sample(custom_rm_path=here + "plain")) == 0.75
+    with pytest.raises(PluginError, match="--rm-type or --custom-rm-path"):
+        grade(make_args(), sample())
+
+
+async def constant(args, sample, **kwargs):
+    return 0.25
+
+
+def plain(args, sample):
+    return 0.75
+
+
+async def by_rank(args, samples, **kwargs):
+    return [float(i) for i in range(len(samples))]
+
+
+async def too_few(args, samples, **kwargs):
+    return [1.0]
+
+
+def test_group_rm_grades_the_group_at_once_and_must_answer_for_each():
+    samples = [finished("x", "y", index=i) for i in range(3)]
+    args = make_args(group_rm=True, custom_rm_path=f"{__name__}.by_rank")
+    assert grade(args, *samples) == [0.0, 1.0, 2.0]
+    args = make_args(group_rm=True, custom_rm_path=f"{__name__}.too_few")
+    with pytest.raises(PluginError, match="list of 3"):
+        grade(args, *[finished("x", "y", index=i) for i in range(3)])
+
+
+def test_boxed_prefix_grades_what_the_box_holds():
+    assert grade(make_args(rm_type="boxed_f1"), finished(r"noise \boxed{a cat}", "cat")) == 1.0
+    assert grade(make_args(rm_type="f1"), finished(r"noise \boxed{a cat}", "cat")) < 1.0
+
+
+def test_random_is_the_same_in_every_run():
+    first = [grade(make_args(rm_type="random"), finished("", "", index=i)) for i in range(20)]
+    again = [grade(make_args(rm_type="random"), finished("", "", index=i)) for i in range(20)]
+    assert first == again
+    assert set(first) == {0.0, 1.0}
+
+
+def nothing(args, sample):
+    return None
+
+
+def infinite(args, sample):
+    return float("nan")
+
+
+@pytest.mark.parametrize("name", ["nothing", "infinite"])
+def test_a_reward_that_is_none_fails_the_sample_with_its_reason(name):
+    sample = finished("x", "y")
+    assert grade(make_args(custom_rm_path=f"{__name__}.{name}"), sample) is None
+    assert sample.status is Status.FAILED
+    assert "is no reward" in sample.failure
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [("9^{9^{9^{9}}}", GradingFailed), ("x" + "+x" * 400, None), ("{" * 100_000, None)],
+)
+def test_a_hostile_expression_costs_at_most_its_deadline(pool, answer, error):
+    started = time.monotonic()
+    future = pool.submit("deepscaler", rf"</think>\boxed{{{answer}}}", r"\sqrt{2}", {})
+    try:
+        assert future.result(60) == 0.0
+        assert error is None
+    except GradingFailed:
+        pass
+    assert time.monotonic() - started < pool.timeout_s + 5
+    fine = pool.submit("deepscaler", r"</think>\boxed{\sqrt{8}}", r"2\sqrt{2}", {})
+    assert fine.result(60) == 1.0  # the next answer finds a grader that works
+
+
+def test_a_grader_that_hangs_is_a_timeout_and_not_a_wrong_answer(pool):
+    with pytest.raises(GradingTimeout, match="longer than 3 s"):
+        pool.submit("math", r"\boxed{9^{9^{9^{2}}}-x}", r"x^{9^{9^{9}}}", {}).result(60)
+
+
+def test_256_plain_answers_take_well_under_a_tenth_of_a_second():
+    samples = [finished(rf"7+1=8\n\boxed{{{i}}}", str(i % 300), index=i) for i in range(256)]
+    args = make_args(rm_type="math")
+    started = time.perf_counter()
+    grade(args, *samples)
+    assert time.perf_counter() - started < 0.1
+    assert {s.reward for s in samples} == {1.0}
+
+
+def test_remote_rm_posts_and_a_4xx_is_not_tried_again():
+    from aiohttp import web
+
+    seen = []
+
+    async def reward(request):
+        seen.append(await request.json())
+        if seen[-1]["response"] == "bad":
+            return web.Response(status=400, text="no such thing")
+        return web.json_response(0.5) if len(seen) > 1 else web.Response(status=503)
+
+    async def scenario():
+        app = web.Application()
+        app.router.add_post("/rm", reward)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        port = site._server.sockets[0].getsockname()[1]
+        args = make_args(rm_type="remote_rm", rm_url=f"http://127.0.0.1:{port}/rm")
+        good, bad = finished("good", "1"), finished("bad", "1")
+        await grading.grade_group(args, [good])
+        await grading.grade_group(args, [bad])
+        await runner.cleanup()
+        return good, bad
+
+    good, bad = asyncio.run(scenario())
+    assert good.reward == 0.5
+    assert seen[0] == {"prompt": "", "response": "good", "label": "1"}
+    assert len(seen) == 3
+    assert bad.status is Status.FAILED
+    assert "HTTP 400" in bad.failure
+
+
+def test_reward_flags_that_cannot_work_are_named():
+    def problems(**reward):
+        return grading.check_rewards(make_args(**reward).config)
+
+    assert problems(rm_type="math") == []
+    assert "--rm-type deepscalar is unknown" in problems(rm_type="deepscalar")[0]
+    assert "--reward-key score" in problems(rm_type="dapo")[0]
+
+
+def test_no_warning_where_some_response_has_the_mark(caplog):
+    args = make_args(rm_type="deepscaler")
+    samples = [finished("x", "1", reward=0.0), finished("</think> x", "1", reward=0.0)]
+    with caplog.at_level(logging.WARNING):
+        assert not grading.warn_of_missing_marks(args, samples)
+        assert grading.warn_of_missing_marks(args, samples[:1])
+    assert "EVERY REWARD" in caplog.text

@@ -1,0 +1,194 @@
+"""HF names, layouts and config checks, without Megatron."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vime.backends.megatron import hf
+from vime.backends.megatron.hf.family import Kind, layer_pattern
+from vime.backends.megatron.hf.layout import Dims, hf_shapes, shard, unshard
+from vime.backends.megatron.start import TRACKER, commit_checkpoint, iteration_folder, resolve
+from vime.config import Config
+from vime.errors import CheckpointError, ConfigError
+
+QWEN3_4B = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "tie_word_embeddings": True,
+}
+DIMS = Dims(heads=4, groups=2, channels=3, vocab=7)
+
+
+def config(folder: Path, hf_config: dict[str, Any] | None = None, **sections: Any) -> Config:
+    if hf_config is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(hf_config))
+    needed = {"model": {"hf_checkpoint": str(folder)}, "batch": {"prompts": 1}}
+    types = get_type_hints(Config)
+    return Config(
+        **{
+            f.name: types[f.name](**(needed.get(f.name, {}) | sections.get(f.name, {})))
+            for f in fields(Config)
+        }
+    )
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("kind", Kind)
+def test_sharding_then_joining_gives_the_tensors_back(kind: Kind, num_ranks: int) -> None:
+    rows = {Kind.VOCAB: 4, Kind.QKV: 24 // num_ranks}.get(kind, 8) if num_ranks > 1 else 7
+    rows = {Kind.QKV: 24 // num_ranks, Kind.GLU: 8}.get(kind, rows)
+    shapes = hf_shapes(kind, (rows, 5), num_ranks, DIMS)
+    full = [torch.randn(shape) for shape in shapes]
+    shards = [shard(kind, full, rank, num_ranks, DIMS, rows) for rank in range(num_ranks)]
+    assert all(s.shape == (rows, 5) for s in shards)
+    for tensor, back in zip(full, unshard(kind, shards, DIMS), strict=True):
+        assert torch.equal(tensor, back)
+
+
+def test_query_key_value_are_interleaved_by_group() -> None:
+    dims = Dims(heads=4, groups=2, channels=1, vocab=0)
+    q, k, v = torch.tensor([1, 2, 3, 4]), torch.tensor([5, 6]), torch.tensor([7, 8])
+    merged = shard(Kind.QKV, [q, k, v], 0, 1, dims, 8)
+    assert merged.tolist() == [1, 2, 5, 7, 3, 4, 6, 8]
+
+
+def test_padded_vocabulary_rows_are_zero_and_cut_off_again() -> None:
+    table = torch.ones(7, 2)
+    last = shard(Kind.VOCAB, [table], 1, 2, DIMS, 4)
+    assert last.tolist() == [[1, 1], [1, 1], [1, 1], [0, 0]]
+    assert len(unshard(Kind.VOCAB, [table[:4], last], DIMS)[0]) == 7
+
+
+def test_every_weight_has_one_name_on_each_side() -> None:
+    family = hf.family_for(QWEN3_4B)
+    weights = list(family.weights(family.megatron_args(QWEN3_4B)))
+    names = [n for w in weights for n in w.hf]
+    assert len(set(names)) == len(names) == 2 + 36 * 11
+    assert "lm_head.weight" not in names  # tied
+    untied = family.megatron_args(QWEN3_4B | {"tie_word_embeddings": False})
+    assert "lm_head.weight" in [n for w in family.weights(untied) for n in w.hf]
+
+
+def test_mixture_layers_follow_the_config() -> None:
+    moe = QWEN3_4B | {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 3,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    }
+    family = hf.family_for(moe)
+    names = [n for w in family.weights(family.megatron_args(moe)) for n in w.hf]
+    assert "model.layers.0.mlp.experts.3.up_proj.weight" in names
+    assert "model.layers.1.mlp.up_proj.weight" in names
+    assert "model.layers.1.mlp.gate.weight" not in names
+
+
+def test_layer_patterns_read_as_megatron_writes_them() -> None:
+    assert layer_pattern("([0]*1+[1]*3)", 4) == [0, 1, 1, 1]
+    assert layer_pattern("[0,1]*2", 4) == [0, 1, 0, 1]
+    assert layer_pattern(2, 4) == [1, 0, 1, 0]
+    with pytest.raises(ValueError, match="not a pattern"):
+        layer_pattern("__import__('os')", 4)
+
+
+def test_model_args_that_contradict_the_config_are_named_with_both_values(tmp_path: Path) -> None:
+    args = {"rotary_base": 10000.0, "num_layers": 36, "swiglu": True, "norm_epsilon": 1e-5}
+    problems = hf.check_model_args(
+        config(tmp_path, QWEN3_4B, model={"args": args} | given(tmp_path))
+    )
+    assert len(problems) == 2
+    assert any("--rotary-base 10000.0" in p and "1000000" in p for p in problems)
+    assert all("--override-model-config" in p for p in problems)
+    over = {"args": args, "override": True} | given(tmp_path)
+    cfg = config(tmp_path, QWEN3_4B, model=over)
+    assert hf.check_model_args(cfg) == []
+    assert hf.model_args(cfg)["rotary_base"] == 10000.0
+
+
+def given(folder: Path) -> dict[str, Any]:
+    return {"hf_checkpoint": str(folder)}
+
+
+def test_a_layout_that_does_not_divide_the_model_is_refused(tmp_path: Path) -> None:
+    cfg = config(tmp_path, QWEN3_4B, parallel={"tp": 16, "pp": 5, "ep": 2})
+    text = " ".join(hf.check_model_args(cfg))
+    for part in ("16 does not divide the model's 8 key/value heads", "36 layers", "no experts"):
+        assert part in text
+
+
+def test_unknown_families_and_rope_scaling_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="qwen3_moe"):
+        hf.family_for({"model_type": "mystery"})
+    scaled = QWEN3_4B | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    assert "yarn" in hf.check_model_args(config(tmp_path / "a", scaled))[0]
+    assert "does not exist" in hf.check_model_args(config(tmp_path / "none"))[0]
+
+
+def test_missing_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
+    small = QWEN3_4B | {"num_hidden_layers": 1, "hidden_size": 4, "vocab_size": 8}
+    cfg = config(tmp_path, small)
+    family = hf.family_for(small)
+    names = [n for w in family.weights(hf.model_args(cfg)) for n in w.hf]
+    tensors = {n: torch.zeros(1) for n in names}
+
+    def failure(found: dict[str, torch.Tensor]) -> str:
+        save_file(found, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError) as error:
+            hf.load_hf_weights([], tmp_path, cfg)
+        return str(error.value)
+
+    assert names[3] in failure({n: t for n, t in tensors.items() if n != names[3]})
+    assert "model.safetensors: unexpected tensor extra" in failure(
+        tensors | {"extra": torch.zeros(1)}
+    )
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        hf.load_hf_weights([], tmp_path, cfg)
+
+
+def test_a_run_starts_from_the_first_folder_that_holds_weights(tmp_path: Path) -> None:
+    load, ref, model = tmp_path / "load", tmp_path / "ref", tmp_path / "hf"
+    config(model, QWEN3_4B)
+    iteration_folder(ref, None).mkdir(parents=True)
+    commit_checkpoint(ref, None)
+
+    def start(step: int | None = None, *, ref: Path | None = ref) -> tuple[str, int]:
+        found = resolve(str(load), str(ref) if ref else None, str(model), step)
+        return found.folder.name, found.rollout_id
+
+    assert start() == ("release", 0)
+    assert start(ref=None) == ("hf", 0)
+    iteration_folder(load, 19).mkdir(parents=True)
+    assert start() == ("release", 0), "without a tracker nothing was committed"
+    commit_checkpoint(load, 19)
+    assert start() == ("iter_0000019", 20)
+    iteration_folder(load, 39).mkdir()
+    commit_checkpoint(load, 39)
+    assert start() == ("iter_0000039", 40)
+    assert start(19) == ("iter_0000019", 20)
+    with pytest.raises(CheckpointError, match="iter_0000007, which does not exist"):
+        start(7)
+    assert resolve(None, str(model)).is_hf
+    assert (load / TRACKER).read_text() == "39"
+    with pytest.raises(CheckpointError, match="holds neither"):
+        resolve(None, str(tmp_path / "nothing"))

@@ -1,0 +1,154 @@
+"""Every shipped recipe parses, and every model script agrees with the model that it names."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.unit.command_lines import QWEN3_TINY, write_checkpoint, write_prompts
+from vime.backends.megatron.hf import check_model_args
+from vime.cli import parse_config, parse_convert_config
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+RECIPES = sorted(SCRIPTS.glob("run-*.sh"))
+MODELS = sorted((SCRIPTS / "models").glob("*.sh"))
+
+QWEN3 = QWEN3_TINY | {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+QWEN3 |= {"rope_theta": 1e6}
+
+
+def qwen3(layers: int, hidden: int, ffn: int, heads: int, tied: bool = True) -> dict:
+    return QWEN3 | {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "tie_word_embeddings": tied,
+    }
+
+
+CONFIGS = {
+    "qwen3-tiny": QWEN3_TINY,
+    "qwen3-0.6B": qwen3(28, 1024, 3072, 16),
+    "qwen3-1.7B": qwen3(28, 2048, 6144, 16),
+    "qwen3-4B": qwen3(36, 2560, 9728, 32),
+    "qwen3-8B": qwen3(36, 4096, 12288, 32, tied=False),
+}
+
+
+def printed_words(command: list[str], **env: str) -> list[str]:
+    """What a shell script would have passed to Python: its PYTHON is a printer of words."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=30, check=True, env=os.environ | env
+    )
+    return done.stdout.splitlines()
+
+
+def recipe_argv(script: Path, folder: Path, config: dict, **env: str) -> tuple[str, list[str]]:
+    """(entry point, flags) of a recipe whose paths are files in `folder`."""
+    printer = folder / "printer"
+    printer.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    printer.chmod(0o755)
+    (folder / "ref").mkdir()
+    paths = {
+        "PYTHON": printer,
+        "HF_CHECKPOINT": write_checkpoint(folder / "hf", **config),
+        "REF_LOAD": folder / "ref",
+        "SAVE": folder / "save",
+        "PROMPT_DATA": write_prompts(folder / "train.jsonl"),
+        "EVAL_DATA": write_prompts(folder / "eval.jsonl"),
+        "RUN_DIR": folder,
+    }
+    entry, *argv = printed_words(
+        ["bash", str(script)], **{k: str(v) for k, v in paths.items()}, **env
+    )
+    return Path(entry).name, argv
+
+
+def config_for(script: Path) -> dict:
+    """The model that a recipe sources, by its own line."""
+    text = script.read_text()
+    (name,) = [model.stem for model in MODELS if f"models/{model.name}" in text]
+    return CONFIGS[name]
+
+
+def test_there_are_recipes_and_models():
+    assert {r.name for r in RECIPES} >= {"run-qwen3-4B.sh", "run-tiny-cpu.sh"}
+    assert {m.stem for m in MODELS} == set(CONFIGS)
+
+
+@pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_parses(script, tmp_path):
+    _, argv = recipe_argv(script, tmp_path, config_for(script))
+    cfg = parse_config(argv, checks=[check_model_args])
+    assert cfg.cluster.colocate
+    assert cfg.batch.samples == 256
+    assert cfg.algorithm.clip_high == 0.28
+    assert cfg.checkpoint.load == cfg.checkpoint.save
+    assert cfg.model.args["num_layers"] == config_for(script)["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.name)
+def test_flags_given_to_a_recipe_come_last_and_win(script, tmp_path):
+    printer = recipe_argv(script, tmp_path, config_for(script))
+    assert printer[0] == "train.py"
+    argv = printed_words(
+        ["bash", str(script), "--num-rollout", "7"],
+        PYTHON=str(tmp_path / "printer"),
+        RUN_DIR=str(tmp_path),
+    )
+    assert argv[-2:] == ["--num-rollout", "7"]
+
+
+def test_the_tiny_recipe_runs_decoupled_too(tmp_path):
+    script = SCRIPTS / "run-tiny-cpu.sh"
+    entry, argv = recipe_argv(script, tmp_path, QWEN3_TINY, MODE="async", NUM_ROLLOUT="2")
+    cfg = parse_config(argv, checks=[check_model_args])
+    assert entry == "train_async.py"
+    assert not cfg.cluster.colocate
+    assert (cfg.cluster.total_gpus, cfg.batch.num_rollout) == (2, 2)
+
+
+def test_the_recipe_can_be_a_ray_job(tmp_path):
+    script = SCRIPTS / "run-qwen3-4B.sh"
+    _, plain = recipe_argv(script, tmp_path, CONFIGS["qwen3-4B"])
+    ray = tmp_path / "bin" / "ray"
+    ray.parent.mkdir()
+    ray.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    ray.chmod(0o755)
+    env = {"PATH": f"{ray.parent}:{os.environ['PATH']}", "LAUNCH": "ray-job", "PYTHON": "python3"}
+    said = printed_words(["bash", str(script)], RAY_ADDRESS="http://127.0.0.1:8265", **env)
+    assert said[:3] == ["job", "submit", "--submission-id"]
+    assert said[4:6] == ["--", "python3"]
+    assert said[6].endswith("/train.py")
+    assert len(said) == 7 + len(plain)
+
+
+def test_a_ray_job_without_a_cluster_is_refused():
+    done = subprocess.run(
+        ["bash", str(SCRIPTS / "run-qwen3-4B.sh")],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env=os.environ | {"LAUNCH": "ray-job", "RAY_ADDRESS": ""},
+    )
+    assert done.returncode == 2
+    assert "LAUNCH=ray-job needs RAY_ADDRESS" in done.stderr
+
+
+@pytest.mark.parametrize("script", MODELS, ids=lambda path: path.stem)
+def test_model_args_agree_with_the_model(script, tmp_path):
+    argv = printed_words(["bash", "-c", f'source {script}; printf "%s\\n" "${{MODEL_ARGS[@]}}"'])
+    folder = write_checkpoint(tmp_path / "hf", **CONFIGS[script.stem])
+    argv += ["--hf-checkpoint", str(folder), "--save", str(tmp_path / "out")]
+    cfg = parse_convert_config(argv)
+    assert cfg.model.args["num_layers"] == CONFIGS[script.stem]["num_hidden_layers"]
+    assert check_model_args(cfg) == []
+
+
+@pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_ends_nothing_that_it_did_not_start(script):
+    text = script.read_text()
+    for word in ("pkill", "killall", "ray stop", "kill -9"):
+        assert word not in text

@@ -1,0 +1,33 @@
+"""Group statistics are keyed by group id."""
+
+import pytest
+
+from vime.config import AlgorithmConfig
+from vime.data.rewards import score_samples, zero_std_counts
+
+
+def test_groups_may_be_interleaved_and_of_unequal_size():
+    scores = score_samples([1, 5, 0, 5, 5], ["a", "b", "a", "b", "b"], AlgorithmConfig())
+    # a: +-0.5 over 0.70711; b: all equal
+    assert scores == pytest.approx([0.707106, 0.0, -0.707106, 0.0, 0.0], abs=1e-5)
+    assert scores[1] == scores[3] == scores[4] == 0.0
+
+
+def test_without_std_normalisation_the_score_is_only_centred():
+    scores = score_samples([4, 0], [7, 7], AlgorithmConfig(grpo_std=False))
+    assert scores == [2.0, -2.0]
+
+
+def test_without_reward_normalisation_the_score_is_the_reward():
+    cfg = AlgorithmConfig(normalize_rewards=False)
+    assert score_samples([4, 0.1], [7, 7], cfg) == [4.0, 0.1]
+
+
+def test_a_reward_that_is_not_a_number_is_refused():
+    with pytest.raises(ValueError, match="nan of sample 1"):
+        score_samples([1.0, float("nan")], [0, 0], AlgorithmConfig())
+
+
+def test_zero_std_groups_are_counted_by_their_reward():
+    counts = zero_std_counts([1, 1, 0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 2, 2, 3, 4])
+    assert counts == {1: 1, 0: 1}  # groups 3 and 4 have one member each

@@ -1,0 +1,329 @@
+"""The default rollout function against a server that speaks the engine's wire format."""
+
+import asyncio
+import itertools
+import logging
+
+import pytest
+
+from tests.unit.fake_engine import FakeEngine, ids_of, make_config, write_prompts, write_tokenizer
+from vime.errors import EngineError
+from vime.rollout.client import GenerateClient, RequestFailed
+from vime.rollout.data_source import RolloutDataSourceWithBuffer
+from vime.rollout.vllm_rollout import generate, generate_rollout
+from vime.types import DynamicFilterOutput, Status
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tok"))
+
+
+@pytest.fixture
+def config(hf, tmp_path):
+    """make(**sections): 8 prompts q0..q7 with labels 0..7, two groups of two samples."""
+
+    def make(**sections):
+        prompts = write_prompts(tmp_path / "p.jsonl", 8)
+        data = {"prompt_data": str(prompts), "input_key": "prompt", "label_key": "label"}
+        sections["data"] = data | sections.get("data", {})
+        sections["batch"] = {"prompts": 2, "samples_per_prompt": 2} | sections.get("batch", {})
+        sections["reward"] = {"rm_type": "math"} | sections.get("reward", {})
+        return make_config(hf, **sections)
+
+    return make
+
+
+def boxed(text):
+    return [*ids_of("\\boxed{" + text + "}"), 2]
+
+
+def echo(prompt, params):
+    """Answers `q3` with \\boxed{3}: always right."""
+    return boxed(chr(28 + prompt[1])), 0.001
+
+
+def run(engine, cfg, rollout_id=0, source=None, **runtime):
+    args = engine.args(cfg, **runtime)
+    source = source or RolloutDataSourceWithBuffer(args)
+    return generate_rollout(args, rollout_id, source), source
+
+
+def test_a_sample_holds_what_the_engine_said_token_by_token(config):
+    with FakeEngine(echo, version=7) as engine:
+        output, _ = run(engine, config(), rollout_id=5)
+    assert [[s.index for s in g] for g in output.samples] == [[0, 1], [2, 3]]
+    sample = output.samples[1][0]
+    answer = boxed("1")
+    assert sample.tokens == ids_of("q1") + answer
+    assert sample.response_length == len(answer)
+    assert sample.response == "\\boxed{1}<|im_end|>"
+    assert sample.rollout_log_probs == pytest.approx([-t / 1000 for t in answer])
+    assert sample.weight_versions == [7] * len(answer)
+    assert (sample.reward, sample.status, sample.rollout_id) == (1.0, Status.COMPLETED, 5)
+    assert output.metrics["rollout/response_len/mean"] == len(answer)
+    assert output.metrics["rollout/weight_version/max"] == 7
+
+
+def test_requests_carry_the_flags_and_on_demand_a_seed_for_each_sample(config):
+    flags = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "max_response_len": 20}
+    with FakeEngine(echo) as engine:
+        run(engine, config())
+    assert all("seed" not in body["sampling_params"] for body in engine.log)
+    cfg = config(rollout={**flags, "deterministic": True}, data={"seed": 100})
+    with FakeEngine(echo) as engine:
+        run(engine, cfg)
+    params = [body["sampling_params"] for body in engine.log]
+    assert sorted(p["seed"] for p in params) == [100, 101, 102, 103]
+    wanted = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "max_tokens": 20, "logprobs": 0}
+    assert all(wanted.items() <= p.items() for p in params)
+
+
+def test_a_cut_answer_is_truncated_and_the_context_is_a_limit_too(config):
+    for rollout, length in ({"max_response_len": 4}, 4), ({"max_context_len": 7}, 5):
+        with FakeEngine(echo) as engine:
+            output, _ = run(engine, config(rollout=rollout))
+        sample = output.samples[0][0]
+        assert (sample.status, sample.response_length) == (Status.TRUNCATED, length)
+        assert output.metrics["rollout/truncated_ratio"] == 1.0
+
+
+def test_passing_errors_are_retried_and_counted(config):
+    with FakeEngine(echo, faults=[503, None, 500]) as engine:
+        output, _ = run(engine, config())
+    assert [s.reward for g in output.samples for s in g] == [1.0] * 4
+    assert output.metrics["rollout/request_retries"] == 3
+
+
+@pytest.mark.parametrize("status", [400, 404, 422, 429])
+def test_a_4xx_is_never_retried(status):
+    async def post(url):
+        async with GenerateClient(url, concurrency=4, timeout_s=10) as client:
+            with pytest.raises(RequestFailed, match=f"HTTP {status}: fault on purpose"):
+                await client.generate([4], {"max_tokens": 1})
+            return client.num_retries
+
+    with FakeEngine(echo, faults=[status, status]) as engine:
+        assert asyncio.run(post(engine.url)) == 0
+        assert engine.faults == [status]
+
+
+def test_an_engine_that_stays_away_fails_the_request_within_its_window():
+    async def post():
+        client = GenerateClient(
+            "http://127.0.0.1:9", concurrency=4, timeout_s=10, retry_window_s=0.5
+        )
+        async with client:
+            with pytest.raises(RequestFailed, match="kept failing"):
+                await client.generate([4], {"max_tokens": 1})
+
+    asyncio.run(asyncio.wait_for(post(), 5))
+
+
+def test_a_request_has_a_deadline_that_names_its_flag():
+    async def post(url):
+        async with GenerateClient(url, concurrency=4, timeout_s=0.2) as client:
+            with pytest.raises(RequestFailed, match="--router-request-timeout-secs"):
+                await client.generate([4], {"max_tokens": 1})
+
+    with FakeEngine(lambda prompt, params: ([5], 30.0)) as engine:
+        asyncio.run(asyncio.wait_for(post(engine.url), 5))
+
+
+def test_concurrency_is_bounded_per_engine(config):
+    running, most = [], []
+
+    def answer(prompt, params):
+        running.append(1)
+        most.append(len(engine._abort) + 1)
+        return boxed("0"), 0.02
+
+    with FakeEngine(answer) as engine:
+        run(engine, config(rollout={"concurrency": 3}, batch={"samples_per_prompt": 8}))
+    assert len(running) == 16
+    assert max(most) == 3
+
+
+def test_missing_log_probabilities_end_the_rollout_with_the_reason(config):
+    with (
+        FakeEngine(echo, with_log_probs=False) as engine,
+        pytest.raises(EngineError, match="log-probabilities"),
+    ):
+        run(engine, config())
+
+
+def test_one_failed_sample_does_not_cost_its_group(config):
+    with FakeEngine(echo, faults=[400]) as engine:
+        output, _ = run(engine, config())
+    statuses = sorted(s.status.value for g in output.samples for s in g)
+    assert statuses == ["completed"] * 3 + ["failed"]
+    assert output.metrics["rollout/failed_samples"] == 1
+    (failed,) = [s for g in output.samples for s in g if s.status is Status.FAILED]
+    assert "HTTP 400" in failed.failure
+    assert failed.reward is None
+
+
+turn = itertools.count()
+
+
+def half_right(prompt, params):
+    """q0, q2, .. get one right and one wrong answer; q1, q3, .. two right ones."""
+    number = prompt[1] - ids_of("0")[0]
+    right = number % 2 or next(turn) % 2
+    return boxed(str(number) if right else "x1"), 0.002
+
+
+FILTER = "vime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
+
+
+def keep_even_with_reason(args, samples, **kwargs):
+    return DynamicFilterOutput(int(samples[0].label) % 2 == 0, "odd")
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [(FILTER, "zero_std_1"), (f"{__name__}.keep_even_with_reason", "odd")]
+)
+def test_dull_groups_are_dropped_by_reason_and_refilled(config, path, reason):
+    cfg = config(rollout={"dynamic_filter_path": path}, batch={"prompts": 3})
+    with FakeEngine(half_right) as engine:
+        output, _ = run(engine, cfg)
+    assert [g[0].label for g in output.samples] == ["0", "2", "4"]
+    assert output.metrics[f"rollout/dynamic_filter/drop_{reason}"] >= 2
+
+
+def slow_after_two(prompt, params):
+    """The first two prompts answer within 50 ms; the others take a second for 1000 tokens."""
+    return (boxed("0"), 0.05) if prompt[1] < ids_of("2")[0] else (ids_of("7" * 1000), 1.0)
+
+
+def test_partial_rollout_keeps_tokens_and_log_probabilities_and_continues(config):
+    cfg = config(rollout={"partial": True, "over_sampling": 4})
+    engine = FakeEngine(slow_after_two, version=3)
+    with engine:
+        output, source = run(engine, cfg, rollout_id=4)
+        assert [g[0].label for g in output.samples] == ["0", "1"]
+        assert engine.num_aborts >= 1
+        waiting = source.buffer
+        assert [g[0].label for g in waiting] == ["2", "3"]
+        assert {s.status for g in waiting for s in g} == {Status.ABORTED}
+        parts = {s.index: (s.response_length, list(s.tokens)) for g in waiting for s in g}
+
+        engine.version, engine.log = 4, []
+        engine.answer = lambda prompt, params: (ids_of("8" * 1200), 0.002)
+        cfg = config(rollout={"partial": True, "max_response_len": 1100, "mask_offpolicy": True})
+        source.cfg = cfg
+        output, _ = run(engine, cfg, rollout_id=5, source=source)
+    for body in engine.log:  # prompt and partial tokens go out, and the budget counts both
+        index = next(i for i, (_, tokens) in parts.items() if tokens == body["token_ids"])
+        assert body["sampling_params"]["max_tokens"] == 1100 - parts[index][0]
+    for sample in (s for g in output.samples for s in g):
+        old, tokens = parts[sample.index]
+        assert sample.tokens[: len(tokens)] == tokens
+        assert sample.response_length == len(sample.rollout_log_probs) == 1100
+        assert sample.weight_versions == [3] * old + [4] * (1100 - old)
+        assert sample.loss_mask == [0] * old + [1] * (1100 - old)
+        assert sample.rollout_log_probs == pytest.approx(
+            [-t / 1000 for t in sample.tokens[sample.prompt_length :]]
+        )
+        assert sample.metadata["start_rollout_id"] == 4
+    assert all(0 < old < 1000 for old, _ in parts.values())
+
+
+def test_without_partial_rollout_the_rest_is_aborted_and_forgotten(config):
+    with FakeEngine(slow_after_two) as engine:
+        output, source = run(engine, config(rollout={"over_sampling": 4}))
+    assert source.buffer == []
+    assert output.metrics["rollout/groups_aborted"] == 2
+    assert output.metrics["perf/longest_sample_tokens_per_sec"] > 0
+
+
+def test_finished_surplus_is_kept_for_the_next_rollout_and_not_generated_again(config):
+    cfg = config(rollout={"partial": True, "over_sampling": 6})
+    with FakeEngine(lambda prompt, params: (boxed("1"), 0.05)) as engine:
+        output, source = run(engine, cfg)
+        surplus = output.metrics["rollout/groups_surplus"]
+        assert surplus + output.metrics["rollout/groups_aborted"] == 4 == len(source.buffer)
+        before = len(engine.log)
+        done = [g for g in source.buffer if all(s.reward is not None for s in g)]
+        if len(done) >= 2:
+            source.buffer = done
+            output, _ = run(engine, config(rollout={"partial": True}), 1, source)
+            assert len(engine.log) == before
+            assert [s.metadata["start_rollout_id"] for g in output.samples for s in g] == [0] * 4
+
+
+def remove_first(args, groups):
+    for group in groups:
+        group[0].remove_sample = True
+
+
+def note_all(args, all_samples, data_source):
+    data_source.seen = [s.index for s in all_samples]
+
+
+def test_the_sample_filter_and_the_hook_for_all_samples_run(config):
+    hooks = {"sample_filter_path": "remove_first", "all_samples_path": "note_all"}
+    rollout = {name: f"{__name__}.{function}" for name, function in hooks.items()}
+    with FakeEngine(slow_after_two) as engine:
+        output, source = run(engine, config(rollout={**rollout, "over_sampling": 4}))
+    assert [[s.remove_sample for s in g] for g in output.samples] == [[True, False]] * 2
+    assert sorted(source.seen) == list(range(8))
+
+
+async def two_turns(args, sample, sampling_params):
+    """Generates, appends an observation without loss, generates again."""
+    sample = await generate(args, sample, sampling_params)
+    seen = ids_of("ok?")
+    sample.loss_mask = [1] * sample.response_length + [0] * len(seen)
+    sample.tokens += seen
+    sample.response_length += len(seen)
+    sample.rollout_log_probs += [0.0] * len(seen)
+    sample.weight_versions += [-1] * len(seen)
+    return await generate(args, sample, sampling_params)
+
+
+def test_a_custom_generation_function_can_talk_to_the_engine_twice(config):
+    cfg = config(rollout={"custom_generate_path": f"{__name__}.two_turns"})
+    with FakeEngine(echo) as engine:
+        output, _ = run(engine, cfg)
+    sample = output.samples[0][0]
+    count = len(boxed("0"))
+    assert sample.loss_mask == [1] * count + [0] * 3 + [1] * count
+    assert sample.response == "\\boxed{0}<|im_end|>ok?\\boxed{0}<|im_end|>"
+    assert len(sample.rollout_log_probs) == sample.response_length
+
+
+def test_a_rollout_of_zeros_for_want_of_a_thinking_mark_is_announced(config, caplog):
+    with FakeEngine(echo) as engine, caplog.at_level(logging.WARNING):
+        output, _ = run(engine, config(reward={"rm_type": "deepscaler"}))
+    assert {s.reward for g in output.samples for s in g} == {0.0}
+    assert "</think>" in caplog.text
+
+
+def test_evaluation_inherits_what_no_eval_flag_overrides(config, tmp_path):
+    path = write_prompts(tmp_path / "eval.jsonl", 4)
+    cfg = config(
+        rollout={"temperature": 0.7, "top_k": 5, "max_response_len": 9, "max_prompt_len": 2},
+        eval={
+            "interval": 1,
+            "prompt_data": ["held", str(path), "slice", f"{path}@[0:2]"],
+            "samples_per_prompt": 4,
+            "top_p": 0.5,
+            "max_response_len": 11,
+        },
+    )
+    with FakeEngine(half_right) as engine:
+        output = generate_rollout(engine.args(cfg), 3, None, evaluation=True)
+        params = [body["sampling_params"] for body in engine.log]
+    assert {(p["temperature"], p["top_k"], p["top_p"], p["max_tokens"]) for p in params} == {
+        (0.7, 5, 0.5, 11)
+    }
+    assert sorted(output.data) == ["held", "slice"]
+    assert len(output.data["held"]["rewards"]) == len(output.data["held"]["samples"]) == 16
+    assert output.metrics["eval/held"] == pytest.approx(0.75)
+    assert output.metrics["eval/held-pass@1"] == pytest.approx(0.75)
+    # q0 and q2: 2 of 4 right, so a pair misses with chance 1/6; q1 and q3: never.
+    assert output.metrics["eval/held-pass@2"] == pytest.approx((2 * 5 / 6 + 2) / 4)
+    assert output.metrics["eval/held-pass@4"] == 1.0
+    assert output.metrics["eval/held-truncated_ratio"] == 0.0
+    assert output.metrics["eval/slice"] == pytest.approx(0.75)

@@ -1,0 +1,294 @@
+"""How a server is started, guarded and ended; which flags are refused. No vLLM is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.cpu.tiny import make_config
+from vime import platform
+from vime.backends.vllm import plugin, server
+from vime.backends.vllm.client import EngineClient
+from vime.backends.vllm.dialect import dialect_of
+from vime.backends.vllm.flags import check_vllm_flags, whole_number
+from vime.backends.vllm.process import GuardedProcess, free_port
+from vime.errors import EngineError
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    return tmp_path
+
+
+def argv(cfg, on=platform.CPU, version="0.32.0") -> list[str]:
+    where = {"host": "127.0.0.1", "port": 1234, "dialect": dialect_of(version), "on": on}
+    return server.command(cfg, 2, **where)
+
+
+def value(words: list[str], flag: str) -> str | None:
+    return words[words.index(flag) + 1] if flag in words else None
+
+
+def test_the_route_for_token_ids_is_asked_for_where_a_release_needs_it(folder):
+    cfg = make_config(folder)
+    assert "--enable-scale-out" in argv(cfg)
+    assert "--enable-scale-out" not in argv(cfg, version="0.25.1")
+
+
+def test_an_engine_samples_with_its_own_seed_in_the_trainers_type(folder):
+    words = argv(make_config(folder, algorithm={"seed": 100}))
+    assert value(words, "--seed") == "102"
+    assert value(words, "--dtype") == "float32"
+    assert value(words, "--logprobs-mode") == "processed_logprobs"
+    assert value(argv(make_config(folder), on=platform.CUDA), "--dtype") == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("colocate", "on", "backend"),
+    [
+        (True, platform.CPU, "vime_shm"),
+        (False, platform.CPU, "vime_gloo"),
+        (True, platform.CUDA, "ipc"),
+        (False, platform.CUDA, "vime_nccl"),
+    ],
+)
+def test_the_transport_follows_from_placement_and_platform(folder, colocate, on, backend):
+    cfg = make_config(folder, cluster={"colocate": colocate})
+    assert json.loads(value(argv(cfg, on=on), "--weight-transfer-config")) == {"backend": backend}
+
+
+def test_the_context_is_as_long_as_the_longest_sequence_needs(folder):
+    rollout = {"max_prompt_len": 32, "max_response_len": 64}
+    assert value(argv(make_config(folder, rollout=rollout)), "--max-model-len") == "96"
+    longer = {"interval": 5, "prompt_data": ["p"], "max_response_len": 128}
+    assert (
+        value(argv(make_config(folder, rollout=rollout, eval=longer)), "--max-model-len") == "160"
+    )
+    endless = {"interval": 5, "prompt_data": ["p"], "max_response_len": 4096}
+    assert (
+        value(argv(make_config(folder, rollout=rollout, eval=endless)), "--max-model-len") == "512"
+    )
+
+
+def test_the_context_is_the_models_when_prompts_have_no_bound(folder):
+    assert "--max-model-len" not in argv(make_config(folder))
+
+
+def test_a_users_flag_wins(folder):
+    given = {"max_model_len": "128", "max_num_seqs": "8"}
+    words = argv(make_config(folder, engine={"vllm_args": given}))
+    assert value(words, "--max-model-len") == "128"
+    assert words.count("--max-model-len") == 1
+    assert value(words, "--max-num-seqs") == "8"
+
+
+def test_a_gpu_recipes_memory_share_is_left_out_on_cpu_and_a_notice_says_so(folder):
+    cfg = make_config(folder, engine={"vllm_args": {"gpu_memory_utilization": "0.7"}})
+    assert "--gpu-memory-utilization" not in argv(cfg)
+    assert value(argv(cfg, on=platform.CUDA), "--gpu-memory-utilization") == "0.7"
+    if not platform.current().is_cuda:
+        assert "--vllm-kv-cache-memory-bytes" in server.cpu_notice(cfg)
+
+
+def test_the_kv_cache_on_cpu_holds_one_full_sequence_at_least(folder):
+    (folder / "config.json").write_text(
+        json.dumps(SHAPE | {"num_hidden_layers": 64, "max_position_embeddings": 262144})
+    )
+    token_bytes = 2 * 64 * 2 * 32 * 4
+    assert server.cpu_kv_cache_bytes(make_config(folder)) == 262144 * token_bytes
+
+
+def test_a_tiny_model_runs_on_one_thread(folder):
+    env = server.environment(
+        make_config(folder), [0], dialect=dialect_of("0.32.0"), on=platform.CPU
+    )
+    assert env["OMP_NUM_THREADS"] == "1"
+
+
+# -- flags ---------------------------------------------------------------------------------------
+
+
+def check(folder, **given) -> list[str]:
+    return check_vllm_flags(make_config(folder, engine={"vllm_args": given}))
+
+
+def test_the_recipes_flags_are_accepted_without_asking_vllm(folder, monkeypatch):
+    monkeypatch.setattr("vime.backends.vllm.flags.subprocess", None)
+    assert not check(
+        folder,
+        gpu_memory_utilization="0.7",
+        max_model_len="16k",
+        max_num_seqs="256",
+        max_num_batched_tokens="8192",
+        enforce_eager=True,
+    )
+
+
+def test_an_unusable_value_is_refused_with_the_flag_and_a_remedy(folder):
+    (problem,) = check(folder, gpu_memory_utilization="70")
+    assert problem.startswith("--vllm-gpu-memory-utilization 70 is not usable")
+    assert "0.7" in problem
+
+
+def test_what_vime_sets_itself_is_refused_with_the_flag_to_use(folder):
+    (problem,) = check(folder, tensor_parallel_size="2")
+    assert "--rollout-num-gpus-per-engine" in problem
+
+
+def test_a_head_size_that_kills_vllm_on_cpu_is_refused_before_the_start(folder):
+    (folder / "config.json").write_text(json.dumps(SHAPE | {"head_dim": 16}))
+    problems = check(folder)
+    assert platform.current().is_cuda or "head_dim 16" in problems[0]
+
+
+def test_whole_numbers_are_read_as_vllm_reads_them():
+    assert [whole_number(s) for s in ("8192", "8k", "8K", "1.5k")] == [8192, 8000, 8192, 1500]
+    assert whole_number("many") is None
+
+
+# -- processes -----------------------------------------------------------------------------------
+
+
+def group_members(pgid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[2]) == pgid and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def gone(pgid: int, within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while group_members(pgid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not group_members(pgid)
+
+
+PARENT_OF_A_STUBBORN_CHILD = """
+import signal, subprocess, sys, time
+child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+subprocess.Popen([sys.executable, "-c", child])
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+def guarded(tmp_path: Path, source: str) -> GuardedProcess:
+    command = [sys.executable, "-c", source]
+    return GuardedProcess("server", command, dict(os.environ), tmp_path / "server.log")
+
+
+def test_stopping_ends_the_whole_group(tmp_path):
+    process = guarded(tmp_path, PARENT_OF_A_STUBBORN_CHILD)
+    process.wait_until(lambda: "up" in process.tail(), 20, "--flag")
+    pgid = process.guard.pid
+    assert len(group_members(pgid)) == 3
+    process.stop()
+    assert gone(pgid, 1)
+    process.stop()
+
+
+def test_a_server_that_dies_is_an_error_with_its_last_words(tmp_path):
+    process = guarded(tmp_path, "import sys; print('out of memory'); sys.exit(3)")
+    with pytest.raises(EngineError, match=r"(?s)code 3.*server\.log.*out of memory"):
+        process.wait_until(lambda: False, 20, "--flag")
+
+
+def test_a_server_that_never_gets_healthy_is_stopped_and_names_the_flag(tmp_path):
+    process = guarded(tmp_path, "import time; time.sleep(60)")
+    with pytest.raises(EngineError, match="--vllm-start-timeout-sec"):
+        process.wait_until(lambda: False, 0.3, "--vllm-start-timeout-sec")
+    assert gone(process.guard.pid, 1)
+
+
+def test_a_server_dies_with_its_killed_owner(tmp_path):
+    owner = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(f"""
+            import os, sys, time
+            from pathlib import Path
+            from vime.backends.vllm.process import GuardedProcess
+            command = [sys.executable, "-c", {PARENT_OF_A_STUBBORN_CHILD!r}]
+            p = GuardedProcess("server", command, dict(os.environ), Path({str(tmp_path)!r}) / "log")
+            p.wait_until(lambda: "up" in p.tail(), 20, "--flag")
+            print(p.guard.pid, flush=True)
+            time.sleep(60)
+            """),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    pgid = int(owner.stdout.readline())
+    assert len(group_members(pgid)) == 3
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    assert gone(pgid, 10)
+
+
+def test_an_engine_that_is_not_there_is_an_error_that_names_both_sides():
+    client = EngineClient(f"http://127.0.0.1:{free_port()}", who="trainer rank 0")
+    assert not client.healthy()
+    with pytest.raises(EngineError, match="trainer rank 0 lost the engine: POST http"):
+        client.resume()
+
+
+class Runner:
+    """The part of vLLM's CPU runner that `keep_seeds_of_split_prompts` touches."""
+
+    def __init__(self, unfinished: list[bool]) -> None:
+        generators = {i: torch.Generator().manual_seed(i) for i in (0, 2)}
+        self.input_batch = SimpleNamespace(num_reqs=len(unfinished), generators=generators)
+        self.discard_request_mask = SimpleNamespace(np=np.array([*unfinished, True]))
+
+    def _sample(self) -> list[int]:
+        return sorted(self.input_batch.generators)
+
+    def _bookkeeping_sync(self) -> None:
+        for i in self.input_batch.generators:
+            if self.discard_request_mask.np[i]:  # as vLLM does; a CPU generator refuses
+                generator = self.input_batch.generators[i]
+                generator.set_offset(generator.get_offset() - 4)
+
+
+def test_a_seeded_request_whose_prompt_is_split_keeps_its_generator_as_it_is():
+    with pytest.raises(RuntimeError, match="offset"):
+        Runner([False, False, True])._bookkeeping_sync()
+    patched = type("Patched", (Runner,), {})
+    plugin.keep_seeds_of_split_prompts(patched)
+    plugin.keep_seeds_of_split_prompts(patched)  # a second time changes nothing
+    runner = patched([False, False, True])
+    untouched = runner.input_batch.generators[2]
+    assert runner._sample() == [0]
+    runner._bookkeeping_sync()
+    assert sorted(runner.input_batch.generators) == [0, 2]
+    assert runner.input_batch.generators[2] is untouched
+
+    plugin.keep_seeds_of_split_prompts(object)  # a release without these methods is left alone

@@ -1,0 +1,187 @@
+"""The order of an update and what happens when it breaks, with engines that only take notes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.cpu.tiny import make_config
+from vime.errors import EngineError
+from vime.weight_sync import make_sender, wire
+from vime.weight_sync.sender import BROKEN, WeightSender
+from vime.weight_sync.transports import SHARED_MEMORY, Broadcast, SharedMemory
+
+WEIGHTS = [(f"w{i}", torch.randn(8, 8)) for i in range(5)]
+
+
+class Notes:
+    """An engine that writes down its calls and reads what it is sent."""
+
+    url = "http://127.0.0.1:9"
+
+    def __init__(self, fail_on: str = "", acknowledges: int | None = None) -> None:
+        self.calls: list[str] = []
+        self.fail_on = fail_on
+        self.acknowledges = acknowledges
+        self.version = 0
+        self.held: dict[str, torch.Tensor] = {}
+        self.received: dict[str, str] = {}
+        self.group = None
+
+    def note(self, call: str) -> None:
+        self.calls.append(call)
+        if call == self.fail_on:
+            raise EngineError(f"no {call} today")
+
+    def world_size(self) -> int:
+        return 1
+
+    def init_weight_transfer(self, info):
+        if "port" in info:
+            rank, size = info["rank_offset"], info["world_size"]
+            self.group = wire.join_group("gloo", info["host"], info["port"], rank, size, 20)
+
+    def pause(self, mode):
+        self.note(f"pause {mode}")
+
+    def start_weight_update(self):
+        self.note("start")
+
+    def update_weights(self, info):
+        self.note("update")
+        size = wire.size_of(info["entries"])
+        if "path" in info:
+            packed = torch.from_file(info["path"], shared=False, size=size, dtype=torch.uint8)
+        else:
+            packed = torch.empty(size, dtype=torch.uint8)
+            wire.broadcast(self.group, packed)
+        self.held |= {n: t.clone() for n, t in wire.unpack(packed, info["entries"])}
+
+    def finish_weight_update(self):
+        self.note("finish")
+
+    def reset_prefix_cache(self):
+        self.note("reset")
+
+    def set_weight_version(self, version):
+        self.note(f"version {version}")
+        self.version = version
+
+    def weight_versions(self):
+        return [self.version if self.acknowledges is None else self.acknowledges]
+
+    def record_checksums(self):
+        self.note("record")
+
+    def checksums(self):
+        return [{n: wire.checksum(t) for n, t in self.held.items()} | self.received]
+
+    def resume(self):
+        self.note("resume")
+
+
+def sender(*clients, rank=0, **kw):
+    kw = {"rank": rank, "bucket_bytes": 512, "timeout_s": 10} | kw
+    return WeightSender(list(clients), SharedMemory(list(clients), 10), **kw)
+
+
+def test_an_update_pauses_sends_acknowledges_and_resumes_in_this_order():
+    engine = Notes()
+    report = sender(engine).send(iter(WEIGHTS), 7)
+    update = ["pause keep", "start", *["update"] * 3, "finish", "reset", "version 7", "resume"]
+    assert engine.calls == update
+    assert (report.version, report.tensors, report.buckets) == (7, 5, 3)
+    assert report.bytes == 5 * 256
+    assert all(torch.equal(engine.held[n], t) for n, t in WEIGHTS)
+
+
+@pytest.mark.parametrize("call", ["pause keep", "start", "update", "finish", "version 7"])
+def test_engines_resume_whatever_call_fails(call):
+    broken, healthy = Notes(fail_on=call), Notes()
+    with pytest.raises(EngineError, match="today"):
+        sender(broken, healthy).send(iter(WEIGHTS), 7)
+    assert broken.calls[-1] == "resume"
+    assert healthy.calls[-1] == "resume"
+
+
+def test_a_half_done_update_is_closed_and_its_weights_are_marked():
+    broken = Notes(fail_on="update")
+    with pytest.raises(EngineError):
+        sender(broken).send(iter(WEIGHTS), 7)
+    assert broken.calls[-3:] == ["finish", f"version {BROKEN}", "resume"]
+
+
+def test_an_engine_that_acknowledges_another_version_is_an_error():
+    with pytest.raises(EngineError, match=r"holds weight versions \[6\] after an update to 7"):
+        sender(Notes(), Notes(acknowledges=6)).send(iter(WEIGHTS), 7)
+
+
+def test_the_export_is_read_to_its_end_when_an_engine_fails():
+    exported = []
+    weights = ((exported.append(n) or n, t) for n, t in WEIGHTS)
+    with pytest.raises(EngineError):
+        sender(Notes(fail_on="update")).send(weights, 7)
+    assert len(exported) == len(WEIGHTS)
+
+
+def test_other_ranks_export_and_talk_to_nobody():
+    engine, exported = Notes(), []
+    weights = ((exported.append(n) or n, t) for n, t in WEIGHTS)
+    assert sender(engine, rank=1).send(weights, 7).version == 7
+    assert len(exported) == len(WEIGHTS)
+    assert engine.calls == []
+
+
+def test_different_bytes_are_found_by_their_checksum():
+    honest = Notes()
+    sender(honest, compare_checksums=True).send(iter(WEIGHTS), 1)
+    damaged = Notes()
+    damaged.received = {"w3": "00"}
+    with pytest.raises(EngineError, match="1 of 5 tensors, among them w3"):
+        sender(damaged, compare_checksums=True).send(iter(WEIGHTS), 2)
+
+
+def test_a_missing_tensor_is_found_by_its_checksum():
+    engine = Notes()
+    engine.received = {"extra": "00"}
+    with pytest.raises(EngineError, match="extra"):
+        sender(engine, compare_checksums=True).send(iter(WEIGHTS), 1)
+
+
+def test_gloo_reaches_every_engine():
+    engines = [Notes(), Notes()]
+    transport = Broadcast(engines, 20, "gloo", torch.device("cpu"))
+    gloo = WeightSender(engines, transport, rank=0, bucket_bytes=512, timeout_s=20)
+    gloo.connect()
+    gloo.send(iter(WEIGHTS), 3)
+    for engine in engines:
+        assert all(torch.equal(engine.held[n], t) for n, t in WEIGHTS)
+    gloo.close()
+
+
+def test_an_engine_that_refuses_to_join_does_not_hang_the_trainer():
+    class Refuses(Notes):
+        def init_weight_transfer(self, info):
+            raise EngineError("wrong backend")
+
+    engines = [Refuses()]
+    gloo = Broadcast(engines, 20, "gloo", torch.device("cpu"))
+    with pytest.raises(EngineError, match="wrong backend"):
+        gloo.connect()
+
+
+def test_debug_train_only_sends_nothing(tmp_path):
+    cfg = make_config(tmp_path, debug={"train_only": True})
+    engine = Notes()
+    only_trainer = make_sender(cfg, [engine], 0)
+    only_trainer.connect()
+    assert only_trainer.send(iter(WEIGHTS), 1).tensors == 0
+    assert engine.calls == []
+
+
+def test_no_file_stays_in_shared_memory():
+    before = set(SHARED_MEMORY.glob("vime-weights-*"))
+    with pytest.raises(EngineError):
+        sender(Notes(fail_on="update")).send(iter(WEIGHTS), 7)
+    sender(Notes()).send(iter(WEIGHTS), 8)
+    assert set(SHARED_MEMORY.glob("vime-weights-*")) <= before

@@ -1,0 +1,77 @@
+import json
+
+import pytest
+
+from vime.rollout import wire
+from vime.types import Status
+
+
+def answer(count=3, reason="stop", spans=None, entry=None, **changes):
+    content = [entry(i) if entry else {"token_id": i, "logprob": -0.5 * i} for i in range(count)]
+    choice = {"token_ids": list(range(count)), "finish_reason": reason} | changes
+    choice.setdefault("logprobs", {"content": content})
+    if spans is not None:
+        choice["weight_versions"] = [
+            dict(zip(("version", "start", "end"), s, strict=True)) for s in spans
+        ]
+    return json.dumps({"choices": [choice]}).encode()
+
+
+def test_both_engine_versions_answers_are_read():
+    new = wire.parse_response(answer(spans=[("4", 0, 2), ("5", 2, 3)]))
+    assert new == wire.Generation([0, 1, 2], [0.0, -0.5, -1.0], [4, 4, 5], Status.COMPLETED)
+    old = wire.parse_response(
+        answer(entry=lambda i: {"token": f"token_id:{i}", "logprob": -0.5 * i}), known_version=9
+    )
+    assert old == wire.Generation([0, 1, 2], [0.0, -0.5, -1.0], [9, 9, 9], Status.COMPLETED)
+
+
+def test_a_version_that_nobody_named_is_marked_unknown():
+    assert wire.parse_response(answer()).weight_versions == [-1, -1, -1]
+    assert wire.parse_response(answer(spans=[("default", 0, 3)])).weight_versions == [-1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("reason", "status"),
+    [("stop", Status.COMPLETED), ("length", Status.TRUNCATED), ("abort", Status.ABORTED)],
+)
+def test_the_finish_reason_becomes_the_status(reason, status):
+    assert wire.parse_response(answer(reason=reason)).status is status
+
+
+def test_an_abort_before_the_first_token_is_an_empty_answer():
+    body = answer(0, "abort", token_ids=None, logprobs=None)
+    assert wire.parse_response(body) == wire.Generation()
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (answer(logprobs=None), "3 tokens came with 0 log-probabilities"),
+        (answer(logprobs={"content": [{"logprob": -1.0}]}), "3 tokens came with 1 log"),
+        (answer(entry=lambda i: {"logprob": None}), "no finite log-probability"),
+        (answer(entry=lambda i: {"logprob": -9999.0}), "no finite log-probability"),
+        (answer(reason="error"), "finish_reason 'error'"),
+        (b'{"choices": []}', "not an answer"),
+        (b"<html>", "not an answer"),
+    ],
+)
+def test_nothing_missing_is_made_up(body, words):
+    with pytest.raises(wire.WireError, match=words):
+        wire.parse_response(body)
+
+
+def test_text_is_only_made_where_stop_strings_need_it():
+    params = {"temperature": 1.0, "max_tokens": 4, "stop": None, "seed": 3}
+    body = json.loads(wire.build_request([1, 2], params))
+    assert body["token_ids"] == [1, 2]
+    assert body["sampling_params"] == {
+        "temperature": 1.0,
+        "max_tokens": 4,
+        "seed": 3,
+        "logprobs": 0,
+        "detokenize": False,
+        "n": 1,
+    }
+    body = json.loads(wire.build_request([1], params | {"stop": ["x"]}))
+    assert body["sampling_params"]["detokenize"] is True

@@ -1,0 +1,91 @@
+"""HF folder -> Megatron checkpoint (`SAVE/release/` and its tracker).
+
+    python tools/convert_hf_to_torch_dist.py ${MODEL_ARGS[@]} --hf-checkpoint HF --save SAVE
+
+One process suffices, and any layout loads the result. A model too large for one device converts
+under torchrun with --tensor-model-parallel-size, --pipeline-model-parallel-size or
+--expert-model-parallel-size. Weights keep the dtype of config.json, unless --dtype is given.
+Exit codes: 2 for bad input, 1 when writing fails.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from vime.backends.megatron import hf
+from vime.backends.megatron.start import RELEASE, TRACKER, Start
+from vime.cli import parse_convert_config
+from vime.config import Config
+from vime.errors import CheckpointError
+
+
+def main() -> int:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cfg = parse_convert_config(
+        checks=[hf.check_model_args, target_is_free, lambda c: layout_fits(c, world)]
+    )
+    cfg = hf.in_stored_dtype(cfg)
+
+    def say(line: str) -> None:
+        if rank == 0:
+            print(line, flush=True)
+
+    say("starting Megatron")
+    from vime.backends.megatron import checkpoint  # takes seconds: after the checks
+    from vime.backends.megatron.model import build_model
+    from vime.backends.megatron.parallel import initialize_parallel, shutdown_parallel
+
+    started = time.monotonic()
+    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "0")
+    initialize_parallel(cfg, rank, world, int(os.environ.get("LOCAL_RANK", 0)), address, int(port))
+    step = "reading"
+    try:
+        say(f"1/3 building the model on {world} rank(s), {cfg.model.dtype}")
+        chunks = build_model(cfg)
+        size = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+        say(f"2/3 reading {cfg.model.hf_checkpoint} ({size:,} parameters on this rank)")
+        start = Start(Path(cfg.model.hf_checkpoint), is_hf=True)
+        checkpoint.load_checkpoint(cfg, start, chunks)
+        step = "writing"
+        say(f"3/3 writing {cfg.checkpoint.save}")
+        target = checkpoint.save_checkpoint(cfg, str(cfg.checkpoint.save), None, chunks)
+    except CheckpointError as error:
+        if rank == 0:
+            print(f"error while {step}: {error}", file=sys.stderr)
+        return 2 if step == "reading" else 1
+    finally:
+        shutdown_parallel()
+    say(f"done in {time.monotonic() - started:.1f} s: {target}")
+    say(f"use it with --ref-load {cfg.checkpoint.save}")
+    return 0
+
+
+def target_is_free(cfg: Config) -> list[str]:
+    """A run's own checkpoints must not lose their tracker to converted weights."""
+    tracker = Path(cfg.checkpoint.save or "", TRACKER)
+    if not cfg.checkpoint.save or not tracker.is_file() or tracker.read_text().strip() == RELEASE:
+        return []
+    return [
+        f"--save {cfg.checkpoint.save} holds the checkpoints of a training run. "
+        "Convert into another folder."
+    ]
+
+
+def layout_fits(cfg: Config, world: int) -> list[str]:
+    """The ranks that torchrun started against the ranks that the layout needs."""
+    p = cfg.parallel
+    needed = p.tp * p.pp * p.cp
+    if world % needed == 0 and world % (p.etp * p.ep * p.pp) == 0:
+        return []
+    return [
+        f"tensor {p.tp} x pipeline {p.pp} x context {p.cp} parallel, with {p.ep} x {p.etp} for "
+        f"experts, does not fit {world} process(es). Start it with: torchrun --nproc-per-node "
+        f"{max(needed, p.ep * p.etp * p.pp)} tools/convert_hf_to_torch_dist.py ..."
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Megatron checkpoint -> HF folder, laid out like the folder that the model came from.
+
+    python tools/convert_torch_dist_to_hf.py --input-dir SAVE --output-dir OUT --origin-hf-dir HF
+
+`--input-dir` is a checkpoint folder (its latest iteration is taken) or one iter_* directory.
+Config, tokenizer and the tensors' names, dtypes and files are those of --origin-hf-dir. Exit codes:
+2 for bad input, 1 when writing fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from vime.backends.megatron import hf
+from vime.backends.megatron.start import resolve
+from vime.cli import parse_convert_config
+from vime.errors import CheckpointError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--input-dir", required=True, help="checkpoint folder, or an iter_* in it")
+    parser.add_argument("--output-dir", required=True, help="HF folder to write")
+    parser.add_argument("--origin-hf-dir", required=True, help="HF folder of the original model")
+    parser.add_argument("-f", "--force", action="store_true", help="write into an existing folder")
+    given = parser.parse_args()
+    output = Path(given.output_dir)
+    if output.is_dir() and any(output.iterdir()) and not given.force:
+        parser.error(f"--output-dir {output} is not empty. Choose another folder, or add -f.")
+    if not Path(given.input_dir).is_dir():
+        parser.error(f"--input-dir {given.input_dir} does not exist.")
+    argv = ["--hf-checkpoint", given.origin_hf_dir, "--save", given.output_dir]
+    cfg = hf.in_stored_dtype(parse_convert_config(argv, checks=[hf.check_model_args]))
+
+    from vime.backends.megatron import checkpoint  # Megatron takes seconds: after the checks
+    from vime.backends.megatron.model import build_model
+    from vime.backends.megatron.parallel import initialize_parallel, shutdown_parallel
+
+    started = time.monotonic()
+    initialize_parallel(cfg, rank=0, world_size=1)
+    step = "reading"
+    try:
+        start = resolve(None, given.input_dir)
+        print(f"1/2 reading {start.folder} as {cfg.model.dtype}", flush=True)
+        chunks = build_model(cfg)
+        checkpoint.load_checkpoint(cfg, start, chunks)
+        step = "writing"
+        print(f"2/2 writing {output}", flush=True)
+        hf.save_hf(chunks, cfg, output)
+    except CheckpointError as error:
+        message = str(error).replace("--ref-load", "--input-dir")
+        print(f"error while {step}: {message}", file=sys.stderr)
+        return 2 if step == "reading" else 1
+    finally:
+        shutdown_parallel()
+    print(f"done in {time.monotonic() - started:.1f} s: {output}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""Synchronous RL: generate, train, put the new weights into the engines, repeat."""
+
+from vime.cli import parse_config
+from vime.config import Config
+from vime.ray.preflight import CHECKS
+from vime.ray.run import launch, run_or_exit
+
+
+def train(cfg: Config) -> None:
+    with launch(cfg) as run:
+        run.sync_weights(version=run.start_step)
+        if cfg.eval.due_before_train(run.start_step):
+            run.evaluate(run.start_step)
+        for step in run.steps():
+            batch = run.generate(step)
+            run.train(batch)
+            if run.due(cfg.checkpoint.save_interval, step):
+                run.save(step)
+            run.sync_weights(version=step + 1)
+            if run.due(cfg.eval.interval, step):
+                run.evaluate(step)
+
+
+if __name__ == "__main__":
+    run_or_exit(train, parse_config(checks=CHECKS))

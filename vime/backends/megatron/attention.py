@@ -1,0 +1,135 @@
+"""Causal attention over packed sequences, on CPU and CUDA, with context parallelism.
+
+Shapes: a pack of T tokens, H query heads, G key/value groups, D channels. Under context parallelism
+of C ranks a sequence is cut into 2C equal chunks and rank r holds chunks r and 2C-1-r (Megatron's
+zigzag, which evens out causal work); each rank then holds T/C tokens of the pack.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+
+class PackedAttention(MegatronModule):
+    """`core_attention` of the layer spec. Takes packs (THD) and plain batches ([S, B, H, D])."""
+
+    def __init__(
+        self, config: Any, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any
+    ) -> None:
+        super().__init__(config=config)
+        self.scale = softmax_scale
+        self.cp_group = mpu.get_context_parallel_group()
+
+    def forward(
+        self,
+        query: Tensor,  # [T, H, D] or [S, B, H, D]
+        key: Tensor,  # [T, G, D] or [S, B, G, D]
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """[T, H*D] (or [S, B, H*D]): causal attention within each sequence."""
+        if packed_seq_params is None:
+            assert self.cp_group.size() == 1, "context parallelism needs packed sequences"
+            q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+            out = _sdpa(q, k, v, self.scale, is_causal=True)
+            return out.permute(2, 0, 1, 3).flatten(2)
+        padded = packed_seq_params.cu_seqlens_q_padded
+        starts = packed_seq_params.cu_seqlens_q if padded is None else padded
+        if self.cp_group.size() > 1:
+            out = self._across_ranks(query, key, value, starts.tolist())
+        elif query.is_cuda:
+            longest = packed_seq_params.max_seqlen_q
+            out = _varlen(query, key, value, starts, longest, self.scale)
+        else:
+            # split, not slices: the backward of each slice would fill a tensor as long as the pack
+            lengths = starts.diff().tolist()
+            parts = (t.split(lengths) for t in (query, key, value))
+            out = torch.cat([_one(q, k, v, self.scale) for q, k, v in zip(*parts, strict=True)])
+        return out.flatten(1)
+
+    def _across_ranks(self, query: Tensor, key: Tensor, value: Tensor, bounds: list[int]) -> Tensor:
+        """Every rank gathers all keys and values; the gather's backward is a reduce-scatter."""
+        size, rank = self.cp_group.size(), self.cp_group.rank()
+        both = torch.cat([key, value], dim=-1)
+        both = gather_from_sequence_parallel_region(both, True, self.cp_group)
+        both = both[zigzag_order(bounds, size, both.device)]
+        key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
+        parts = []
+        for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+            chunk, mine = (b - a) // (2 * size), a // size
+            for half, place in enumerate((rank, 2 * size - 1 - rank)):
+                q = query[mine + half * chunk : mine + (half + 1) * chunk]
+                seen = slice(a, a + (place + 1) * chunk)
+                parts.append(_one(q, key[seen], value[seen], self.scale))
+        return torch.cat(parts)
+
+
+def zigzag_order(bounds: list[int], size: int, device: Any = None) -> Tensor:
+    """[T] indices that put rank-major zigzag shards back into the pack's order.
+
+    bounds  cumulative sequence lengths of the whole pack, each length divisible by 2 * size
+    """
+    per_rank = bounds[-1] // size
+    order = []
+    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+        chunk = (b - a) // (2 * size)
+        for place in range(2 * size):
+            rank, half = (place, 0) if place < size else (2 * size - 1 - place, 1)
+            first = rank * per_rank + a // size + half * chunk
+            order.append(torch.arange(first, first + chunk, device=device))
+    return torch.cat(order)
+
+
+def _one(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """[Q, H, D]: one sequence; queries are its last positions when there are fewer than keys."""
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    num_q, num_k = q.shape[2], k.shape[2]
+    if num_q == num_k:
+        out = _sdpa(q, k, v, scale, is_causal=True)
+    else:
+        mask = torch.ones(num_q, num_k, dtype=torch.bool, device=q.device).tril(num_k - num_q)
+        out = _sdpa(q, k, v, scale, attn_mask=mask)
+    return out.squeeze(0).transpose(0, 1)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, **mask: Any) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True, **mask)
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    narrow = v.shape[-1]
+    if narrow < q.shape[-1]:  # latent attention; the kernel wants one width
+        v = F.pad(v, (0, q.shape[-1] - narrow))
+    out = varlen_attn(q, k, v, starts, starts, longest, longest, **_varlen_options(), scale=scale)
+    return out[..., :narrow]
+
+
+@cache
+def _varlen_options() -> dict[str, Any]:
+    """torch 2.10 spells causal `is_causal`, later ones `window_size`; 2.11 has no `enable_gqa`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = (
+        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    )
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
+    return options

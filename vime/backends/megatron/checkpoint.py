@@ -1,0 +1,239 @@
+"""Megatron's `torch_dist` checkpoints: saved from and loaded into any layout.
+
+    FOLDER/iter_0000019/                        one directory per saved rollout
+    FOLDER/release/                             converted weights, no training state
+    FOLDER/latest_checkpointed_iteration.txt    "19" or "release"; written last: the commit point
+
+A directory that the tracker does not name is unfinished or old, and a crash while saving leaves the
+previous checkpoint in force.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from vime.backends.megatron import compat
+from vime.backends.megatron.hf import load_hf_weights, model_args
+from vime.backends.megatron.start import (
+    RELEASE,
+    TRACKER,
+    Start,
+    commit_checkpoint,
+    iteration_folder,
+    resolve,
+)
+from vime.config import Config
+from vime.errors import CheckpointError
+
+__all__ = [
+    "RELEASE",
+    "TRACKER",
+    "Start",
+    "commit_checkpoint",
+    "iteration_folder",
+    "load_checkpoint",
+    "resolve",
+    "save_checkpoint",
+]
+
+_STATE = "vime"  # our own entry of the common state: layout and the caller's extra values
+
+
+def save_checkpoint(
+    cfg: Config,
+    folder: str | Path,
+    iteration: int | None,
+    chunks: Sequence[nn.Module],
+    optimizer: Any = None,
+    scheduler: Any = None,
+    extra: dict[str, Any] | None = None,
+    *,
+    commit: bool = True,
+) -> Path:
+    """Writes everything that continuing needs, then (with `commit`) the tracker. A collective.
+
+    iteration  the rollout just trained; None writes `release/`: weights alone
+    optimizer  left out when None (--no-save-optim)
+    extra      JSON-able values that `load_checkpoint` gives back; the same on every rank
+    Returns the directory. Raises CheckpointError when it cannot be written; the previous checkpoint
+    then stays in force.
+    """
+    from vime.backends.megatron import torch_dist
+
+    target = iteration_folder(folder, iteration)
+    with _agreed(f"{target}: cannot write the checkpoint"):
+        if dist.get_rank() == 0:
+            target.mkdir(parents=True, exist_ok=True)
+    with _named(f"{target}: cannot write the checkpoint"):
+        with_rng = iteration is not None
+        state = _sharded_state(chunks, optimizer, scheduler, with_rng=with_rng, loading=False)
+        state |= {
+            "args": Namespace(**_arguments(cfg)),
+            "checkpoint_version": 3.0,
+            "iteration": iteration or 0,
+            _STATE: {
+                "layout": _layout(),
+                "optimizer": optimizer is not None,
+                "scheduler": scheduler is not None,
+                "rng": with_rng,
+                "extra": json.dumps(extra or {}),
+            },
+        }
+        torch_dist.save(state, target)
+    if commit:
+        with _agreed(f"{target}: cannot commit the checkpoint"):
+            if dist.get_rank() == 0:
+                commit_checkpoint(folder, iteration)
+    return target
+
+
+def load_checkpoint(
+    cfg: Config,
+    start: Start,
+    chunks: Sequence[nn.Module],
+    optimizer: Any = None,
+    scheduler: Any = None,
+) -> dict[str, Any]:
+    """Fills the chunks, and under `start.resume` optimizer, scheduler and RNG. A collective.
+
+    The layout may differ from the one that saved; RNG states are then left as seeded. Without
+    `resume` an optimizer given here takes the loaded weights as its main copy. Returns the `extra`
+    that was saved. Raises CheckpointError on every rank, naming file and remedy.
+    """
+    if start.is_hf:
+        with _agreed(f"{start.folder}: cannot load"):
+            load_hf_weights(chunks, start.folder, cfg)
+        if optimizer is not None:
+            optimizer.reload_model_params()
+        return {}
+    from megatron.core import dist_checkpointing
+
+    from vime.backends.megatron import torch_dist
+
+    with _agreed(f"{start.folder}: cannot load"):
+        torch_dist.check_files(start.folder)
+    with _agreed(f"{start.folder / 'common.pt'} is damaged"):
+        common = dist_checkpointing.load_common_state_dict(str(start.folder))
+    saved = common.get(_STATE, {"optimizer": "optimizer" in common})
+    if not start.resume:
+        optimizer_to_load = scheduler = None
+    else:
+        optimizer_to_load = optimizer if cfg.checkpoint.load_optim and saved["optimizer"] else None
+        scheduler = scheduler if saved.get("scheduler") else None
+    with_rng = start.resume and saved.get("rng", False) and saved.get("layout") == _layout()
+    with _named(
+        f"{start.folder}: cannot load the checkpoint. If its model differs from --hf-checkpoint's "
+        "config.json, correct the flags; if it is damaged, choose another with --ckpt-step"
+    ):
+        wanted = _sharded_state(
+            chunks, optimizer_to_load, scheduler, with_rng=with_rng, loading=True
+        )
+        state = torch_dist.load(wanted, start.folder)
+        for key, chunk in _keyed(chunks):
+            chunk.load_state_dict(state[key])
+        if optimizer_to_load is not None:
+            optimizer_to_load.load_state_dict(state["optimizer"])
+            compat.allocate_optimizer_state(optimizer_to_load)
+        elif optimizer is not None:
+            optimizer.reload_model_params()
+        if scheduler is not None:
+            scheduler.load_state_dict(state["opt_param_scheduler"])
+        if with_rng:
+            from vime.backends.megatron.rng import restore_rng_state
+
+            restore_rng_state(state["rng_state"])
+    return json.loads(saved.get("extra", "{}"))
+
+
+def _keyed(chunks: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """Megatron's names: "model", or "model0", "model1" ... under virtual pipelining."""
+    from vime.backends.megatron.model import unwrap
+
+    if len(chunks) == 1:
+        return [("model", unwrap(chunks[0]))]
+    return [(f"model{i}", unwrap(chunk)) for i, chunk in enumerate(chunks)]
+
+
+def _sharded_state(
+    chunks: Sequence[nn.Module], optimizer: Any, scheduler: Any, *, with_rng: bool, loading: bool
+) -> dict[str, Any]:
+    state: dict[str, Any] = {key: chunk.sharded_state_dict() for key, chunk in _keyed(chunks)}
+    if optimizer is not None:
+        compat.allocate_optimizer_state(optimizer)
+        state["optimizer"] = optimizer.sharded_state_dict(
+            dict(state),
+            is_loading=loading,
+            metadata={
+                "distrib_optim_sharding_type": "fully_reshardable",  # reshards TP and PP too
+                "chained_optim_avoid_prefix": True,
+            },
+        )
+    if scheduler is not None:
+        state["opt_param_scheduler"] = scheduler.state_dict()
+    if with_rng:
+        from vime.backends.megatron.rng import sharded_rng_state
+
+        state["rng_state"] = sharded_rng_state()
+    return state
+
+
+def _layout() -> dict[str, int]:
+    from megatron.core import parallel_state as mpu
+
+    return {
+        "world": dist.get_world_size(),
+        "tp": mpu.get_tensor_model_parallel_world_size(),
+        "pp": mpu.get_pipeline_model_parallel_world_size(),
+        "cp": mpu.get_context_parallel_world_size(),
+        "ep": mpu.get_expert_model_parallel_world_size(),
+    }
+
+
+def _arguments(cfg: Config) -> dict[str, Any]:
+    """What Megatron's own tools read from a checkpoint: architecture and layout."""
+    p = cfg.parallel
+    return model_args(cfg) | {
+        "tensor_model_parallel_size": p.tp,
+        "pipeline_model_parallel_size": p.pp,
+        "context_parallel_size": p.cp,
+        "expert_model_parallel_size": p.ep,
+        "expert_tensor_parallel_size": p.etp,
+        "use_distributed_optimizer": p.use_distributed_optimizer,
+        "ckpt_format": "torch_dist",
+    }
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Any failure inside as a CheckpointError that begins with `what`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _agreed(what: str) -> Iterator[None]:
+    """The same, on every rank when it happens on one. The body must hold no collective."""
+    problem = None
+    try:
+        with _named(what):
+            yield
+    except CheckpointError as error:
+        problem = error
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, None if problem is None else str(problem))
+    if problem is not None:
+        raise problem
+    if first := next((p for p in problems if p), None):
+        raise CheckpointError(first)

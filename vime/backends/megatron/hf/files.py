@@ -1,0 +1,89 @@
+"""An HF folder on disk: its config and its safetensors files."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vime.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+
+
+@lru_cache
+def read_config(hf_dir: str) -> dict[str, Any]:
+    """config.json. Raises CheckpointError naming the file."""
+    path = Path(hf_dir, "config.json")
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} does not exist. --hf-checkpoint is a folder in Hugging Face format "
+            "(config.json, tokenizer files, *.safetensors)."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}. Download the folder again.") from None
+
+
+class HFFiles:
+    """The tensors of an HF folder by name, read one at a time."""
+
+    def __init__(self, hf_dir: str | Path) -> None:
+        self.folder = Path(hf_dir)
+        self._open: dict[str, Any] = {}
+        self.file_of: dict[str, str] = {}  # {tensor: file}, in the files' own order
+        index = self.folder / INDEX
+        if index.is_file():
+            try:
+                promised: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            except (json.JSONDecodeError, KeyError) as error:
+                raise CheckpointError(f"{index} is damaged ({error!r}).") from None
+            names = list(dict.fromkeys(promised.values()))
+        else:
+            promised, names = {}, sorted(p.name for p in self.folder.glob("*.safetensors"))
+        if not names:
+            raise CheckpointError(f"{self.folder} holds no *.safetensors file.")
+        for name in names:
+            self.file_of |= dict.fromkeys(self._file(name).keys(), name)
+        for tensor, name in promised.items():
+            if self.file_of.get(tensor) != name:
+                raise CheckpointError(
+                    f"{self.folder / name} lacks tensor {tensor}, which {INDEX} promises. "
+                    "Download the file again."
+                )
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            path = self.folder / name
+            try:
+                self._open[name] = safe_open(path, framework="pt")
+            except FileNotFoundError:
+                raise CheckpointError(
+                    f"{path} is missing, but {INDEX} names it. Download it again."
+                ) from None
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path} cannot be read ({error}). Download it again."
+                ) from None
+        return self._open[name]
+
+    def path(self, tensor: str) -> Path:
+        return self.folder / self.file_of[tensor]
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        return tuple(self._file(self.file_of[tensor]).get_slice(tensor).get_shape())
+
+    def dtype(self, tensor: str) -> str:
+        """safetensors' name of it: "F32", "BF16" ..."""
+        return self._file(self.file_of[tensor]).get_slice(tensor).get_dtype()
+
+    def metadata(self, name: str) -> dict[str, str] | None:
+        return self._file(name).metadata()
+
+    def read(self, tensor: str) -> Tensor:
+        return self._file(self.file_of[tensor]).get_tensor(tensor)

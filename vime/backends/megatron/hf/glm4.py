@@ -1,0 +1,47 @@
+"""GLM-4-0414 (arXiv:2406.12793): half of each head is rotated in interleaved pairs, and attention
+and MLP have a norm on either side. `gate_up_proj` is one weight in the HF folder too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vime.backends.megatron.hf.family import (
+    Family,
+    Kind,
+    Rule,
+    decoder_args,
+    decoder_rules,
+    rope_parameters,
+)
+
+
+def megatron_args(config: dict[str, Any]) -> dict[str, Any]:
+    nested = rope_parameters(config).get("partial_rotary_factor")
+    return decoder_args(config) | {
+        "rotary_percent": nested or config.get("partial_rotary_factor", 0.5),
+        "rotary_interleaved": True,
+        "add_qkv_bias": bool(config.get("attention_bias", False)),
+        "post_self_attn_layernorm": True,
+        "post_mlp_layernorm": True,
+    }
+
+
+_M, _H = "decoder.layers.{l}.", "model.layers.{l}."
+_MLP = (
+    Rule(_M + "mlp.linear_fc1.weight", (_H + "mlp.gate_up_proj.weight",), Kind.GLU_MERGED),
+    Rule(_M + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), Kind.ROW),
+)
+_POST_NORMS = (
+    Rule(
+        _M + "self_attention.linear_proj.post_layernorm.weight",
+        (_H + "post_self_attn_layernorm.weight",),
+        Kind.REPLICATED,
+    ),
+    Rule(
+        _M + "mlp.linear_fc2.post_layernorm.weight",
+        (_H + "post_mlp_layernorm.weight",),
+        Kind.REPLICATED,
+    ),
+)
+
+FAMILY = Family("glm4", ("glm4",), decoder_rules(mlp=_MLP) + _POST_NORMS, megatron_args)

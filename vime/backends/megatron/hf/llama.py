@@ -1,0 +1,33 @@
+"""Llama 2 and 3 (arXiv:2407.21783) and what shares their class, such as SmolLM2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vime.backends.megatron.hf.family import (
+    Family,
+    decoder_args,
+    decoder_rules,
+    refuse_if,
+    rope_parameters,
+)
+
+
+def megatron_args(config: dict[str, Any]) -> dict[str, Any]:
+    refuse_if(config, "attention_bias")
+    refuse_if(config, "mlp_bias")
+    args = decoder_args(config, rope_types=("llama3",))
+    rope = rope_parameters(config)
+    if rope["rope_type"] == "llama3":
+        args |= {
+            "use_rope_scaling": True,
+            "rope_scaling_factor": rope["factor"],
+            # Megatron has no flags for these; Llama 3.1 to 3.3 have 1, 4 and 8192.
+            "rope_scaling_low_freq_factor": rope["low_freq_factor"],
+            "rope_scaling_high_freq_factor": rope["high_freq_factor"],
+            "rope_scaling_original_max_position": rope["original_max_position_embeddings"],
+        }
+    return args
+
+
+FAMILY = Family("llama", ("llama",), decoder_rules(), megatron_args)

@@ -1,0 +1,14 @@
+"""Qwen2 and Qwen2.5 (arXiv:2412.15115): llama-shaped, with biases on queries, keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vime.backends.megatron.hf.family import Family, decoder_args, decoder_rules
+
+
+def megatron_args(config: dict[str, Any]) -> dict[str, Any]:
+    return decoder_args(config) | {"add_qkv_bias": True}
+
+
+FAMILY = Family("qwen2", ("qwen2",), decoder_rules(), megatron_args)

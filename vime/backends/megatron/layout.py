@@ -1,0 +1,131 @@
+"""This rank's tokens as one flat table, and micro-batches as indices into it.
+
+A row describes one prediction: the token at it is read, the next one is the target. Everything
+known per token (weight, advantage, old log-probability ...) is a column: laying out a micro-batch
+is one gather, whatever the packing, padding or context parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from vime.backends.megatron.attention import zigzag_order
+from vime.types import TrainSequence
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTable:
+    """N rows, the sequences end to end, then one row of padding that weighs nothing.
+
+    weight_N, mask_N, score_N are 0 where nothing is predicted that a loss could want: inside
+    prompts, at a sequence's last token, in the padding. `rollout_logp_N` is NaN where unknown.
+    """
+
+    tokens_N: Tensor  # int64
+    targets_N: Tensor  # int64
+    weight_N: Tensor  # float32
+    mask_N: Tensor  # float32, 0 or 1
+    score_N: Tensor  # float32, the sequence's score at each of its response tokens
+    rollout_logp_N: Tensor  # float32
+    starts: dict[int, int]  # position in the batch -> first row
+    responses: dict[int, slice]  # position in the batch -> rows that predict its response
+
+    @property
+    def padding(self) -> int:
+        """The row that stands for padding."""
+        return len(self.tokens_N) - 1
+
+    def column(self) -> Tensor:
+        """A new column of zeros."""
+        return torch.zeros_like(self.weight_N)
+
+
+def token_table(
+    sequences: Sequence[TrainSequence], positions: Sequence[int], device: torch.device
+) -> TokenTable:
+    """The table of the sequences at `positions`: those of one data-parallel rank."""
+    rows = sum(sequences[p].length for p in positions) + 1
+    tokens, targets = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+    weight, mask, score = (np.zeros(rows, np.float32) for _ in range(3))
+    rollout_logp = np.full(rows, np.nan, np.float32)
+    starts, responses, first = {}, {}, 0
+    for p in positions:
+        seq = sequences[p]
+        last = first + seq.length
+        tokens[first:last] = seq.tokens
+        targets[first : last - 1] = seq.tokens[1:]
+        response = slice(last - 1 - seq.response_length, last - 1)
+        weight[response], mask[response], score[response] = seq.weight, seq.loss_mask, seq.reward
+        if seq.rollout_logp is not None:
+            rollout_logp[response] = seq.rollout_logp
+        starts[p], responses[p], first = first, response, last
+    columns = (tokens, targets, weight, mask, score, rollout_logp)
+    return TokenTable(*(torch.from_numpy(c).to(device) for c in columns), starts, responses)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one forward pass of this rank takes. With context parallelism: a share."""
+
+    rows_T: Tensor  # int64, into the table
+    tokens: Tensor  # [1, T] int64
+    positions: Tensor  # [1, T] int64; unused by rotary embeddings of packs, which count themselves
+    pack: PackedSeqParams
+
+
+def lay_out(
+    table: TokenTable,
+    positions: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    cp: int = 1,
+    cp_rank: int = 0,
+    tp_shards: int = 1,
+) -> MicroBatch:
+    """One micro-batch. Padding is always at the end of a sequence, so causal attention ignores it.
+
+    positions  its sequences, as positions in the batch; none: padding alone
+    lengths    their tokens
+    cp         each sequence is padded to a multiple of 2 * cp and cut into zigzag chunks
+    tp_shards  ranks that share the tokens under sequence parallelism: this rank's tokens are padded
+               to a multiple of it with a sequence of padding
+    """
+    multiple = 2 * cp if cp > 1 else 1
+    pieces, sizes = [], []
+    for p, length in zip(positions, lengths, strict=True):
+        start = table.starts[p]
+        size = -(-length // multiple) * multiple
+        rows = np.full(size, table.padding, np.int64)
+        rows[:length] = np.arange(start, start + length)
+        pieces.append(rows)
+        sizes.append(size)
+    whole = int(np.lcm(multiple, cp * tp_shards))
+    missing = -sum(sizes) % whole if sizes else whole
+    if missing:
+        pieces.append(np.full(missing, table.padding, np.int64))
+        sizes.append(missing)
+    rows_T = torch.from_numpy(np.concatenate(pieces))
+    bounds = [0, *np.cumsum(sizes).tolist()]
+    if cp > 1:
+        shards = torch.empty_like(rows_T)
+        shards[zigzag_order(bounds, cp)] = rows_T
+        rows_T = shards.chunk(cp)[cp_rank]
+    device = table.tokens_N.device
+    rows_T = rows_T.to(device)
+    starts = torch.tensor(bounds, dtype=torch.int32, device=device)
+    longest = max(sizes)
+    pack = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=starts,
+        cu_seqlens_kv=starts,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    tokens = table.tokens_N[rows_T][None]
+    return MicroBatch(rows_T, tokens, torch.zeros_like(tokens), pack)

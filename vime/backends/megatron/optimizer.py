@@ -1,0 +1,128 @@
+"""Megatron's data-parallel wrapper, optimizer and learning-rate schedule, from the flags."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core import optimizer as mcore_optimizer
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import nn
+
+from vime import platform
+from vime.config import Config
+from vime.errors import ConfigError
+
+_WSD_DECAY = 0.1  # --lr-decay-style WSD: the last tenth of the run decays
+
+
+def wrap_for_training(cfg: Config, chunks: Sequence[nn.Module]) -> list[DistributedDataParallel]:
+    """The chunks with gradient buffers, and the schedule's hooks set in their config."""
+    p = cfg.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=cfg.optimizer.accumulate_fp32,
+        overlap_grad_reduce=p.overlap_grad_reduce,
+        overlap_param_gather=p.overlap_param_gather,
+        use_distributed_optimizer=p.use_distributed_optimizer,
+    )
+    wrapped = [
+        DistributedDataParallel(
+            chunk.config, ddp_config, chunk, disable_bucketing=i > 0 or not p.overlap_grad_reduce
+        )
+        for i, chunk in enumerate(chunks)
+    ]
+    config = chunks[0].config
+    config.finalize_model_grads_func = finalize_model_grads
+    if p.overlap_grad_reduce:
+        config.no_sync_func = _one_or_list([c.no_sync for c in wrapped])
+        if p.pp > 1:
+            config.grad_sync_func = _one_or_list([c.start_grad_sync for c in wrapped])
+    return wrapped
+
+
+def build_optimizer(
+    cfg: Config, chunks: Sequence[DistributedDataParallel]
+) -> tuple[Any, OptimizerParamScheduler]:
+    """Optimizer and scheduler, which counts optimizer steps. Norms and biases do not decay."""
+    o, dtype = cfg.optimizer, platform.current().dtype(cfg.model.dtype)
+    config = OptimizerConfig(
+        optimizer=o.optimizer,
+        lr=o.lr,
+        min_lr=o.min_lr,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.beta1,
+        adam_beta2=o.beta2,
+        adam_eps=o.eps,
+        clip_grad=o.clip_grad,
+        bf16=dtype.itemsize == 2,
+        params_dtype=dtype,
+        use_distributed_optimizer=cfg.parallel.use_distributed_optimizer,
+        overlap_param_gather=cfg.parallel.overlap_param_gather,
+    )
+    overrides = mcore_optimizer.get_standard_config_overrides(config)
+    optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
+    return optimizer, _scheduler(cfg, optimizer)
+
+
+def apply_flags_again(cfg: Config, optimizer: Any, scheduler: OptimizerParamScheduler) -> None:
+    """After a checkpoint was loaded: its counters stay, the learning rates are this run's flags."""
+    for group in optimizer.param_groups:
+        group["max_lr"], group["min_lr"] = cfg.optimizer.lr, cfg.optimizer.min_lr
+    scheduler.step(0)
+
+
+def total_steps(cfg: Config) -> int | None:
+    """Optimizer steps of the run; None where only the data can tell (--num-epoch)."""
+    if cfg.optimizer.lr_decay_iters is not None:
+        return cfg.optimizer.lr_decay_iters
+    if cfg.batch.num_rollout is None:
+        return None
+    return cfg.batch.num_rollout * cfg.batch.steps_per_rollout
+
+
+def _scheduler(cfg: Config, optimizer: Any) -> OptimizerParamScheduler:
+    o = cfg.optimizer
+    total = total_steps(cfg)
+    needs_total = o.lr_decay_style not in ("constant", "inverse-square-root")
+    if total is None and (needs_total or o.lr_warmup_fraction):
+        raise ConfigError(
+            f"--lr-decay-style {o.lr_decay_style} with --lr-warmup-fraction {o.lr_warmup_fraction} "
+            "depends on the length of the run. Give --num-rollout or --lr-decay-iters."
+        )
+    total = total or 1 << 40
+    warmup = o.lr_warmup_iters
+    if o.lr_warmup_fraction:
+        warmup = int(o.lr_warmup_fraction * total)
+    if needs_total and warmup >= total:
+        raise ConfigError(
+            f"{warmup} optimizer steps of warm-up do not fit into {total} steps. "
+            "Lower --lr-warmup-iters or --lr-warmup-fraction, or raise --lr-decay-iters."
+        )
+    return OptimizerParamScheduler(
+        optimizer,
+        # Megatron would take the first step at this rate; 0 would waste a rollout.
+        init_lr=o.lr / (warmup + 1),
+        max_lr=o.lr,
+        min_lr=o.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(total, warmup + 1),
+        lr_decay_style=o.lr_decay_style,
+        start_wd=o.weight_decay,
+        end_wd=o.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        wsd_decay_steps=max(1, round(_WSD_DECAY * total)),
+        lr_wsd_decay_style="linear",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+def _one_or_list(functions: list) -> Any:
+    return functions if len(functions) > 1 else functions[0]

@@ -1,0 +1,73 @@
+"""Joins this process to the others: collectives, Megatron's groups, seeds."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from vime import platform
+from vime.backends.megatron import compat
+from vime.config import Config
+
+
+def initialize_parallel(
+    cfg: Config,
+    rank: int,
+    world_size: int,
+    local_rank: int = 0,
+    master_address: str = "127.0.0.1",
+    master_port: int = 0,
+) -> None:
+    """torch.distributed, then Megatron's process groups by `cfg.parallel`, then the seeds.
+
+    Applies the compat patches first. Every collective's deadline is --distributed-timeout-minutes.
+    `master_port` is rank 0's open port; it may be 0 (any) for a world of one.
+    """
+    compat.apply()
+    here = platform.current()
+    if here.is_cuda:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        torch.cuda.set_device(local_rank)
+    timeout = timedelta(minutes=cfg.cluster.distributed_timeout_minutes)
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun
+    store = dist.TCPStore(master_address, master_port, world_size, is_master=hosts, timeout=timeout)
+    dist.init_process_group(
+        here.collectives,
+        store=dist.PrefixStore("vime", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+    initialize_groups(cfg)
+
+
+def initialize_groups(cfg: Config) -> None:
+    """Megatron's process groups and seeds. Existing groups are replaced: every rank must call."""
+    from megatron.core import parallel_state as mpu
+
+    from vime.backends.megatron.rng import seed_everything
+
+    p = cfg.parallel
+    mpu.destroy_model_parallel()
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=p.tp,
+        pipeline_model_parallel_size=p.pp,
+        virtual_pipeline_model_parallel_size=p.vpp,
+        context_parallel_size=p.cp,
+        expert_model_parallel_size=p.ep,
+        expert_tensor_parallel_size=p.etp,
+        distributed_timeout_minutes=max(1, round(cfg.cluster.distributed_timeout_minutes)),
+    )
+    seed_everything(cfg.algorithm.seed + 100 * mpu.get_pipeline_model_parallel_rank())
+
+
+def shutdown_parallel() -> None:
+    """Leaves the groups. Safe to call twice."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state as mpu
+
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,44 @@
+"""A second set of weights for the same model, kept on the CPU and swapped in for forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightCopy:
+    """The weights that the chunks hold when it is made, of this rank."""
+
+    def __init__(self, chunks: Sequence[nn.Module]) -> None:
+        self.params = [p for chunk in chunks for p in chunk.parameters()]
+        self.values = [_on_cpu(p) for p in self.params]
+
+    @contextmanager
+    @torch.no_grad()
+    def swapped_in(self) -> Iterator[None]:
+        """Inside, the chunks compute with the copy; after, they hold exactly what they held before.
+
+        No parameter gather may be under way, or it would overwrite the copy.
+        """
+        before = [_on_cpu(p) for p in self.params]
+        self._fill(self.values)
+        try:
+            yield
+        finally:
+            self._fill(before)
+
+    @torch.no_grad()
+    def _fill(self, values: Sequence[Tensor]) -> None:
+        for p, value in zip(self.params, values, strict=True):
+            p.data.copy_(value, non_blocking=True)
+        if self.params and self.params[0].is_cuda:
+            torch.cuda.current_stream().synchronize()
+
+
+def _on_cpu(p: nn.Parameter) -> Tensor:
+    """Pinned where there is a GPU to copy from and to."""
+    held = torch.empty(p.shape, dtype=p.dtype, device="cpu", pin_memory=p.is_cuda)
+    return held.copy_(p.detach())

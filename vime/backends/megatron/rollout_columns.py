@@ -1,0 +1,144 @@
+"""What is known of each token of one rollout, on this rank: columns over one token table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from torch import Tensor
+
+from vime.algorithms.advantages import ESTIMATORS, same_for_every_token, whiten
+from vime.algorithms.kl import kl_estimate
+from vime.backends.megatron.layout import MicroBatch, lay_out, token_table
+from vime.backends.megatron.step import on_last_stage
+from vime.config import AlgorithmConfig, Config
+from vime.types import StepPlan, TrainBatch
+
+_OF_THE_ENGINE = ("rollout/rollout_log_probs", "train/train_rollout_logprob_abs_diff")
+
+
+class RolloutColumns:
+    """The table of this data-parallel rank's sequences, with what passes and advantages add to it.
+
+    Columns of log-probabilities hold what this rank computed: on the last pipeline stage, and under
+    context parallelism only at the tokens it holds (`owned_N`); elsewhere 0.
+    """
+
+    def __init__(self, batch: TrainBatch, cfg: Config, device: torch.device) -> None:
+        dp = mpu.get_data_parallel_world_size()
+        for plan in batch.steps:
+            if len(plan.micro_batches) != dp:
+                raise ValueError(
+                    f"rollout {batch.rollout_id} was planned for {len(plan.micro_batches)} "
+                    f"data-parallel ranks; there are {dp}"
+                )
+        self.batch = batch
+        self.dp_rank = mpu.get_data_parallel_rank()
+        self.tp_shards = cfg.parallel.tp if cfg.parallel.sequence_parallel else 1
+        self.steps = [
+            [p for b in plan.micro_batches[self.dp_rank] for p in b] for plan in batch.steps
+        ]
+        mine = [p for positions in self.steps for p in positions]
+        self.table = token_table(batch.sequences, mine, device)
+        self.old_logp_N = self.table.column()
+        self.ref_logp_N: Tensor | None = None
+        self.adv_N = self.table.column()
+        self.laid_out: dict[int, list[MicroBatch]] = {}
+        self.owned_N = self.table.column()
+        for plan in batch.steps:
+            for b in self.micro_batches(plan):
+                self.owned_N[b.rows_T] = 1.0
+
+    def micro_batches(self, plan: StepPlan) -> list[MicroBatch]:
+        """This rank's micro-batches of a plan; laid out once."""
+        if id(plan) not in self.laid_out:
+            sequences = self.batch.sequences
+            self.laid_out[id(plan)] = [
+                lay_out(
+                    self.table,
+                    positions,
+                    [sequences[p].length for p in positions],
+                    cp=mpu.get_context_parallel_world_size(),
+                    cp_rank=mpu.get_context_parallel_rank(),
+                    tp_shards=self.tp_shards,
+                )
+                for positions in plan.micro_batches[self.dp_rank]
+            ]
+        return self.laid_out[id(plan)]
+
+    def set_advantages(self, cfg: AlgorithmConfig) -> None:
+        """From the scores, less --kl-coef times each token's KL; spread over tokens; whitened."""
+        table, estimator = self.table, ESTIMATORS[cfg.advantage_estimator]
+        penalty_N = table.column()
+        if cfg.kl_coef and self.ref_logp_N is not None:
+            kl_N = kl_estimate(self.old_logp_N, self.ref_logp_N, "k1") * self.owned_N
+            if mpu.get_context_parallel_world_size() > 1:
+                dist.all_reduce(kl_N, group=mpu.get_context_parallel_group())
+            penalty_N = cfg.kl_coef * kl_N * table.mask_N
+        if estimator.spread is same_for_every_token:
+            adv_N = estimator.spread(table.score_N, penalty_N, cfg.gamma)
+        else:
+            adv_N = table.column()
+            for position, rows in table.responses.items():
+                score = self.batch.sequences[position].reward
+                adv_N[rows] = estimator.spread(score, penalty_N[rows], cfg.gamma)
+        if cfg.normalize_advantages or estimator.whiten:
+            whole_N = adv_N
+            adv_N = table.column()
+            for positions in self.steps:
+                mask_N = self._mask_of(positions)
+                adv_N += whiten(whole_N, mask_N, _sum_over_tokens)
+        self.adv_N = adv_N
+
+    def _mask_of(self, positions: Sequence[int]) -> Tensor:
+        mask_N = self.table.column()
+        for p in positions:
+            mask_N[self.table.responses[p]] = 1.0
+        return mask_N * self.table.mask_N * self.owned_N
+
+    def reduce(self, sums: dict[str, Tensor], names: Sequence[str]) -> dict[str, float]:
+        """Sums over all ranks that hold tokens, the same on every rank; unknown names left out."""
+        counts = mpu.get_tensor_model_parallel_rank() == 0 and on_last_stage()
+        zero = self.table.weight_N.new_zeros(())
+        values = [sums.get(name, zero) if counts else zero for name in names]
+        known = [zero + float(counts and name in sums) for name in names]
+        vector = torch.stack([*values, *known]).double()
+        dist.all_reduce(vector)
+        totals, num_ranks = vector.view(2, -1).tolist()
+        return {n: t for n, t, r in zip(names, totals, num_ranks, strict=True) if r}
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the rollout's loss tokens, and how far trainer and engine are apart."""
+        table = self.table
+        mask_N = table.mask_N * self.owned_N
+        sampled_N = mask_N * ~table.rollout_logp_N.isnan()
+        sampled_logp_N = table.rollout_logp_N.nan_to_num()
+        apart_N = (self.old_logp_N - sampled_logp_N).abs() * sampled_N
+        columns = {
+            "tokens": mask_N,
+            "rollout/log_probs": self.old_logp_N * mask_N,
+            "rollout/advantages": self.adv_N * mask_N,
+            "sampled": sampled_N,
+            "rollout/rollout_log_probs": sampled_logp_N * sampled_N,
+            "train/train_rollout_logprob_abs_diff": apart_N,
+        }
+        if self.ref_logp_N is not None:
+            columns["rollout/ref_log_probs"] = self.ref_logp_N * mask_N
+        sums = self.reduce({name: c.sum() for name, c in columns.items()}, list(columns))
+        tokens, sampled = sums.pop("tokens"), sums.pop("sampled")
+        engine = {name: sums.pop(name) for name in _OF_THE_ENGINE}
+        metrics = {name: total / max(tokens, 1.0) for name, total in sums.items()}
+        if sampled:
+            metrics |= {name: total / sampled for name, total in engine.items()}
+            worst = apart_N.max() if on_last_stage() else apart_N.new_zeros(())
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+            metrics["train/train_rollout_logprob_abs_diff_max"] = float(worst)
+        return metrics
+
+
+def _sum_over_tokens(total: Tensor) -> Tensor:
+    """Adds up over the ranks that share a step's tokens."""
+    dist.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
+    return total

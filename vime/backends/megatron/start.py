@@ -1,0 +1,109 @@
+"""Where a run starts: the folders of checkpoints, and the tracker that commits one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from vime.errors import CheckpointError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where weights come from, and whether a run continues there.
+
+    folder     an HF folder, or one `iter_*` or `release` directory
+    is_hf      which of the two
+    iteration  the rollout it was saved after; None for converted or HF weights
+    resume     load optimizer, scheduler and RNG too, and go on at iteration + 1
+    """
+
+    folder: Path
+    is_hf: bool
+    iteration: int | None = None
+    resume: bool = False
+
+    @property
+    def rollout_id(self) -> int:
+        """The first rollout to train."""
+        return self.iteration + 1 if self.resume and self.iteration is not None else 0
+
+
+def resolve(
+    load: str | None,
+    ref_load: str | None = None,
+    hf_checkpoint: str | None = None,
+    ckpt_step: int | None = None,
+) -> Start:
+    """Where the actor starts: --load if it holds a checkpoint, or --ref-load, or --hf-checkpoint.
+
+    Each may be a checkpoint folder or a plain HF folder. `ckpt_step` picks an iteration of --load,
+    or of --ref-load when there is no --load. Only an iteration in --load is continued; all else
+    starts at rollout 0. For the reference model call `resolve(None, ref_load, hf, ref_ckpt_step)`.
+    Raises CheckpointError.
+    """
+    if load and (start := _in_folder(Path(load), "--load", ckpt_step)):
+        return Start(start.folder, start.is_hf, start.iteration, start.iteration is not None)
+    if load and ckpt_step is not None:
+        raise CheckpointError(
+            f"--load {load} holds no checkpoint, yet --ckpt-step asks for {ckpt_step}. Drop one."
+        )
+    if ref_load:
+        start = _in_folder(Path(ref_load), "--ref-load", ckpt_step)
+        if start is None:
+            raise CheckpointError(
+                f"--ref-load {ref_load} holds neither a checkpoint ({TRACKER}) nor an HF model "
+                "(config.json). Make one with tools/convert_hf_to_torch_dist.py, or drop the flag."
+            )
+        return start
+    if hf_checkpoint:
+        return Start(Path(hf_checkpoint), is_hf=True)
+    raise CheckpointError("No weights to start from: give --hf-checkpoint, --ref-load or --load.")
+
+
+def _in_folder(folder: Path, flag: str, step: int | None) -> Start | None:
+    tracker = folder / TRACKER
+    if tracker.is_file():
+        latest = tracker.read_text().strip()
+        if latest != RELEASE and not latest.isdigit():
+            raise CheckpointError(
+                f"{tracker} holds {latest!r}, neither a number nor {RELEASE!r}. "
+                "Write the number of a complete iter_* directory into it."
+            )
+        iteration = step if step is not None else None if latest == RELEASE else int(latest)
+        found = iteration_folder(folder, iteration)
+        if not found.is_dir():
+            named = "--ckpt-step" if step is not None else str(tracker)
+            present = sorted(p.name for p in folder.glob("iter_*"))
+            raise CheckpointError(
+                f"{flag} {folder}: {named} names {found.name}, which does not exist. "
+                f"Present: {', '.join(present) or 'none'}."
+            )
+        return Start(found, is_hf=False, iteration=iteration)
+    if step is not None and folder.is_dir():
+        raise CheckpointError(f"{flag} {folder} has no {TRACKER}, so no iteration {step} either.")
+    if (folder / "config.json").is_file():
+        return Start(folder, is_hf=True)
+    if (folder / "metadata.json").is_file():  # an iter_* directory given directly
+        return Start(folder, is_hf=False)
+    return None
+
+
+def iteration_folder(folder: str | Path, iteration: int | None) -> Path:
+    """FOLDER/iter_NNNNNNN, or FOLDER/release for None."""
+    return Path(folder) / (RELEASE if iteration is None else f"iter_{iteration:07d}")
+
+
+def commit_checkpoint(folder: str | Path, iteration: int | None) -> None:
+    """Names the iteration (None: release) in the tracker, atomically. Call it on one rank."""
+    tracker = Path(folder) / TRACKER
+    partial = tracker.with_name(f".{TRACKER}.partial")
+    with partial.open("w") as f:
+        f.write(RELEASE if iteration is None else str(iteration))
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, tracker)

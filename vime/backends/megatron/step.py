@@ -1,0 +1,135 @@
+"""Packed forward and backward passes through Megatron's schedules, any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from vime.algorithms.objective import PolicyObjective, sft_loss
+from vime.backends.megatron.layout import MicroBatch, TokenTable
+from vime.backends.megatron.logprobs import TokenLogProbs, token_logprobs
+
+Sums = dict[str, Tensor]  # name -> sum over this rank's tokens, a float32 scalar
+Judge = Callable[[MicroBatch, TokenLogProbs], tuple[Tensor, Sums]]
+
+
+def on_last_stage() -> bool:
+    return mpu.is_pipeline_last_stage(ignore_virtual=True)
+
+
+def run_pass(
+    chunks: Sequence[nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    table: TokenTable,
+    judge: Judge,
+    *,
+    temperature: float,
+    forward_only: bool,
+) -> Sums:
+    """Every micro-batch forward, and backward unless `forward_only`. A collective.
+
+    judge  gives one micro-batch's loss, to be summed over micro-batches and ranks, and its sums. It
+           runs on the last pipeline stage; the other stages return {}.
+
+    Megatron divides a loss by the number of micro-batches, and gradients by the data and context
+    parallel ranks. The loss is multiplied by both here, so gradients are those of the plain sum.
+    """
+    scale = len(micro_batches) * mpu.get_data_parallel_world_size(with_context_parallel=True)
+    group = mpu.get_tensor_model_parallel_group()
+
+    def forward_step(batches: Any, chunk: nn.Module) -> tuple[Tensor, Callable]:
+        batch = next(batches)
+        out = chunk(batch.tokens, batch.positions, None, packed_seq_params=batch.pack)
+
+        def loss_of(logits: Tensor) -> tuple[Tensor, Tensor, Sums]:
+            logps = token_logprobs(
+                logits[0],
+                table.targets_N[batch.rows_T],
+                temperature=temperature,
+                group=group,
+            )
+            loss, sums = judge(batch, logps)
+            one = torch.ones((), dtype=torch.int, device=loss.device)  # no division by tokens
+            return loss * scale, one, sums
+
+        return out, loss_of
+
+    batches = [iter(micro_batches) for _ in chunks]
+    with torch.set_grad_enabled(not forward_only):
+        results = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=batches if len(chunks) > 1 else batches[0],
+            model=list(chunks) if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=1,  # packs bring their own; the schedule only needs a number
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+    total: Sums = {}
+    for sums in results if on_last_stage() else ():
+        for name, value in sums.items():
+            total[name] = total[name] + value if name in total else value
+    return total
+
+
+def remember_logps(column_N: Tensor) -> Judge:
+    """A judge for forward-only passes: each token's log-probability goes into the column."""
+
+    def judge(batch: MicroBatch, logps: TokenLogProbs) -> tuple[Tensor, Sums]:
+        column_N[batch.rows_T] = logps.logp_T
+        return logps.logp_T.new_zeros(()), {}
+
+    return judge
+
+
+def policy_judge(
+    table: TokenTable,
+    objective: PolicyObjective,
+    adv_N: Tensor,
+    old_logp_N: Tensor,
+    ref_logp_N: Tensor | None,
+    *,
+    on_policy: bool,
+) -> Judge:
+    """The policy loss. When `on_policy`, the weights are those that `old_logp_N` should come from:
+    the pass then fills it, and the ratio is exactly 1."""
+
+    def judge(batch: MicroBatch, logps: TokenLogProbs) -> tuple[Tensor, Sums]:
+        if on_policy:
+            old_logp_N[batch.rows_T] = logps.logp_T.detach()
+        kept_T = table.weight_N[batch.rows_T].nonzero()[:, 0]
+        rows_T = batch.rows_T[kept_T]
+        logp_T = logps.logp_T[kept_T]
+        loss = objective(
+            logp_T,
+            old_logp_T=logp_T.detach() if on_policy else old_logp_N[rows_T],
+            adv_T=adv_N[rows_T],
+            entropy_T=logps.entropy_T[kept_T],
+            ref_logp_T=None if ref_logp_N is None else ref_logp_N[rows_T],
+        )
+        return _weigh(loss.value_T, loss.stats, table.weight_N[rows_T])
+
+    return judge
+
+
+def sft_judge(table: TokenTable) -> Judge:
+    """Negative log-likelihood of the response tokens."""
+
+    def judge(batch: MicroBatch, logps: TokenLogProbs) -> tuple[Tensor, Sums]:
+        kept_T = table.weight_N[batch.rows_T].nonzero()[:, 0]
+        loss = sft_loss(logps.logp_T[kept_T])
+        entropy = {"entropy_loss": logps.entropy_T[kept_T].detach()}
+        return _weigh(loss.value_T, entropy, table.weight_N[batch.rows_T[kept_T]])
+
+    return judge
+
+
+def _weigh(loss_T: Tensor, stats: dict[str, Tensor], weight_T: Tensor) -> tuple[Tensor, Sums]:
+    loss = (weight_T * loss_T).sum()
+    sums = {name: (weight_T * value_T).sum() for name, value_T in stats.items()}
+    return loss, {"loss": loss.detach(), "weight": weight_T.sum(), **sums}

@@ -1,0 +1,100 @@
+"""One `torch_dist` directory: written in this process, checked before it is read."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.api import CheckpointException
+
+from vime.errors import CheckpointError
+
+
+class InProcessSave(TorchDistSaveShardedStrategy):
+    """Megatron's format through torch's own writer.
+
+    Megatron's writer forks a process per file and keeps a spawned manager, which neither Ray actors
+    nor scripts without a `__main__` guard survive; the bytes it writes are the same.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        dcp.save(
+            mcore_to_pyt_state_dict(by_key, False),
+            storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
+            planner=MCoreSavePlanner(
+                dedup_replicated_tensors=False,
+                flatten_state_dict=False,
+                flatten_sharded_tensors=False,
+            ),
+        )
+
+
+def save(state: dict[str, Any], folder: Path) -> None:
+    """Writes a sharded state dict. A collective."""
+    with _quiet():
+        dist_checkpointing.save(state, str(folder), InProcessSave())
+
+
+def load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Reads what `wanted` (a sharded state dict) asks for, and the common state. A collective."""
+    with _quiet():
+        return dist_checkpointing.load(wanted, str(folder))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's notices that megatron-core uses ShardedTensor and `load_state_dict`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            yield
+        except CheckpointException as error:  # a BaseException that quotes every rank's traceback
+            rank, (cause, _) = next(iter(error.failures.items()))
+            raise RuntimeError(f"rank {rank}: {cause}") from cause
+
+
+def check_files(folder: Path) -> None:
+    """Every file that the directory's own metadata promises exists and is long enough.
+
+    Raises CheckpointError naming the file and what to do.
+    """
+    remedy = "Copy the checkpoint again, or choose an earlier one with --ckpt-step."
+    gone = "is missing: the checkpoint is incomplete."
+    for name in ("metadata.json", ".metadata"):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} {gone} {remedy}")
+    try:
+        metadata = dcp.FileSystemReader(folder).read_metadata()
+    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{folder / '.metadata'} is damaged ({error!r}). {remedy}") from None
+    in_shards = any(k.startswith("common_state/") for k in metadata.state_dict_metadata)  # 0.19
+    if not in_shards and not (folder / "common.pt").is_file():
+        raise CheckpointError(f"{folder / 'common.pt'} {gone} {remedy}")
+    stored = metadata.storage_data
+    ends: dict[str, int] = {}
+    for info in stored.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in ends.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} {gone} {remedy}")
+        if path.stat().st_size < end:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes of {end}: it was cut off. {remedy}"
+            )

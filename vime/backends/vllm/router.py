@@ -1,0 +1,62 @@
+"""vllm-router: one address for rollouts, in front of all engines."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import requests
+
+from vime.backends.vllm.engine import logs_dir
+from vime.backends.vllm.process import GuardedProcess, free_port
+from vime.config import Config
+
+START_TIMEOUT_S = 60.0
+
+
+class Router:
+    """Balances generation requests. Control calls never go through it: it would pick one engine."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.log: Path = logs_dir(cfg) / "router.log"
+        self.process: GuardedProcess | None = None
+        self.url = ""
+
+    def start(self, engine_urls: list[str]) -> str:
+        """Start the router and wait until it is healthy. Returns its URL; raises EngineError."""
+        engine = self.cfg.engine
+        host = engine.router_ip or "127.0.0.1"
+        port = engine.router_port or free_port(host)
+        argv = [sys.executable, "-m", "vllm_router.launch_router"]
+        argv += ["--host", host, "--port", str(port), "--worker-urls", *engine_urls]
+        argv += ["--policy", engine.router_policy]
+        argv += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
+        argv += ["--request-timeout-secs", str(int(engine.request_timeout_s))]
+        argv += ["--max-concurrent-requests", str(self._requests_in_flight(len(engine_urls)))]
+        argv += ["--health-check-interval-secs", "10", "--worker-startup-check-interval", "1"]
+        argv += ["--log-level", "warning"]
+        self.process = GuardedProcess("vllm-router", argv, dict(os.environ), self.log)
+        self.url = f"http://{host}:{port}"
+        self.process.wait_until(self._healthy, START_TIMEOUT_S, "--vllm-router-port")
+        return self.url
+
+    def _requests_in_flight(self, num_engines: int) -> int:
+        return max(256, 2 * self.cfg.rollout.concurrency * num_engines)
+
+    def _healthy(self) -> bool:
+        try:
+            return requests.get(f"{self.url}/health", timeout=2.0).ok
+        except requests.RequestException:
+            return False
+
+    def check(self) -> None:
+        """Raises EngineError, with the end of the log, if the router died."""
+        if self.process is not None:
+            self.process.check()
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.stop()
+            self.process = None

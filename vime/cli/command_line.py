@@ -1,0 +1,181 @@
+"""argv -> values by field, with every mistake noted instead of the first one raised.
+
+argparse splits the words and prints the help; it takes each flag's words as they are, so that
+conversion can report all that is wrong in flag, value and remedy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vime.cli.flags import MODEL_ARGS, STATED_FLAGS, Entry, all_flags
+from vime.cli.help import HelpFormatter, describe, help_of
+from vime.cli.megatron_flags import BF16, STATED
+from vime.errors import ConfigError
+
+VLLM = "--vllm-"
+OWN_VLLM_FLAGS = tuple(name for name in all_flags() if name.startswith(VLLM))
+
+
+@dataclass(slots=True)
+class Given:
+    """What a command line says.
+
+    values    {section: {field: value}}, only what was given and could be read
+    broken    {section: {fields given with an unusable value}}
+    vllm_args {"gpu_memory_utilization": "0.7", "enforce_eager": True}
+    """
+
+    values: dict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
+    broken: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    vllm_args: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def read(argv: Sequence[str] | None, prog: str | None = None) -> Given:
+    """Read the words of a command line (default: `sys.argv`). `--help` prints and exits."""
+    namespace, unknown = _parser(prog).parse_known_args(argv)
+    given = Given()
+    for name, words in namespace.given:
+        _take(given, all_flags()[name], words)
+    _take_unknown(given, unknown)
+    return given
+
+
+def nearest(name: str) -> str | None:
+    """The known flag that is spelt most like `name`; dashes in front do not count as likeness."""
+    bare = {known.lstrip("-"): known for known in all_flags()}
+    close = difflib.get_close_matches(name.lstrip("-"), bare, n=1)
+    return bare[close[0]] if close else None
+
+
+class _Collect(argparse.Action):
+    """Append (flag as spelt, its words) in the order of the command line."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        words = [values] if isinstance(values, str) else list(values or [])
+        namespace.given.append((option_string, words))
+
+
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser.set_defaults(given=[])
+    groups: dict[str, Any] = {}
+    for name, entry in all_flags().items():
+        if entry.owner not in groups:
+            groups[entry.owner] = parser.add_argument_group(*describe(entry.owner))
+        groups[entry.owner].add_argument(
+            name, nargs="*", action=_Collect, dest=argparse.SUPPRESS, help=help_of(entry)
+        )
+    return parser
+
+
+def _take(given: Given, entry: Entry, words: list[str]) -> None:
+    if problem := _word_count_problem(entry, words):
+        given.problems.append(problem)
+        given.broken[entry.owner].add(entry.field)
+    elif entry.name == BF16:
+        given.values["model"]["dtype"] = "bfloat16"
+    elif entry.owner == STATED_FLAGS:
+        given.problems += _contradiction(entry.name, words)
+    elif entry.is_switch:
+        _set(given, entry, entry.switch_value)
+    else:
+        try:
+            values = [_finite(entry.parse(word)) for word in words]
+        except ConfigError as error:
+            given.problems += error.problems
+            given.broken[entry.owner].add(entry.field)
+        except ValueError:
+            given.problems.append(_unreadable(entry, words))
+            given.broken[entry.owner].add(entry.field)
+        else:
+            _set(given, entry, values if entry.nargs else values[0])
+
+
+def _set(given: Given, entry: Entry, value: Any) -> None:
+    """The last of several wins, also over an unusable one before it."""
+    problem = entry.spec.problem(value) if entry.spec and not entry.nargs else None
+    if problem:
+        given.problems.append(problem)
+        given.broken[entry.owner].add(entry.field)
+        return
+    given.broken[entry.owner].discard(entry.field)
+    if entry.spec and entry.spec.repeats:
+        value = given.values[entry.owner].get(entry.field, []) + value
+    given.values[entry.owner][entry.field] = value
+
+
+def _word_count_problem(entry: Entry, words: list[str]) -> str | None:
+    said = " ".join([entry.name, *words])
+    if entry.is_switch and words:
+        return f"{said}: a switch takes no value. Write {entry.name} alone, or leave it out."
+    if not entry.is_switch and not words:
+        return f"{entry.name} lacks its value. Write {entry.name} VALUE, or leave it out."
+    if not entry.is_switch and entry.nargs is None and len(words) > 1:
+        return (
+            f"{said}: takes one value, and got {len(words)}. "
+            f"Keep one, or quote the whole ({entry.name} '{' '.join(words)}')."
+        )
+    return None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(value)
+    return value
+
+
+def _unreadable(entry: Entry, words: list[str]) -> str:
+    kind = {int: "a whole number", float: "a number"}.get(entry.parse, "JSON")
+    example = {int: "8", float: "0.1"}.get(entry.parse, """'{"key": true}'""")
+    return f"{entry.name} {' '.join(words)} is not {kind}. Give one, such as {example}."
+
+
+def _contradiction(name: str, words: list[str]) -> list[str]:
+    stated = STATED[name]
+    if not stated.values or words[0] in stated.values:
+        return []
+    fitting = " or ".join(stated.values)
+    return [f"{name} {words[0]} cannot be: {stated.because}. Give {fitting}, or leave it out."]
+
+
+def _take_unknown(given: Given, words: list[str]) -> None:
+    """--vllm-* goes to the engine's own parser; anything else is a mistake."""
+    for name, values in _split(words):
+        slip = difflib.get_close_matches(name, OWN_VLLM_FLAGS, n=1, cutoff=0.92)
+        if name.startswith(VLLM) and len(name) > len(VLLM) and not slip:
+            key = name.removeprefix(VLLM).replace("-", "_")
+            given.vllm_args[key] = True if not values else values[0] if len(values) == 1 else values
+        elif name.startswith("-"):
+            close = slip[0] if slip else nearest(name)
+            hint = f"Did you mean {close}?" if close else "--help lists what there is."
+            given.problems.append(f"{' '.join([name, *values])} is not a known flag. {hint}")
+        else:
+            given.problems.append(
+                f"{name} belongs to no flag. Remove it, or add the flag before it."
+            )
+
+
+def _split(words: list[str]) -> list[tuple[str, list[str]]]:
+    """["--vllm-a", "1", "--vllm-b=2"] -> [("--vllm-a", ["1"]), ("--vllm-b", ["2"])]."""
+    split: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word.partition("=")
+            split.append((name, [value] if equals else []))
+        elif split and split[-1][0].startswith("--"):
+            split[-1][1].append(word)
+        else:
+            split.append((word, []))
+    return split
+
+
+def model_args(given: Given) -> dict[str, Any]:
+    return dict(given.values.get(MODEL_ARGS, {}))

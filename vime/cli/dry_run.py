@@ -1,0 +1,108 @@
+"""`--dry-run`: what a configuration means, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vime.cli.memory import Part, engine_parts, shape_of, tokens_per_micro_batch, trainer_parts
+from vime.config import Config
+from vime.config.fields import flags_in
+from vime.config.view import SECTIONS, resolved
+from vime.platform import current
+
+GIB = 1 << 30
+
+
+def report(cfg: Config) -> str:
+    """The resolved configuration, the batch arithmetic, the layout and a memory estimate."""
+    parts = {
+        "Configuration": _configuration(cfg),
+        "Batch": _batch(cfg),
+        "Layout": _layout(cfg),
+        "Memory per GPU, estimated": _memory(cfg),
+    }
+    texts = [title + "\n" + "\n".join(f"  {line}" for line in p) for title, p in parts.items()]
+    return "\n\n".join(["Dry run: nothing was started.", *texts])
+
+
+def _configuration(cfg: Config) -> Iterator[str]:
+    values = resolved(cfg)
+    for name in SECTIONS:
+        yield f"[{name}]"
+        section = getattr(cfg, name)
+        for spec in flags_in(type(section)).values():
+            if values[spec.dest] not in (None, {}):
+                yield f"  {spec.name} {_shown(values[spec.dest])}"
+    for title, extra in (("MODEL_ARGS", cfg.model.args), ("vLLM", cfg.engine.vllm_args)):
+        if extra:
+            yield f"[{title}]"
+            prefix = "--vllm-" if title == "vLLM" else "--"
+            for key, value in extra.items():
+                yield f"  {prefix}{key.replace('_', '-')} {_shown(value)}".rstrip()
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _batch(cfg: Config) -> Iterator[str]:
+    batch, steps, dp = cfg.batch, cfg.batch.steps_per_rollout, cfg.dp
+    per_step = batch.samples // steps
+    yield (
+        f"{batch.prompts} prompts x {batch.samples_per_prompt} samples = {batch.samples} samples "
+        "a rollout"
+    )
+    noun = "step" if steps == 1 else "steps"
+    yield f"{batch.samples} samples / {steps} optimizer {noun} = {per_step} samples a step"
+    yield f"{per_step} samples / {dp} data-parallel ranks = {per_step / dp:g} a rank and step"
+    if batch.dynamic:
+        cap = tokens_per_micro_batch(cfg) * cfg.parallel.cp
+        yield (
+            f"a micro-batch is a pack of up to {cap:,} tokens (--max-tokens-per-gpu "
+            f"{batch.max_tokens_per_gpu} x CP {cfg.parallel.cp}); a longer sample is a pack alone"
+        )
+    else:
+        share = -(-per_step // (dp * batch.micro_batch_size))
+        yield f"a micro-batch is {batch.micro_batch_size} sequences: {share} a rank and step"
+    if batch.num_rollout is not None:
+        yield (
+            f"{batch.num_rollout} rollouts x {steps} {noun} = {batch.num_rollout * steps} "
+            f"optimizer steps over {batch.num_rollout * batch.samples} samples"
+        )
+    else:
+        yield f"{batch.num_epoch} passes over the prompts, {batch.prompts} prompts a rollout"
+
+
+def _layout(cfg: Config) -> Iterator[str]:
+    cluster, layout = cfg.cluster, cfg.parallel
+    yield (
+        f"trainer: {cluster.trainer_gpus} GPUs = TP {layout.tp} x PP {layout.pp} x CP {layout.cp} "
+        f"x DP {cfg.dp}; experts: EP {layout.ep} x ETP {layout.etp}"
+    )
+    where = "the trainer's, in turn" if cluster.colocate else "their own"
+    engines = f"{cluster.num_engines} of {cluster.gpus_per_engine} GPUs each, {where}"
+    yield "engines: " + ("none (debug)" if cfg.debug.no_engines else engines)
+    yield f"together: {cluster.total_gpus} GPUs ({current().device_type})"
+
+
+def _memory(cfg: Config) -> Iterator[str]:
+    shape = shape_of(cfg)
+    if shape is None:
+        yield f"unknown: {cfg.model.hf_checkpoint}/config.json does not name the usual sizes"
+        return
+    dtype = current().dtype(cfg.model.dtype)
+    yield f"model: {shape.parameters:,} parameters, {dtype}".replace("torch.", "")
+    for title, parts in (
+        ("trainer", trainer_parts(cfg, shape, dtype.itemsize)),
+        ("engine", engine_parts(cfg, shape, dtype.itemsize)),
+    ):
+        yield f"{title}:"
+        total = Part("total", sum(p.num_bytes for p in parts), "")
+        for p in [*parts, total]:
+            yield f"  {p.name:<16}{p.num_bytes / GIB:>9.3f} GiB  {p.formula}".rstrip()
+    yield "Not counted: CUDA context, collectives' buffers, fragmentation, kernels' workspaces."
+    if cfg.algorithm.needs_reference:
+        copy = shape.parameters * dtype.itemsize / (cfg.parallel.tp * cfg.parallel.pp)
+        yield f"The reference waits in host memory: {copy / GIB:.3f} GiB for each trainer GPU."

@@ -1,0 +1,116 @@
+"""Megatron's flags that the configuration has no field for.
+
+`MODEL_FLAGS` describe an architecture. They are collected as given and compared with `config.json`.
+`STATED` are flags that launch scripts commonly carry and that say what vime does anyway: the right
+value is accepted, any other is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+def _one_or_more(text: str) -> int | str:
+    """`--moe-layer-freq`: a number, or a pattern such as "([0]*1+[1]*47)"."""
+    return int(text) if text.isdigit() else text
+
+
+SWITCH = bool
+
+MODEL_FLAGS: dict[str, Callable[[str], object]] = {
+    "--num-layers": int,
+    "--hidden-size": int,
+    "--ffn-hidden-size": int,
+    "--num-attention-heads": int,
+    "--group-query-attention": SWITCH,
+    "--num-query-groups": int,
+    "--kv-channels": int,
+    "--max-position-embeddings": int,
+    "--seq-length": int,
+    "--position-embedding-type": str,
+    "--use-rotary-position-embeddings": SWITCH,
+    "--rotary-base": float,
+    "--rotary-percent": float,
+    "--rotary-interleaved": SWITCH,
+    "--rotary-seq-len-interpolation-factor": float,
+    "--use-rope-scaling": SWITCH,
+    "--rope-scaling-factor": float,
+    "--normalization": str,
+    "--norm-epsilon": float,
+    "--apply-layernorm-1p": SWITCH,
+    "--qk-layernorm": SWITCH,
+    "--post-self-attn-layernorm": SWITCH,
+    "--post-mlp-layernorm": SWITCH,
+    "--multi-latent-attention": SWITCH,
+    "--q-lora-rank": int,
+    "--kv-lora-rank": int,
+    "--qk-head-dim": int,
+    "--qk-pos-emb-head-dim": int,
+    "--v-head-dim": int,
+    "--rope-type": str,
+    "--rotary-scaling-factor": float,
+    "--original-max-position-embeddings": int,
+    "--beta-fast": float,
+    "--beta-slow": float,
+    "--mscale": float,
+    "--mscale-all-dim": float,
+    "--swiglu": SWITCH,
+    "--disable-bias-linear": SWITCH,
+    "--add-qkv-bias": SWITCH,
+    "--vocab-size": int,
+    "--make-vocab-size-divisible-by": int,
+    "--untie-embeddings-and-output-weights": SWITCH,
+    "--num-experts": int,
+    "--moe-ffn-hidden-size": int,
+    "--moe-layer-freq": _one_or_more,
+    "--moe-shared-expert-intermediate-size": int,
+    "--moe-router-topk": int,
+    "--moe-router-score-function": str,
+    "--moe-router-pre-softmax": SWITCH,
+    "--moe-router-num-groups": int,
+    "--moe-router-group-topk": int,
+    "--moe-router-enable-expert-bias": SWITCH,
+    "--moe-router-bias-update-rate": float,
+    "--moe-router-dtype": str,
+    "--moe-router-load-balancing-type": str,
+    "--moe-router-topk-scaling-factor": float,
+    "--moe-aux-loss-coeff": float,
+    "--moe-token-dispatcher-type": str,
+    "--moe-token-drop-policy": str,
+    "--moe-grouped-gemm": SWITCH,
+    "--moe-permute-fusion": SWITCH,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """The values of a flag that vime agrees with; none for a switch. `because` ends the refusal."""
+
+    values: tuple[str, ...] = ()
+    because: str = ""
+
+
+STATED: dict[str, Stated] = {
+    "--attention-dropout": Stated(("0", "0.0"), "training uses no dropout, as generation does"),
+    "--hidden-dropout": Stated(("0", "0.0"), "training uses no dropout, as generation does"),
+    "--attention-softmax-in-fp32": Stated(),
+    "--attention-backend": Stated(("auto", "flash"), "attention over packs is vime's own"),
+    "--use-mcore-models": Stated(),
+    "--train-backend": Stated(("megatron",), "Megatron-core is the trainer"),
+    "--qkv-format": Stated(("thd",), "sequences are always packed"),
+    "--megatron-to-hf-mode": Stated(("raw",), "weights are named by vime's own rules"),
+    "--ckpt-format": Stated(("torch_dist",), "checkpoints are torch_dist"),
+    "--no-rope-fusion": Stated(),
+    "--no-masked-softmax-fusion": Stated(),
+    "--no-bias-dropout-fusion": Stated(),
+    "--no-bias-swiglu-fusion": Stated(),
+    "--no-gradient-accumulation-fusion": Stated(),
+}
+
+BF16 = "--bf16"  # another spelling of --dtype bfloat16
+
+
+def dest(name: str) -> str:
+    """ "--num-layers" -> "num_layers": the key in `cfg.model.args`."""
+    return name.lstrip("-").replace("-", "_")

@@ -1,0 +1,51 @@
+"""Typed, frozen configuration. `Config` holds the sections; `cli` fills it from flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vime.config.sections import (
+    AlgorithmConfig,
+    BatchConfig,
+    CheckpointConfig,
+    ClusterConfig,
+    DataConfig,
+    DebugConfig,
+    EngineConfig,
+    EvalConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RewardConfig,
+    RolloutConfig,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    cluster: ClusterConfig
+    model: ModelConfig
+    parallel: ParallelConfig
+    optimizer: OptimizerConfig
+    data: DataConfig
+    batch: BatchConfig
+    rollout: RolloutConfig
+    reward: RewardConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig
+    algorithm: AlgorithmConfig
+    engine: EngineConfig
+    log: LogConfig
+    debug: DebugConfig
+
+    @property
+    def dp(self) -> int:
+        return self.parallel.data_parallel_size(self.cluster.trainer_gpus)
+
+    @property
+    def total_gpus(self) -> int:
+        """GPUs that the whole run occupies."""
+        if self.debug.no_engines:
+            return self.cluster.trainer_gpus
+        return self.cluster.rollout_gpus if self.debug.rollout_only else self.cluster.total_gpus

@@ -1,0 +1,86 @@
+"""How a dataclass field names its flag. One declaration serves parser, errors and docs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+from vime.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """A field's command-line spelling.
+
+    name     "--rollout-batch-size"
+    help     one sentence for --help
+    choices  allowed values, or ()
+    nargs    argparse's, for lists
+    repeats  a list flag given several times adds up; otherwise the last one wins
+    negated  the flag that sets the field to False ("--no-offload-train"); the flag itself sets True
+    type     a parser for one value where the annotation alone does not say (JSON, "1e-6", ...)
+    at_least, above, at_most  bounds of a number; above is exclusive
+    """
+
+    name: str
+    help: str = ""
+    choices: tuple[Any, ...] = ()
+    nargs: str | None = None
+    repeats: bool = False
+    negated: str | None = None
+    type: Any = None
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+
+    @property
+    def dest(self) -> str:
+        """The name that plugins read on `args`."""
+        return self.name.lstrip("-").replace("-", "_")
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with this value by itself: flag, value, remedy. None if nothing is."""
+        if value is None:
+            return None
+        if self.choices and value not in self.choices:
+            return f"{self.name} {value} is not known. Choose from {', '.join(self.choices)}."
+        if self.at_least is not None and value < self.at_least:
+            return f"{self.name} {value} is too small. Give {self.at_least} or more."
+        if self.above is not None and value <= self.above:
+            return f"{self.name} {value} is too small. Give more than {self.above}."
+        if self.at_most is not None and value > self.at_most:
+            return f"{self.name} {value} is too large. Give {self.at_most} or less."
+        return None
+
+
+def flag(name: str, help: str = "", *, default: Any = MISSING, **kw: Any) -> Any:
+    """A dataclass field that a flag fills. Without a default the flag is required."""
+    metadata = {"flag": Flag(name, help, **kw)}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def flag_of(f: Field) -> Flag | None:
+    return f.metadata.get("flag")
+
+
+def flags_in(section: type) -> dict[str, Flag]:
+    """{field name: Flag} of a section, in the order of its declaration."""
+    return {f.name: spec for f in fields(section) if (spec := flag_of(f))}
+
+
+class Section:
+    """A part of the configuration that refuses values which cannot work."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        own = (spec.problem(getattr(self, name)) for name, spec in flags_in(type(self)).items())
+        if problems := [*filter(None, own), *self.problems()]:
+            raise ConfigError(*problems)
+
+    def problems(self) -> Iterator[str]:
+        """Values of this section that do not fit each other."""
+        return iter(())

@@ -1,0 +1,261 @@
+"""Rules across sections. Each yields problems that name flag, value and remedy.
+
+A section checks what it alone can know (`Section.problems`). Rules look at files only as far as
+"is it there", apart from the small `config.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from vime.config import Config
+
+Rule = Callable[[Config], Iterable[str]]
+
+VLLM_ROLLOUT = "vime.rollout.vllm_rollout.generate_rollout"
+SFT_ROLLOUT = "vime.rollout.sft_rollout.generate_rollout"
+
+
+def hf_config(cfg: Config) -> dict[str, Any]:
+    """The checkpoint's `config.json`; {} where there is none that can be read."""
+    try:
+        found = json.loads((Path(cfg.model.hf_checkpoint) / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def checkpoint_is_there(cfg: Config) -> Iterator[str]:
+    folder = Path(cfg.model.hf_checkpoint)
+    name = f"--hf-checkpoint {folder}"
+    if not folder.is_dir():
+        yield f"{name} is not a folder. Give the folder of a downloaded Hugging Face checkpoint."
+    elif not (folder / "config.json").is_file():
+        yield f"{name} holds no config.json. Give the folder of a complete checkpoint."
+    elif not hf_config(cfg):
+        yield f"{name}: its config.json is not a JSON object. Download the checkpoint again."
+
+
+def reference_is_there(cfg: Config) -> Iterator[str]:
+    """A missing --load is a fresh run; a missing --ref-load is a mistake."""
+    folder = cfg.checkpoint.ref_load
+    if folder is not None and not Path(folder).is_dir():
+        yield (
+            f"--ref-load {folder} is not a folder. Make it with tools/convert_hf_to_torch_dist.py, "
+            "or leave it out to start from --hf-checkpoint."
+        )
+    if cfg.checkpoint.ckpt_step is not None and cfg.checkpoint.load is None:
+        yield f"--ckpt-step {cfg.checkpoint.ckpt_step} chooses within --load. Add --load FOLDER."
+    if cfg.checkpoint.ref_ckpt_step is not None and folder is None:
+        step = cfg.checkpoint.ref_ckpt_step
+        yield f"--ref-ckpt-step {step} chooses within --ref-load. Add --ref-load FOLDER."
+
+
+def run_has_a_length(cfg: Config) -> Iterator[str]:
+    if cfg.batch.num_rollout is None and cfg.batch.num_epoch is None:
+        yield "--num-rollout is missing. Give it, or --num-epoch in its place."
+
+
+def run_has_prompts(cfg: Config) -> Iterator[str]:
+    own_source = cfg.data.data_source_path == "vime.rollout.data_source.RolloutDataSourceWithBuffer"
+    if not cfg.data.global_dataset:
+        yield from _rollout_finds_its_own_prompts(cfg)
+    elif cfg.data.prompt_data is None and own_source:
+        yield "--prompt-data is missing. Add --prompt-data FILE.jsonl, or a --data-source-path."
+
+
+def _rollout_finds_its_own_prompts(cfg: Config) -> Iterator[str]:
+    name, rollout = "--disable-rollout-global-dataset", cfg.rollout
+    if cfg.data.prompt_data is not None:
+        yield f"{name} leaves --prompt-data {cfg.data.prompt_data} unread. Drop one of the two."
+    if cfg.batch.num_epoch is not None:
+        yield f"{name} has no epochs. Give --num-rollout in place of --num-epoch."
+    if rollout.function_path == VLLM_ROLLOUT and rollout.custom_generate_path is None:
+        yield (
+            f"{name} hands out samples without prompts. Add a --custom-generate-function-path or a "
+            "--rollout-function-path that makes its own."
+        )
+
+
+def layout_fits_the_gpus(cfg: Config) -> Iterator[str]:
+    layout, gpus = cfg.parallel, cfg.cluster.trainer_gpus
+    for size, what in (
+        (
+            layout.tp * layout.pp * layout.cp,
+            f"--tensor-model-parallel-size {layout.tp} x --pipeline-model-parallel-size {layout.pp}"
+            f" x --context-parallel-size {layout.cp}",
+        ),
+        (
+            layout.etp * layout.ep * layout.pp,
+            f"--expert-tensor-parallel-size {layout.etp} x --expert-model-parallel-size {layout.ep}"
+            f" x --pipeline-model-parallel-size {layout.pp}",
+        ),
+    ):
+        if gpus % size:
+            yield (
+                f"{what} = {size} does not divide the {gpus} GPUs that train. Lower one of them, "
+                f"or make --actor-num-nodes {cfg.cluster.actor_num_nodes} x "
+                f"--actor-num-gpus-per-node {cfg.cluster.actor_gpus_per_node} a multiple of {size}."
+            )
+
+
+def engine_fits_the_model(cfg: Config) -> Iterator[str]:
+    heads, size = hf_config(cfg).get("num_attention_heads"), cfg.cluster.gpus_per_engine
+    if heads and heads % size and not cfg.debug.no_engines:
+        yield (
+            f"--rollout-num-gpus-per-engine {size} does not divide the model's {heads} attention "
+            f"heads. Give a divisor of {heads}."
+        )
+
+
+def engines_fit_a_node(cfg: Config) -> Iterator[str]:
+    size, node = cfg.cluster.gpus_per_engine, cfg.cluster.gpus_per_node
+    if size > node:
+        yield (
+            f"--rollout-num-gpus-per-engine {size} is more than --num-gpus-per-node {node}, and an "
+            "engine lives on one node. Lower the first."
+        )
+
+
+def every_rank_gets_a_sample(cfg: Config) -> Iterator[str]:
+    per_step, ranks = cfg.batch.samples // cfg.batch.steps_per_rollout, cfg.dp
+    if 0 < per_step < ranks:
+        yield (
+            f"--num-steps-per-rollout {cfg.batch.steps_per_rollout} leaves {per_step} samples a "
+            f"step for {ranks} data-parallel ranks. Lower it, or raise --rollout-batch-size "
+            f"{cfg.batch.prompts} or --n-samples-per-prompt {cfg.batch.samples_per_prompt}."
+        )
+
+
+def over_sampling_covers_the_batch(cfg: Config) -> Iterator[str]:
+    asked, wanted = cfg.rollout.over_sampling, cfg.batch.prompts
+    if asked is not None and asked < wanted:
+        yield (
+            f"--over-sampling-batch-size {asked} is below --rollout-batch-size {wanted}. "
+            f"Give more than {wanted}, for example {2 * wanted}."
+        )
+
+
+def responses_fit_the_engine(cfg: Config) -> Iterator[str]:
+    """vLLM refuses a request that asks for more tokens than its context holds."""
+    given = cfg.engine.vllm_args.get("max_model_len")
+    positions = hf_config(cfg).get("max_position_embeddings")
+    limit = int(str(given)) if str(given).isdigit() else positions
+    if not limit or cfg.debug.no_engines:
+        return
+    name = f"--vllm-max-model-len {given}" if given else f"the model's {limit} positions"
+    lengths = [("--rollout-max-response-len", cfg.rollout.max_response_len)]
+    if cfg.eval.interval is not None and cfg.eval.max_response_len is not None:
+        lengths.append(("--eval-max-response-len", cfg.eval.max_response_len))
+    for flag, length in lengths:
+        if length >= limit:
+            yield f"{flag} {length} leaves no room for a prompt in {name}. Lower it."
+
+
+def loss_and_rollout_agree(cfg: Config) -> Iterator[str]:
+    function, loss = cfg.rollout.function_path, cfg.algorithm.loss_type
+    if loss == "sft_loss" and function == VLLM_ROLLOUT:
+        yield (
+            f"--loss-type sft_loss learns from given answers, and --rollout-function-path "
+            f"{function} samples new ones. Add --rollout-function-path {SFT_ROLLOUT}."
+        )
+    if loss == "policy_loss" and function == SFT_ROLLOUT:
+        yield (
+            f"--rollout-function-path {function} makes no rewards, which --loss-type policy_loss "
+            "needs. Add --loss-type sft_loss."
+        )
+    loads = cfg.debug.load_rollout_data is not None
+    if cfg.debug.train_only and not loads and function == VLLM_ROLLOUT:
+        yield (
+            f"--debug-train-only starts no engines, which --rollout-function-path {function} "
+            "needs. Give a function that reads data itself, or drop --debug-train-only."
+        )
+    if cfg.debug.no_engines and cfg.eval.interval is not None and cfg.eval.function_path is None:
+        name = "--debug-train-only" if cfg.debug.train_only else "--load-debug-rollout-data"
+        yield (
+            f"--eval-interval {cfg.eval.interval} needs engines, and {name} starts none. "
+            "Drop one of the two."
+        )
+    if cfg.debug.rollout_only and (cfg.checkpoint.save or cfg.checkpoint.save_hf):
+        yield (
+            "--debug-rollout-only has no trainer whose weights --save or --save-hf could write. "
+            "Drop them; --save-debug-rollout-data keeps the samples."
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    checkpoint_is_there,
+    reference_is_there,
+    run_has_a_length,
+    run_has_prompts,
+    layout_fits_the_gpus,
+    engine_fits_the_model,
+    engines_fit_a_node,
+    every_rank_gets_a_sample,
+    over_sampling_covers_the_batch,
+    responses_fit_the_engine,
+    loss_and_rollout_agree,
+)
+
+
+def converter_has_a_target(cfg: Config) -> Iterator[str]:
+    if cfg.checkpoint.save is None:
+        yield "--save is missing. Add --save FOLDER, where the converted checkpoint goes."
+
+
+CONVERT_RULES: tuple[Rule, ...] = (checkpoint_is_there, converter_has_a_target)
+
+
+def notices(cfg: Config) -> list[str]:
+    """What works, though not as the flags alone suggest. Printed once at the start."""
+    cluster, batch, rollout = cfg.cluster, cfg.batch, cfg.rollout
+    found = []
+    if cluster.colocate and cluster.rollout_gpus_asked is not None:
+        found.append(
+            f"--rollout-num-gpus {cluster.rollout_gpus_asked} is ignored under --colocate: "
+            f"generation uses the {cluster.rollout_gpus} GPUs that train."
+        )
+    if cfg.parallel.sequence_parallel and cfg.parallel.tp == 1:
+        found.append(
+            "--sequence-parallel is off: it divides work among tensor-parallel ranks, and "
+            "--tensor-model-parallel-size is 1."
+        )
+    if batch.dynamic and batch.micro_batch_size != 1:
+        found.append(
+            f"--micro-batch-size {batch.micro_batch_size} is ignored under "
+            "--use-dynamic-batch-size."
+        )
+    if batch.max_tokens_per_gpu is not None and not batch.dynamic:
+        found.append(
+            f"--max-tokens-per-gpu {batch.max_tokens_per_gpu} has no effect without "
+            "--use-dynamic-batch-size."
+        )
+    if cfg.algorithm.needs_reference and cfg.checkpoint.ref_load is None:
+        found.append(
+            f"no --ref-load: the reference model is --hf-checkpoint {cfg.model.hf_checkpoint}."
+        )
+    if cfg.algorithm.loss_type == "policy_loss" and (rollout.top_p < 1 or rollout.top_k > 0):
+        found.append(
+            f"--rollout-top-p {rollout.top_p} and --rollout-top-k {rollout.top_k} cut the sampled "
+            "distribution, which the trainer does not see: expect a larger "
+            "train/train_rollout_logprob_abs_diff."
+        )
+    if _relies_on_metadata_for_rewards(cfg):
+        found.append(
+            "no --rm-type or --custom-rm-path: every prompt must name its grader in metadata, as "
+            '{"rm_type": ...}.'
+        )
+    return found
+
+
+def _relies_on_metadata_for_rewards(cfg: Config) -> bool:
+    return (
+        cfg.algorithm.loss_type == "policy_loss"
+        and cfg.rollout.function_path == VLLM_ROLLOUT
+        and cfg.rollout.custom_generate_path is None
+        and cfg.reward.rm_type is None
+        and cfg.reward.custom_rm_path is None
+    )

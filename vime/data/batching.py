@@ -1,0 +1,268 @@
+"""Groups of samples -> one frozen `TrainBatch`, in which every token has its final weight."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import chain
+
+import numpy as np
+
+from vime.config import Config
+from vime.data.packing import PackingRules, plan_step, repack
+from vime.data.rewards import score_samples, zero_std_counts
+from vime.errors import PluginError
+from vime.types import Group, Sample, Status, StepPlan, TrainBatch, TrainSequence
+
+# The usable samples, flat -> (raw rewards, scores), one of each a sample.
+PostProcess = Callable[[list[Sample]], tuple[Sequence[float], Sequence[float]]]
+
+
+def build_train_batch(
+    groups: Sequence[Group],
+    cfg: Config,
+    rollout_id: int,
+    *,
+    post_process: PostProcess | None = None,
+) -> TrainBatch:
+    """All that training needs of one rollout.
+
+    The rules for samples that are not plain:
+    - failed (`Status.FAILED`, or no reward where the loss needs one): no loss and no part in its
+      group's statistics; counted in `rollout/failed_samples`. If all failed: ValueError.
+    - removed (`remove_sample`): part of its group's statistics and of its step's sample count, but
+      its tokens weigh 0.
+    - nothing to train on (no response token): part of the statistics, no sequence; counted in
+      `rollout/empty_samples`.
+    A step is a run of consecutive samples; one that lost them all is left out.
+    `post_process` takes the place of rewards and their normalisation.
+
+    Raises ValueError on an unfinished sample or one whose lists do not match its response, and
+    PluginError on a reward that --reward-key cannot read.
+    """
+    samples = list(chain.from_iterable(groups))
+    group_ids = [
+        -1 - position if s.group_index is None else s.group_index
+        for position, group in enumerate(groups)
+        for s in group
+    ]
+    wants_reward = cfg.algorithm.loss_type == "policy_loss"
+    usable = [i for i, s in enumerate(samples) if _is_usable(s, wants_reward)]
+    if not usable:
+        reasons = sorted({s.failure or "no reward" for s in samples})[:3]
+        raise ValueError(
+            f"rollout {rollout_id}: none of its {len(samples)} samples can be trained on: "
+            + ("; ".join(reasons) or "it is empty")
+        )
+    raw, scores = [math.nan] * len(samples), [math.nan] * len(samples)
+    if wants_reward:
+        if post_process is None:
+            values = [_reward(samples[i], cfg) for i in usable]
+            normalised = score_samples(values, [group_ids[i] for i in usable], cfg.algorithm)
+        else:
+            values, normalised = _post_processed(post_process, [samples[i] for i in usable])
+        for i, value, score in zip(usable, values, normalised, strict=True):
+            raw[i], scores[i] = value, score
+
+    kept = [i for i in usable if samples[i].response_length > 0]
+    steps = [
+        [_sequence(samples[i], group_ids[i], scores[i], raw[i]) for i in members]
+        for members in _steps(len(samples), kept, cfg.batch.steps_per_rollout)
+    ]
+    return plan_batch(
+        steps, cfg, rollout_id, _sample_metrics(samples, usable, group_ids, raw, scores)
+    )
+
+
+def plan_batch(
+    steps: Sequence[Sequence[TrainSequence]],
+    cfg: Config,
+    rollout_id: int,
+    metrics: dict[str, float],
+) -> TrainBatch:
+    """Gives the sequences of each step their weights and packs them. Raises ValueError on none."""
+    sequences: list[TrainSequence] = []
+    plans: list[StepPlan] = []
+    rules = PackingRules.of(cfg)
+    for members in steps:
+        weights = token_weights(
+            [s.loss_mask for s in members], per_token=cfg.algorithm.per_token_loss
+        )
+        first = len(sequences)
+        sequences += [replace(s, weight=w) for s, w in zip(members, weights, strict=True)]
+        positions = range(first, len(sequences))
+        plans.append(plan_step(positions, [sequences[p].length for p in positions], rules))
+    if not plans:
+        raise ValueError(f"rollout {rollout_id}: no sample has a response to train on")
+
+    forward = None
+    forward_rules = PackingRules.of(cfg, forward_only=True)
+    if forward_rules != rules:
+        forward = repack(plans, [s.length for s in sequences], forward_rules)
+    return TrainBatch(
+        rollout_id=rollout_id,
+        sequences=tuple(sequences),
+        steps=tuple(plans),
+        forward=forward,
+        metrics={**metrics, **_packing_metrics(sequences, plans, rules)},
+    )
+
+
+def token_weights(masks: Sequence[np.ndarray], *, per_token: bool) -> list[np.ndarray]:
+    """Each token's share of its step's loss; masks and results are [R] per sequence.
+
+    Sequence mean: mask / (the sequence's mask sum x sequences in the step).
+    Token mean: mask / the step's mask sum. Sequences without a masked-in token weigh 0.
+    """
+    sums = [float(m.sum()) for m in masks]
+    if per_token:
+        total = max(sum(sums), 1.0)
+        return [(m / total).astype(np.float32) for m in masks]
+    return [
+        (m / (max(s, 1.0) * len(masks))).astype(np.float32)
+        for m, s in zip(masks, sums, strict=True)
+    ]
+
+
+def _is_usable(sample: Sample, wants_reward: bool) -> bool:
+    if sample.status in (Status.PENDING, Status.ABORTED):
+        raise ValueError(f"sample {sample.index} is {sample.status.value}: it cannot be trained on")
+    return sample.status is not Status.FAILED and not (wants_reward and sample.reward is None)
+
+
+def _reward(sample: Sample, cfg: Config) -> float:
+    try:
+        return sample.get_reward_value(cfg.reward)
+    except (KeyError, TypeError, ValueError) as e:
+        raise PluginError(
+            f"sample {sample.index}: --reward-key {cfg.reward.reward_key} cannot be read as a "
+            f"number from the reward {sample.reward!r}"
+        ) from e
+
+
+def _post_processed(
+    post_process: PostProcess, samples: list[Sample]
+) -> tuple[list[float], list[float]]:
+    """The user's (raw rewards, scores), as numbers. Raises PluginError on anything else."""
+    name = "--custom-reward-post-process-path"
+    try:
+        raw, scores = post_process(samples)
+        raw, scores = [float(r) for r in raw], [float(s) for s in scores]
+    except (TypeError, ValueError) as e:
+        raise PluginError(
+            f"{name} must return (raw rewards, scores), two lists of numbers: {e}"
+        ) from e
+    if len(raw) != len(samples) or len(scores) != len(samples):
+        raise PluginError(
+            f"{name} returned {len(raw)} raw rewards and {len(scores)} scores for "
+            f"{len(samples)} samples; return one of each a sample."
+        )
+    if bad := [x for x in raw + scores if not math.isfinite(x)]:
+        raise PluginError(f"{name} returned {bad[0]}; return finite numbers.")
+    return raw, scores
+
+
+def _steps(num_samples: int, kept: Sequence[int], num_steps: int) -> list[list[int]]:
+    """`kept` in runs of consecutive samples; sample i is in step i * num_steps // num_samples."""
+    steps: list[list[int]] = [[] for _ in range(num_steps)]
+    for i in kept:
+        steps[i * num_steps // num_samples].append(i)
+    return [s for s in steps if s]
+
+
+def _loss_mask(sample: Sample) -> np.ndarray:
+    size = sample.response_length
+    if sample.remove_sample:
+        return np.zeros(size, dtype=np.float32)
+    if sample.loss_mask is None:
+        return np.ones(size, dtype=np.float32)
+    return _per_response(sample, "loss_mask", sample.loss_mask)
+
+
+def _per_response(sample: Sample, name: str, values: Sequence[float]) -> np.ndarray:
+    if len(values) != sample.response_length:
+        raise ValueError(
+            f"sample {sample.index}: {name} has {len(values)} entries for a response of "
+            f"{sample.response_length} tokens"
+        )
+    return np.asarray(values, dtype=np.float32)
+
+
+def _sequence(sample: Sample, group_id: int, score: float, raw_reward: float) -> TrainSequence:
+    """Without its weights, which depend on the other sequences of its step."""
+    if sample.prompt_length < 1:
+        raise ValueError(
+            f"sample {sample.index}: {len(sample.tokens)} tokens for a response of "
+            f"{sample.response_length} leave no prompt token to predict it from"
+        )
+    logp = sample.rollout_log_probs
+    return TrainSequence(
+        index=-1 if sample.index is None else sample.index,
+        group=group_id,
+        tokens=np.asarray(sample.tokens, dtype=np.int64),
+        response_length=sample.response_length,
+        loss_mask=_loss_mask(sample),
+        weight=np.zeros(0, dtype=np.float32),
+        reward=score,
+        raw_reward=raw_reward,
+        rollout_logp=None if logp is None else _per_response(sample, "rollout_log_probs", logp),
+        train_metadata=sample.train_metadata,
+    )
+
+
+def _sample_metrics(
+    samples: Sequence[Sample],
+    usable: Sequence[int],
+    group_ids: Sequence[int],
+    raw: Sequence[float],
+    scores: Sequence[float],
+) -> dict[str, float]:
+    lengths = [samples[i].response_length for i in usable]
+    metrics: dict[str, float] = {
+        "rollout/num_samples": len(samples),
+        "rollout/failed_samples": len(samples) - len(usable),
+        "rollout/removed_samples": sum(samples[i].remove_sample for i in usable),
+        "rollout/empty_samples": sum(n == 0 for n in lengths),
+        "rollout/response_len/mean": statistics.fmean(lengths),
+        "rollout/response_len/median": statistics.median(lengths),
+        "rollout/response_len/max": max(lengths),
+        "rollout/response_len/min": min(lengths),
+        "rollout/truncated_ratio": statistics.fmean(
+            samples[i].status is Status.TRUNCATED for i in usable
+        ),
+    }
+    if math.isnan(raw[usable[0]]):  # the loss asks for no reward
+        return metrics
+    values = [raw[i] for i in usable]
+    metrics["rollout/raw_reward"] = statistics.fmean(values)
+    metrics["rollout/rewards"] = statistics.fmean(scores[i] for i in usable)
+    counts = zero_std_counts(values, [group_ids[i] for i in usable])
+    metrics["rollout/zero_std/count"] = sum(counts.values())
+    metrics.update({f"rollout/zero_std/count_{r:g}": n for r, n in sorted(counts.items())})
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _packing_metrics(
+    sequences: Sequence[TrainSequence], plans: Sequence[StepPlan], rules: PackingRules
+) -> dict[str, float]:
+    """packing_efficiency: tokens over the room of all micro-batches (the cap, or the largest)."""
+    sizes = [
+        sum(sequences[p].length for p in b)
+        for plan in plans
+        for owned in plan.micro_batches
+        for b in owned
+    ]
+    ranks = [
+        [sum(sequences[p].length for b in owned for p in b) for owned in plan.micro_batches]
+        for plan in plans
+    ]
+    room = sum(max(n, rules.max_tokens or max(sizes)) for n in sizes)
+    return {
+        "rollout/total_tokens": float(sum(sizes)),
+        "perf/num_micro_batches": float(sum(p.num_micro_batches for p in plans)),
+        "perf/packing_efficiency": sum(sizes) / room,
+        # tokens of the busiest rank over the mean, the worst step
+        "perf/dp_imbalance": max(max(r) * len(r) / sum(r) for r in ranks),
+    }

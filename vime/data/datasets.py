@@ -1,0 +1,286 @@
+"""Prompt files, JSONL and Parquet, read row by row and never held as Python objects.
+
+A path may end in a slice, `prompts.jsonl@[100:200]`, with Python's meaning. A JSONL file is mapped
+and indexed (8 bytes a line); a Parquet file is held as Arrow columns, only those asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vime.errors import ConfigError
+
+try:
+    import orjson
+
+    _loads = orjson.loads
+except ImportError:
+    _loads = json.loads
+
+_SLICE = re.compile(r"^(?P<path>.+)@\[(?P<start>-?\d*):(?P<stop>-?\d*)\]$")
+_SCAN_BYTES = 64 << 20
+_ROWS_CHECKED_IN_FULL = 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataKeys:
+    """The fields of a row. `label` must exist once named; metadata and tools may be missing."""
+
+    input: str = "input"
+    label: str | None = None
+    metadata: str | None = "metadata"
+    tools: str | None = "tools"
+
+    @property
+    def required(self) -> list[str]:
+        return [self.input] + ([self.label] if self.label else [])
+
+    @property
+    def all(self) -> list[str]:
+        return self.required + [key for key in (self.metadata, self.tools) if key]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One prompt with what belongs to it."""
+
+    prompt: str | list[dict[str, Any]]
+    label: str | None
+    metadata: dict[str, Any]
+    tools: list[dict[str, Any]] | None
+    where: str  # "file line 12", for messages
+
+
+def split_slice(path: str) -> tuple[Path, slice]:
+    """`a.jsonl@[2:10]` -> (Path("a.jsonl"), slice(2, 10))."""
+    found = _SLICE.match(path)
+    if found is None:
+        return Path(path), slice(None)
+    start, stop = (int(found[part]) if found[part] else None for part in ("start", "stop"))
+    return Path(found["path"]), slice(start, stop)
+
+
+class JsonlRows:
+    """The lines of a JSONL file as dicts, parsed when asked for. Blank lines are skipped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("rb")
+        self._size = path.stat().st_size
+        self._map = (
+            mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if self._size else b""
+        )
+        starts, ends = self._line_bounds()
+        blank = np.flatnonzero(ends - starts <= 2)
+        blank = [i for i in blank.tolist() if not self._map[starts[i] : ends[i]].strip()]
+        self._line_ids = None
+        if blank:
+            self._line_ids = np.delete(np.arange(len(starts)), blank)
+            starts, ends = starts[self._line_ids], ends[self._line_ids]
+        self._starts = starts
+
+    def _line_bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        newlines = []
+        for at in range(0, self._size, _SCAN_BYTES):
+            count = min(_SCAN_BYTES, self._size - at)
+            part = np.frombuffer(self._map, np.uint8, count=count, offset=at)
+            newlines.append(np.flatnonzero(part == 10) + at)
+        ends = np.concatenate(newlines) if newlines else np.empty(0, np.int64)
+        if self._size and (not len(ends) or ends[-1] != self._size - 1):
+            ends = np.append(ends, self._size)
+        starts = np.empty_like(ends)
+        if len(ends):
+            starts[0], starts[1:] = 0, ends[:-1] + 1
+        return starts, ends
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def where(self, i: int) -> str:
+        line = i if self._line_ids is None else int(self._line_ids[i])
+        return f"{self.path} line {line + 1}"
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        start = int(self._starts[i])
+        end = self._map.find(b"\n", start)
+        text = self._map[start : end if end >= 0 else self._size]
+        try:
+            row = _loads(text)
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.where(i)} is not valid JSON ({error}): {_shorten(text)}. Each line must be "
+                "one JSON object; correct or delete the line."
+            ) from None
+        if not isinstance(row, dict):
+            raise ConfigError(
+                f"{self.where(i)} holds a JSON {type(row).__name__}, not an object: "
+                f"{_shorten(text)}. Each line must be one JSON object."
+            )
+        return row
+
+
+class ParquetRows:
+    """The rows of a Parquet file as dicts; `columns` limits what is read."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        import pyarrow.parquet as parquet
+
+        self.path = path
+        names = parquet.read_schema(path).names
+        self.columns = names
+        self._table = parquet.read_table(
+            path, columns=[name for name in names if name in columns], memory_map=True
+        )
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def where(self, i: int) -> str:
+        return f"{self.path} row {i + 1}"
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        row = self._table.slice(i, 1).to_pylist()[0]
+        return row if row else {name: None for name in self.columns}
+
+
+class PromptDataset:
+    """`Row`s of a prompt file. Raises ConfigError, naming file and line, on anything malformed."""
+
+    def __init__(self, path: str, keys: DataKeys) -> None:
+        self.path, self.keys = path, keys
+        file, wanted = split_slice(path)
+        if not file.is_file():
+            raise ConfigError(f"prompt data {file} does not exist. Correct the path.")
+        if file.suffix == ".parquet":
+            self._rows: JsonlRows | ParquetRows = ParquetRows(file, keys.all)
+        elif file.suffix in (".jsonl", ".json"):
+            self._rows = JsonlRows(file)
+        else:
+            raise ConfigError(f"prompt data {file} ends in neither .jsonl nor .parquet.")
+        self._range = range(len(self._rows))[wanted]
+        if not self._range:
+            raise ConfigError(
+                f"prompt data {path} holds no row ({len(self._rows)} in the file). "
+                "Correct the slice or the file."
+            )
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    def __getitem__(self, i: int) -> Row:
+        at = self._range[i]
+        return self._to_row(self._rows[at], self._rows.where(at))
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[i] for i in range(len(self)))
+
+    def _to_row(self, row: dict[str, Any], where: str) -> Row:
+        keys = self.keys
+        for key in keys.required:
+            if key not in row:
+                have = getattr(self._rows, "columns", None) or list(row)
+                flag = "--input-key" if key == keys.input else "--label-key"
+                raise ConfigError(
+                    f"{where} has no key {key!r} ({flag}); its keys are: {', '.join(have)}."
+                )
+        prompt = row[keys.input]
+        if not _is_prompt(prompt):
+            raise ConfigError(
+                f"{where}: {keys.input!r} must be a non-empty string or a list of messages with "
+                f"a role each, not {_shorten(prompt)}."
+            )
+        label = row[keys.label] if keys.label else None
+        tools = _decoded(row.get(keys.tools)) if keys.tools else None
+        return Row(
+            prompt=prompt,
+            label=label if label is None or isinstance(label, str) else _to_text(label),
+            metadata=self._metadata(row, where),
+            tools=tools or None,
+            where=where,
+        )
+
+    def _metadata(self, row: dict[str, Any], where: str) -> dict[str, Any]:
+        metadata = _decoded(row.get(self.keys.metadata)) if self.keys.metadata else None
+        if metadata is None:
+            return {}
+        if not isinstance(metadata, dict):
+            raise ConfigError(
+                f"{where}: {self.keys.metadata!r} must be an object, not {_shorten(metadata)} "
+                "(--metadata-key names another field)."
+            )
+        return metadata
+
+
+def check_prompt_data(
+    path: str,
+    *,
+    input_key: str = "input",
+    label_key: str | None = None,
+    metadata_key: str | None = "metadata",
+    tool_key: str | None = "tools",
+    apply_chat_template: bool = True,
+    flag: str = "--prompt-data",
+    max_problems: int = 5,
+) -> list[str]:
+    """What is wrong with a prompt file, in the user's words; empty when nothing is.
+
+    Reads every row of a file of up to a million rows, and of a longer one as many, evenly spread:
+    the rest is checked as strictly when it is drawn. `apply_chat_template=False` refuses messages.
+    """
+    keys = DataKeys(input=input_key, label=label_key, metadata=metadata_key, tools=tool_key)
+    try:
+        data = PromptDataset(path, keys)
+    except (ConfigError, OSError) as error:
+        return [f"{flag} {path}: {error}"]
+    except Exception as error:  # pyarrow's own errors for a file that is no Parquet file
+        return [f"{flag} {path} could not be read: {error}"]
+    problems: list[str] = []
+    for i in range(0, len(data), -(-len(data) // _ROWS_CHECKED_IN_FULL)):
+        try:
+            row = data[i]
+            if not apply_chat_template and not isinstance(row.prompt, str):
+                raise ConfigError(
+                    f"{row.where}: {input_key!r} holds messages, which need --apply-chat-template."
+                )
+        except ConfigError as error:
+            problems.append(f"{flag} {path}: {error}")
+            if len(problems) == max_problems:
+                break
+    return problems
+
+
+def _is_prompt(prompt: Any) -> bool:
+    if isinstance(prompt, str):
+        return bool(prompt)
+    return (
+        isinstance(prompt, list)
+        and bool(prompt)
+        and all(isinstance(message, dict) and "role" in message for message in prompt)
+    )
+
+
+def _decoded(value: Any) -> Any:
+    """Parquet files often hold nested values as JSON text."""
+    if isinstance(value, str):
+        try:
+            return _loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _to_text(label: Any) -> str:
+    return json.dumps(label, ensure_ascii=False) if isinstance(label, (dict, list)) else str(label)
+
+
+def _shorten(value: Any, limit: int = 80) -> str:
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

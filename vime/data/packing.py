@@ -1,0 +1,171 @@
+"""Which sequences share a micro-batch, and on which data-parallel rank. Decided once, centrally.
+
+A plan cannot change the loss: every token already has its final weight. It decides speed, memory.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vime.config import Config
+from vime.types import StepPlan
+
+Bin = tuple[int, ...]  # positions of the sequences of one micro-batch
+
+# The sequence length at which causal attention costs as much as the rest of a layer, roughly
+# 12 x hidden size. It only steers balancing, so one figure serves all models.
+ATTENTION_EQUALS_REST = 32768
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackingRules:
+    """How one step's sequences become micro-batches.
+
+    dp           data-parallel ranks
+    max_tokens   cap of a micro-batch; None: `micro_batch_size` sequences each, of any length
+    granularity  sequences occupy multiples of it (2 x CP under context parallelism)
+    multiple     the micro-batches of a rank come in multiples of it (PP under a virtual pipeline)
+    balance      even out the ranks' estimated work
+    """
+
+    dp: int = 1
+    max_tokens: int | None = None
+    micro_batch_size: int = 1
+    granularity: int = 1
+    multiple: int = 1
+    balance: bool = False
+
+    @classmethod
+    def of(cls, cfg: Config, *, forward_only: bool = False) -> PackingRules:
+        batch, parallel = cfg.batch, cfg.parallel
+        per_gpu = batch.max_tokens_per_gpu if batch.dynamic else None
+        if per_gpu is not None and forward_only:
+            per_gpu = batch.log_probs_max_tokens_per_gpu or per_gpu
+        return cls(
+            dp=cfg.dp,
+            max_tokens=None if per_gpu is None else per_gpu * parallel.cp,
+            micro_batch_size=batch.micro_batch_size,
+            granularity=2 * parallel.cp if parallel.cp > 1 else 1,
+            multiple=parallel.pp if parallel.vpp else 1,
+            balance=batch.balance,
+        )
+
+
+def plan_step(positions: Sequence[int], lengths: Sequence[int], rules: PackingRules) -> StepPlan:
+    """Every position once, in micro-batches, the same number on every rank.
+
+    positions  the step's sequences, as positions in the batch
+    lengths    their tokens, in the same order
+    """
+    size_of = {p: _round_up(n, rules.granularity) for p, n in zip(positions, lengths, strict=True)}
+    bins = _fill(positions, size_of, rules)
+    share = math.ceil(max(1, len(bins)) / rules.dp)
+    share = _round_up(share, rules.multiple)
+    bins = _split_to(bins, share * rules.dp, size_of)
+    if rules.balance:
+        costs = [sum(sequence_cost(size_of[p]) for p in b) for b in bins]
+        owners = balanced_partition(costs, rules.dp)
+    else:
+        owners = [list(range(rank, len(bins), rules.dp)) for rank in range(rules.dp)]
+    return StepPlan(micro_batches=tuple(tuple(bins[i] for i in owned) for owned in owners))
+
+
+def repack(plans: Sequence[StepPlan], length_of: Sequence[int], rules: PackingRules) -> StepPlan:
+    """One plan over all sequences of `plans`, for forward-only passes: each stays on its rank."""
+    per_rank = []
+    for rank in range(rules.dp):
+        mine = [p for plan in plans for b in plan.micro_batches[rank] for p in b]
+        size_of = {p: _round_up(length_of[p], rules.granularity) for p in mine}
+        per_rank.append((_fill(mine, size_of, rules), size_of))
+    share = _round_up(max(1, *(len(bins) for bins, _ in per_rank)), rules.multiple)
+    return StepPlan(
+        micro_batches=tuple(tuple(_split_to(bins, share, size_of)) for bins, size_of in per_rank)
+    )
+
+
+def sequence_cost(length: int) -> float:
+    """Estimated work of one sequence, in tokens of a short one: attention grows with the square."""
+    return length * (1.0 + length / ATTENTION_EQUALS_REST)
+
+
+def first_fit(sizes: Sequence[int], cap: int) -> list[list[int]]:
+    """Indices into bins of at most `cap`: longest first, each into the first bin with room.
+
+    One larger than `cap` is alone in its bin.
+    """
+    sizes_S = np.asarray(sizes, dtype=np.int64)
+    room = np.zeros(len(sizes_S), dtype=np.int64)
+    bins: list[list[int]] = []
+    for i in np.argsort(-sizes_S, kind="stable").tolist():
+        size, used = sizes_S[i], len(bins)
+        fits = room[:used] >= size
+        target = int(fits.argmax()) if used and fits.any() else used
+        if target == used:
+            bins.append([])
+            room[used] = max(cap, size)
+        bins[target].append(i)
+        room[target] -= size
+    return bins
+
+
+def balanced_partition(costs: Sequence[float], num_parts: int) -> list[list[int]]:
+    """Indices into `num_parts` parts of equal count and nearly equal sums; len(costs) must divide.
+
+    Karmarkar and Karp's largest differencing, started from blocks of one item per part, so that
+    counts stay equal: the two most uneven partial solutions merge, heavy parts onto light ones.
+    """
+    if len(costs) % num_parts:
+        raise ValueError(f"{len(costs)} items do not divide into {num_parts} equal parts")
+    order = sorted(range(len(costs)), key=lambda i: -costs[i])
+    heap: list[tuple[float, int, list[tuple[float, list[int]]]]] = []
+    for serial, start in enumerate(range(0, len(order), num_parts)):
+        parts = [(costs[i], [i]) for i in order[start : start + num_parts]]
+        heap.append((parts[-1][0] - parts[0][0], serial, parts))
+    if not heap:
+        return [[] for _ in range(num_parts)]
+    heapq.heapify(heap)
+    serial = len(heap)
+    while len(heap) > 1:
+        (_, _, a), (_, _, b) = heapq.heappop(heap), heapq.heappop(heap)
+        merged = [(x + y, xs + ys) for (x, xs), (y, ys) in zip(a, reversed(b), strict=True)]
+        merged.sort(key=lambda part: -part[0])
+        heapq.heappush(heap, (merged[-1][0] - merged[0][0], serial, merged))
+        serial += 1
+    return [sorted(items) for _, items in heap[0][2]]
+
+
+def _fill(positions: Sequence[int], size_of: dict[int, int], rules: PackingRules) -> list[Bin]:
+    if rules.max_tokens is None:
+        step = rules.micro_batch_size
+        return [tuple(positions[i : i + step]) for i in range(0, len(positions), step)]
+    packed = first_fit([size_of[p] for p in positions], rules.max_tokens)
+    return [tuple(positions[i] for i in sorted(members)) for members in packed]
+
+
+def _split_to(bins: list[Bin], count: int, size_of: dict[int, int]) -> list[Bin]:
+    """Exactly `count` bins: the largest of two or more sequences is halved; else empty ones."""
+    bins = list(bins)
+    while len(bins) < count:
+        candidates = [i for i, b in enumerate(bins) if len(b) > 1]
+        if not candidates:
+            return bins + [()] * (count - len(bins))
+        largest = max(candidates, key=lambda i: sum(size_of[p] for p in bins[i]))
+        whole = bins[largest]
+        halves: tuple[list[int], list[int]] = ([], [])
+        loads = [0, 0]
+        for p in sorted(whole, key=lambda p: -size_of[p]):
+            side = int(loads[1] < loads[0])
+            halves[side].append(p)
+            loads[side] += size_of[p]
+        bins[largest] = tuple(sorted(halves[0]))
+        bins.append(tuple(sorted(halves[1])))
+    return bins
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

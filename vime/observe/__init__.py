@@ -1,0 +1,9 @@
+"""What a run shows and keeps: metrics.jsonl, the progress line, trackers, timers, plots."""
+
+from vime.observe.metrics import MetricsLog, read_metrics
+from vime.observe.progress import Progress
+from vime.observe.run_log import RunLog
+from vime.observe.timers import Timers
+from vime.observe.trackers import Tracker, make_trackers
+
+__all__ = ["MetricsLog", "Progress", "RunLog", "Timers", "Tracker", "make_trackers", "read_metrics"]

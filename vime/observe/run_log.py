@@ -1,0 +1,86 @@
+"""All that one run shows and keeps, behind the three verbs that a training loop needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from vime.observe.metrics import MetricsLog
+from vime.observe.progress import Progress
+from vime.observe.trackers import make_trackers
+
+
+class LogSettings(Protocol):
+    """The flags of logging; the configuration's section of that name has them."""
+
+    run_dir: str | None
+    use_tensorboard: bool
+    tb_dir: str | None
+    use_wandb: bool
+    wandb_project: str | None
+    wandb_group: str | None
+    progress: str
+
+
+class RunLog:
+    """metrics.jsonl, trackers and progress line of one run.
+
+    settings      where and how (`--run-dir`, `--use-tensorboard`, `--progress`, ...)
+    fallback_dir  the run's folder where `--run-dir` is not given; runs/DATE-TIME by default
+    config        what a tracker records about the run, or None
+
+        with RunLog(cfg.log, fallback_dir=cfg.checkpoint.save) as log:
+            log.start(start_step, num_rollouts)
+            log.phase("train")
+            log.step(num_trained, metrics)
+    """
+
+    def __init__(
+        self,
+        settings: LogSettings,
+        *,
+        fallback_dir: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        self.run_dir = Path(settings.run_dir or fallback_dir or f"runs/{stamp}")
+        self._settings = settings
+        self._trackers = make_trackers(
+            self.run_dir,
+            use_tensorboard=settings.use_tensorboard,
+            tb_dir=settings.tb_dir,
+            use_wandb=settings.use_wandb,
+            wandb_project=settings.wandb_project,
+            wandb_group=settings.wandb_group,
+            config=config,
+        )
+        self._metrics: MetricsLog | None = None
+        self._progress: Progress | None = None
+
+    def start(self, start_step: int, num_rollouts: int) -> None:
+        """Training begins: `start_step` of `num_rollouts` rollouts are done already."""
+        self._metrics = MetricsLog(self.run_dir, start_step=start_step, trackers=self._trackers)
+        self._progress = Progress(num_rollouts, start=start_step, mode=self._settings.progress)
+        self._progress.__enter__()
+
+    def phase(self, name: str) -> None:
+        """What happens now, for the progress line."""
+        if self._progress is not None:
+            self._progress.phase(name)
+
+    def step(self, num_trained: int, metrics: Mapping[str, Any]) -> None:
+        """A step has ended; `num_trained` rollouts are trained. RuntimeError before `start`."""
+        if self._metrics is None or self._progress is None:
+            raise RuntimeError("RunLog.step before RunLog.start")
+        self._progress.update(num_trained, self._metrics.log(num_trained, metrics))
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._progress is not None:
+            self._progress.__exit__(*exc)
+        if self._metrics is not None:
+            self._metrics.close()

@@ -1,0 +1,39 @@
+"""Seconds by phase, gathered over one step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Timers:
+    """Accumulates durations under names such as `perf/rollout_time`.
+
+        with timers("rollout"):
+            ...
+        metrics = timers.take()  # {"perf/rollout_time": seconds}
+
+    The same name may be timed several times in a step; its durations add up, also when the timed
+    block raises.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self.add(name, self._clock() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def take(self) -> dict[str, float]:
+        """{"perf/NAME_time": seconds} since the last call, and start anew."""
+        taken, self._seconds = self._seconds, {}
+        return {f"perf/{name}_time": seconds for name, seconds in taken.items()}

@@ -1,0 +1,140 @@
+"""Which bundle of a Ray placement group serves whom.
+
+One bundle is one GPU; on a machine without GPUs, one CPU slot. Bundles are ordered by node and GPU,
+so that neighbours in the order are neighbours on the hardware: the first train, the rest generate.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from vime.config import ClusterConfig, Config
+from vime.errors import ConfigError
+from vime.platform import Platform, current
+from vime.ray.wait import wait, wait_all
+
+# Trainer and engine share a bundle under --colocate; neither may take all of it.
+_SHARE = {"trainer": 0.4, "engine": 0.2}
+_PLACE_TIMEOUT_S = 120.0
+
+
+def local_slots(cluster: ClusterConfig) -> int:
+    """CPU slots that a local Ray offers on a machine without GPUs: --cpu-slots, else the cores."""
+    return cluster.cpu_slots or len(os.sched_getaffinity(0))
+
+
+def check_slots(cfg: Config) -> list[str]:
+    """The problem, if the run asks for more slots than a Ray started here would have.
+
+    A cluster that exists already is asked after connecting to it (`place`).
+    """
+    platform = current()
+    if os.environ.get("RAY_ADDRESS"):
+        return []
+    if platform.is_cuda:
+        import torch
+
+        slots = torch.cuda.device_count()
+    else:
+        slots = local_slots(cfg.cluster)
+    return _too_many(cfg, platform, slots)
+
+
+def _too_many(cfg: Config, platform: Platform, slots: float) -> list[str]:
+    cluster = cfg.cluster
+    if cfg.total_gpus <= slots:
+        return []
+    asked = (
+        f"--actor-num-nodes {cluster.actor_num_nodes} x --actor-num-gpus-per-node "
+        f"{cluster.actor_gpus_per_node}"
+    )
+    if cfg.total_gpus > cluster.trainer_gpus:
+        asked += f" + --rollout-num-gpus {cluster.rollout_gpus}"
+    unit = "GPUs" if platform.is_cuda else "CPU slots (one stands for one GPU)"
+    remedy = "Ask for fewer"
+    if cfg.total_gpus > cluster.trainer_gpus:
+        remedy += ", share them with --colocate"
+    if not platform.is_cuda:
+        remedy += ", or offer more with --cpu-slots"
+    return [f"{asked} needs {cfg.total_gpus} {unit}, Ray has {slots:g}. {remedy}."]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Bundle indices in hardware order, and the GPU id (on CPU: the slot's number) behind each."""
+
+    group: PlacementGroup
+    resource: str
+    device_ids: dict[int, int]
+    trainer_bundles: tuple[int, ...]
+    engine_bundles: tuple[int, ...]
+    shared: bool
+
+    def options(self, role: str, bundle: int) -> dict[str, Any]:
+        """Ray options that put one actor of `role` ("trainer" or "engine") on `bundle`."""
+        amount = _SHARE[role] if self.shared else 1
+        resources = {"num_cpus": 0, "num_gpus": 0, f"num_{self.resource.lower()}s": amount}
+        strategy = PlacementGroupSchedulingStrategy(
+            self.group,
+            placement_group_bundle_index=bundle,
+            placement_group_capture_child_tasks=False,
+        )
+        return {**resources, "scheduling_strategy": strategy}
+
+    def remove(self) -> None:
+        remove_placement_group(self.group)
+
+
+def place(cfg: Config) -> Placement:
+    """Reserves the bundles. ConfigError if Ray has too few, TimeoutError if they stay busy."""
+    platform, cluster = current(), cfg.cluster
+    have = ray.cluster_resources().get(platform.ray_resource, 0)
+    if problems := _too_many(cfg, platform, have):
+        raise ConfigError(*problems)
+    num = cfg.total_gpus
+    group = placement_group([{platform.ray_resource: 1}] * num, strategy="PACK")
+    wait(
+        group.ready(),
+        what=f"a placement group of {num} {platform.ray_resource}s",
+        timeout_s=_PLACE_TIMEOUT_S,
+    )
+    where = _where_bundles_are(group, num, platform)
+    order = sorted(range(num), key=lambda i: where[i])
+    device_ids = {bundle: device for bundle, (_, device) in enumerate(where)}
+    trainers = () if cfg.debug.rollout_only else tuple(order[: cluster.trainer_gpus])
+    engines = tuple(order[len(trainers) :])
+    if cluster.colocate and not cfg.debug.rollout_only:
+        engines = trainers
+    return Placement(group, platform.ray_resource, device_ids, trainers, engines, cluster.colocate)
+
+
+def _where_bundles_are(
+    group: PlacementGroup, num: int, platform: Platform
+) -> list[tuple[tuple, int]]:
+    """(node address, GPU id or slot number) of each bundle."""
+    if not platform.is_cuda and len(ray.nodes()) == 1:
+        return [((), i) for i in range(num)]  # nothing tells the bundles apart; probes cost seconds
+    probe = ray.remote(_where)
+    amount = {"num_cpus": 0, f"num_{platform.ray_resource.lower()}s": 1}
+    refs = [
+        probe.options(
+            **amount,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=i
+            ),
+        ).remote(i)
+        for i in range(num)
+    ]
+    return wait_all(refs, what="the probes of the placement group", timeout_s=_PLACE_TIMEOUT_S)
+
+
+def _where(bundle: int) -> tuple[tuple[int, ...], int]:
+    address = tuple(int(part) for part in ray.util.get_node_ip_address().split("."))
+    ids = ray.get_gpu_ids()
+    return address, int(ids[0]) if ids else bundle

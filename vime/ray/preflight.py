@@ -1,0 +1,21 @@
+"""What is checked before any process starts. Each check lists its problems: flag, value, remedy."""
+
+from vime.backends.megatron.hf import check_model_args
+from vime.backends.vllm.flags import check_vllm_flags
+from vime.config import Config
+from vime.ray.placement_group import check_slots
+from vime.rollout.grading import check_rewards
+from vime.rollout.plugins import check_hooks
+
+
+def check_decoupled(cfg: Config) -> list[str]:
+    """train_async.py generates while it trains, which a shared GPU cannot."""
+    if not cfg.cluster.colocate:
+        return []
+    return [
+        "--colocate: train_async.py trains and generates at once. "
+        "Drop it and set --rollout-num-gpus, or run train.py."
+    ]
+
+
+CHECKS = (check_model_args, check_vllm_flags, check_slots, check_hooks, check_rewards)

@@ -1,0 +1,120 @@
+"""The rollout manager: owns engines, router and data source; turns prompts into a TrainBatch."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+
+from vime.backends.vllm.engine import VLLMEngine
+from vime.backends.vllm.router import Router
+from vime.config import Config
+from vime.config.view import ArgsView
+from vime.data.chat import load_tokenizer
+from vime.ray.placement_group import Placement
+from vime.ray.wait import stacks_if_longer_than, wait_all
+from vime.rollout import debug_data
+from vime.rollout.plugins import load_function
+from vime.rollout.train_data import eval_metrics, make_train_batch, rollout_metrics
+from vime.types import RolloutFnEvalOutput, RolloutFnTrainOutput, TrainBatch
+
+
+class RolloutManager:
+    """A plain class that Ray wraps. `start` once, then `generate`, `evaluate`, `save`, `stop`."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.engines: list[Any] = []
+        self.router: Router | None = None
+        # The data source's state right after each rollout was generated: with rollouts generated
+        # ahead, a checkpoint of rollout i must not contain what rollout i+1 consumed.
+        self.states: dict[int, Any] = {}
+
+    def start(self, placement: Placement | None) -> list[str]:
+        """Starts engines (none without a placement), router, data source. Gives the engine urls."""
+        starting = self._start_engines(placement) if placement else []
+        # While engines start: the first use of a tokenizer costs seconds.
+        load_tokenizer(self.cfg.model.hf_checkpoint)
+        what, timeout_s = f"{len(starting)} vLLM engines to start", self.cfg.engine.start_timeout_s
+        urls = wait_all(starting, what=what, timeout_s=timeout_s)
+        runtime: dict[str, Any] = {"vllm_engine_urls": tuple(urls)}
+        if urls:
+            self.router = Router(self.cfg)
+            host, port = self.router.start(urls).removeprefix("http://").rsplit(":", 1)
+            runtime |= {"vllm_router_ip": host, "vllm_router_port": int(port)}
+        self.args = ArgsView(self.cfg, **runtime)
+        self.data_source = load_function(self.cfg.data.data_source_path)(self.args)
+        self.rollout_fn = load_function(self.cfg.rollout.function_path)
+        if self.cfg.debug.load_rollout_data:
+            self.rollout_fn = debug_data.generate_rollout
+        self.eval_fn = load_function(self.cfg.eval.function_path or self.cfg.rollout.function_path)
+        return urls
+
+    def load(self, rollout_id: int) -> None:
+        """Continues with the data state that was saved with `rollout_id`."""
+        self.data_source.load(rollout_id)
+
+    def _start_engines(self, placement: Placement) -> list[ray.ObjectRef]:
+        per_engine = self.cfg.cluster.gpus_per_engine
+        bundles = placement.engine_bundles
+        actor = ray.remote(VLLMEngine)
+        for index in range(self.cfg.cluster.num_engines):
+            mine = bundles[index * per_engine : (index + 1) * per_engine]
+            slots = [placement.device_ids[b] for b in mine]
+            options = placement.options("engine", mine[0])
+            self.engines.append(actor.options(**options).remote(self.cfg, index, slots))
+        return [engine.start.remote() for engine in self.engines]
+
+    def count_prompts(self) -> int:
+        return len(self.data_source)
+
+    def generate(self, rollout_id: int) -> tuple[TrainBatch, dict[str, float]]:
+        """One rollout, batched for the trainer, and its metrics."""
+        started = time.perf_counter()
+        with stacks_if_longer_than(self.cfg.engine.request_timeout_s):
+            output = self.rollout_fn(self.args, rollout_id, self.data_source)
+        if not isinstance(output, RolloutFnTrainOutput):
+            output = RolloutFnTrainOutput(output)
+        rollout_s = time.perf_counter() - started
+        if hasattr(self.data_source, "state_dict"):  # a user's own source may have none
+            self.states[rollout_id] = self.data_source.state_dict()
+        if path := self.cfg.debug.save_rollout_data:
+            debug_data.save_rollout(path, rollout_id, output.samples, output.metrics)
+        batch = make_train_batch(self.args, output.samples, rollout_id)
+        tokens = sum(s.response_length for s in batch.sequences)
+        metrics = {
+            **output.metrics,
+            **batch.metrics,
+            "perf/rollout_time": rollout_s,
+            "perf/batching_time": time.perf_counter() - started - rollout_s,
+            "perf/tokens_per_gpu_per_sec": tokens / rollout_s / self.cfg.cluster.rollout_gpus,
+        }
+        return batch, rollout_metrics(self.args, output.samples, rollout_id, metrics, rollout_s)
+
+    def evaluate(self, rollout_id: int) -> dict[str, float]:
+        """Runs the evaluation function; its metrics are named eval/{dataset}..."""
+        started = time.perf_counter()
+        with stacks_if_longer_than(self.cfg.engine.request_timeout_s):
+            output: RolloutFnEvalOutput = self.eval_fn(
+                self.args, rollout_id, self.data_source, evaluation=True
+            )
+        eval_s = time.perf_counter() - started
+        if path := self.cfg.debug.save_rollout_data:
+            debug_data.save_evaluation(path, rollout_id, output)
+        return {**eval_metrics(self.args, output, rollout_id), "perf/eval_time": eval_s}
+
+    def save(self, rollout_id: int) -> None:
+        """Writes the data source's state as it was when `rollout_id` had been generated."""
+        if rollout_id in self.states:
+            self.data_source.save(rollout_id, state=self.states[rollout_id])
+        else:
+            self.data_source.save(rollout_id)
+        self.states = {i: s for i, s in self.states.items() if i > rollout_id}
+
+    def stop(self) -> None:
+        """Ends router and engines; one that fails to stop does not keep the others alive."""
+        if self.router:
+            self.router.stop()
+        stops = [engine.stop.remote() for engine in self.engines]
+        wait_all(stops, what="the vLLM engines to stop", timeout_s=60)

@@ -1,0 +1,201 @@
+"""One run: what the loops in `train.py` and `train_async.py` speak to. Ray lives behind it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+
+from vime.config import Config
+from vime.errors import ConfigError
+from vime.observe import RunLog, Timers
+from vime.platform import current
+from vime.ray.placement_group import Placement, local_slots, place
+from vime.ray.rollout import RolloutManager
+from vime.ray.trainer import TrainerGroup
+from vime.ray.wait import wait
+
+_STOP_TIMEOUT_S = 90.0
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A rollout under way, or done."""
+
+    rollout_id: int
+    refs: list[ray.ObjectRef]  # batch, metrics
+
+
+class Run:
+    """The verbs of a training loop. `steps()` walks the rollouts and logs each as it is left."""
+
+    def __init__(self, cfg: Config, placement: Placement, log: RunLog) -> None:
+        self.cfg = cfg
+        self.log = log
+        self.metrics: dict[str, float] = {}
+        self.timers = Timers()
+        self.trainer = None if cfg.debug.rollout_only else TrainerGroup(cfg, placement)
+        self.manager = ray.remote(RolloutManager).options(num_cpus=0).remote(cfg)
+        # Engines and trainer start at the same time: each takes the better part of a minute.
+        starting = self.trainer.begin_start() if self.trainer else []
+        engines = None if cfg.debug.no_engines else placement
+        urls = self.manager.start.remote(engines)
+        if self.trainer:
+            self.start_step = self.trainer.finish_start(starting)
+        else:
+            self.start_step = cfg.batch.start_rollout_id or 0
+        self.engine_urls = self._ask(
+            urls, "engines and router to start", cfg.engine.start_timeout_s
+        )
+        if self.start_step > 0 and self.trainer:
+            self._ask(self.manager.load.remote(self.start_step - 1), "the data state to be loaded")
+        self.num_rollouts = self._num_rollouts()
+        if self.engine_urls and self.trainer:
+            timeout_s = cfg.engine.weight_transfer_timeout_s
+            self._train("connect_engines", self.engine_urls, timeout_s=timeout_s)
+
+    def _ask(self, ref: ray.ObjectRef, what: str, timeout_s: float | None = None) -> Any:
+        return wait(ref, what=what, timeout_s=timeout_s or self.cfg.engine.request_timeout_s)
+
+    def _train(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
+        timeout_s = timeout_s or self.cfg.engine.request_timeout_s
+        return self.trainer.call(method, *args, timeout_s=timeout_s)
+
+    def _num_rollouts(self) -> int:
+        batch = self.cfg.batch
+        if batch.num_rollout is not None:
+            return batch.num_rollout
+        prompts = self._ask(self.manager.count_prompts.remote(), "the number of prompts", 600)
+        return batch.num_epoch * prompts // batch.prompts
+
+    def steps(self) -> Iterator[int]:
+        """The rollouts left to do. When the loop asks for the next, the last one is logged."""
+        self.log.start(self.start_step, self.num_rollouts)
+        if self.metrics:  # an evaluation before the first step
+            self._log(self.start_step)
+        for step in range(self.start_step, self.num_rollouts):
+            started = time.perf_counter()
+            yield step
+            step_s = time.perf_counter() - started
+            self.metrics |= {"perf/step_time": step_s, **self.timers.take()}
+            self.metrics["perf/wait_time_ratio"] = self.metrics["perf/train_wait_time"] / step_s
+            self._log(step + 1)
+
+    def _log(self, num_trained: int) -> None:
+        self.log.step(num_trained, self.metrics)
+        self.metrics = {}
+
+    def due(self, interval: int | None, step: int) -> bool:
+        """Every `interval` rollouts, and after the last."""
+        if interval is None:
+            return False
+        return (step + 1) % interval == 0 or step + 1 == self.num_rollouts
+
+    def start_generating(self, step: int) -> Generation:
+        """Begins rollout `step` in the background."""
+        return Generation(step, self.manager.generate.options(num_returns=2).remote(step))
+
+    def finish(self, generation: Generation) -> Generation:
+        """Waits until a rollout is complete."""
+        with self.timers("train_wait"):
+            self._ask(generation.refs[1], f"rollout {generation.rollout_id}")
+        return generation
+
+    def generate(self, step: int) -> Generation:
+        self.log.phase("generate")
+        return self.finish(self.start_generating(step))
+
+    def train(self, generation: Generation) -> None:
+        """All optimizer steps of one rollout."""
+        self.log.phase("train")
+        batch, metrics = generation.refs
+        self.metrics |= self._ask(metrics, "the rollout's metrics")
+        if self.trainer is None:  # --debug-rollout-only
+            return
+        with self.timers("train"):
+            self.metrics |= self._train("train", batch)
+
+    def sync_weights(self, version: int) -> None:
+        """Puts the trainer's weights into every engine, and makes sure that all have them."""
+        if not self.engine_urls or self.trainer is None:
+            return
+        self.log.phase("sync weights")
+        timeout_s = self.cfg.engine.weight_transfer_timeout_s + 30
+        self.metrics |= self._train("update_weights", version, timeout_s=timeout_s)
+
+    def evaluate(self, step: int) -> None:
+        self.log.phase("evaluate")
+        self.metrics |= self._ask(self.manager.evaluate.remote(step), "the evaluation")
+
+    def save(self, step: int) -> None:
+        """Commits a checkpoint: the data state first, then weights; the tracker file comes last."""
+        if self.trainer is None:
+            return
+        self.log.phase("save")
+        with self.timers("save"):
+            if self.cfg.checkpoint.save:
+                self._ask(self.manager.save.remote(step), "the data state to be saved")
+                self._train("save", step)
+            if self.cfg.checkpoint.save_hf:
+                self._train("save_hf", self.cfg.checkpoint.save_hf.format(rollout_id=step))
+
+    def stop(self) -> None:
+        self._ask(self.manager.stop.remote(), "engines and router to stop", _STOP_TIMEOUT_S)
+
+
+@contextmanager
+def launch(cfg: Config) -> Iterator[Run]:
+    """Starts Ray (or joins the cluster of RAY_ADDRESS), trainer and engines; ends all of it after.
+
+    SIGTERM ends a run as Ctrl-C does, so that a scheduler's stop leaves no process behind.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    with RunLog(cfg.log, fallback_dir=cfg.checkpoint.save) as log, _ray(cfg):
+        cfg = replace(cfg, log=replace(cfg.log, run_dir=str(log.run_dir)))
+        placement = place(cfg)
+        run = Run(cfg, placement, log)
+        try:
+            yield run
+        finally:
+            run.stop()
+
+
+@contextmanager
+def _ray(cfg: Config) -> Iterator[None]:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    joining = "RAY_ADDRESS" in os.environ
+    local = {} if joining else {"include_dashboard": False}
+    if not joining and not current().is_cuda:
+        local["num_cpus"] = local_slots(cfg.cluster)
+    ray.init(logging_level="ERROR", **local)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def run_or_exit(loop: Callable[[Config], None], cfg: Config) -> None:
+    """Runs a loop. What the user can act on ends as a message and an exit code, not as a traceback.
+
+    2 a setting that cannot work; 130 interrupted; anything else is raised as it is.
+    """
+    try:
+        loop(cfg)
+    except ConfigError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: every process of this run has been stopped", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,84 @@
+"""The training ranks as Ray actors, called together."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import ray
+
+from vime.config import Config
+from vime.platform import current
+from vime.ray.placement_group import Placement
+from vime.ray.wait import stacks_if_longer_than, wait, wait_all
+
+
+class TrainerRank:
+    """One rank. Imports Megatron in its own process only, which keeps the driver light."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.trainer: Any = None
+
+    def address(self) -> tuple[str, int]:
+        """Where rank 0 can be met: this node's address and a free port."""
+        with socket.socket() as s:
+            s.bind(("", 0))
+            return ray.util.get_node_ip_address(), s.getsockname()[1]
+
+    def start(self, cfg: Config, world_size: int, address: str, port: int, timeout_s: float) -> int:
+        """Builds the trainer and loads its checkpoint. Returns the rollout to start with."""
+        from vime.backends.megatron.trainer import MegatronTrainer
+
+        with stacks_if_longer_than(timeout_s):
+            # Ray shows each actor its own GPU only, so the local rank is always 0.
+            self.trainer = MegatronTrainer(cfg, self.rank, world_size, 0, address, port)
+        return self.trainer.start_rollout_id
+
+    def call(self, method: str, timeout_s: float, *args: Any) -> Any:
+        with stacks_if_longer_than(timeout_s):
+            return getattr(self.trainer, method)(*args)
+
+
+class TrainerGroup:
+    """All ranks of the policy's trainer."""
+
+    def __init__(self, cfg: Config, placement: Placement) -> None:
+        self.cfg = cfg
+        self.num_ranks = len(placement.trainer_bundles)
+        env = {"TORCHDYNAMO_DISABLE": "1"} if not current().is_cuda else {}
+        if not current().is_cuda:
+            threads = max(1, (os.cpu_count() or 1) // self.num_ranks)
+            env |= {"OMP_NUM_THREADS": str(threads)}
+        actor = ray.remote(TrainerRank)
+        self.ranks = [
+            actor.options(
+                **placement.options("trainer", bundle), runtime_env={"env_vars": env}
+            ).remote(rank)
+            for rank, bundle in enumerate(placement.trainer_bundles)
+        ]
+
+    def begin_start(self) -> list[ray.ObjectRef]:
+        """Starts every rank; `finish_start` waits. Engines can start in between."""
+        timeout_s = self.cfg.engine.start_timeout_s
+        address, port = wait(
+            self.ranks[0].address.remote(), what="trainer rank 0", timeout_s=timeout_s
+        )
+        return [
+            r.start.remote(self.cfg, self.num_ranks, address, port, timeout_s) for r in self.ranks
+        ]
+
+    def finish_start(self, refs: list[ray.ObjectRef]) -> int:
+        """The rollout that the loaded checkpoint continues with."""
+        timeout_s = self.cfg.engine.start_timeout_s
+        return wait_all(refs, what=f"{self.num_ranks} trainer ranks to start", timeout_s=timeout_s)[
+            0
+        ]
+
+    def call(self, method: str, *args: Any, timeout_s: float) -> Any:
+        """`MegatronTrainer.method(*args)` on every rank; rank 0's answer."""
+        refs = [r.call.remote(method, timeout_s - 5, *args) for r in self.ranks]
+        return wait_all(
+            refs, what=f"{self.num_ranks} trainer ranks to {method}", timeout_s=timeout_s
+        )[0]

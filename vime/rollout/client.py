@@ -1,0 +1,155 @@
+"""The HTTP client of a rollout: one session, bounded concurrency, bounded retries, aborts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import aiohttp
+
+from vime.errors import EngineError
+from vime.rollout import wire
+from vime.rollout.wire import Generation, WireError
+
+logger = logging.getLogger(__name__)
+
+RETRY_WINDOW_S = 60.0  # how long an engine may be away before its requests count as failed
+FIRST_BACKOFF_S = 0.1
+LONGEST_BACKOFF_S = 2.0
+CONTROL_TIMEOUT_S = 30.0
+SESSION_HEADER = "x-session-id"
+
+
+class RequestFailed(Exception):
+    """A request that will not succeed; its sample is failed with this reason."""
+
+
+class GenerateClient:
+    """Posts to the router; aborts at each engine, since the router forwards a control call to one.
+
+    router_url    http://host:port
+    engine_urls   the engines behind it
+    concurrency   requests in flight at most
+    timeout_s     deadline of one request, retries included
+    known_version the weight version to record where the engine reports none
+    """
+
+    def __init__(
+        self,
+        router_url: str,
+        engine_urls: tuple[str, ...] = (),
+        *,
+        concurrency: int,
+        timeout_s: float,
+        known_version: int | None = None,
+        retry_window_s: float = RETRY_WINDOW_S,
+    ) -> None:
+        self.url = router_url.rstrip("/") + wire.PATH
+        self.engine_urls = engine_urls
+        self.timeout_s = timeout_s
+        self.known_version = known_version
+        self.retry_window_s = retry_window_s
+        self.aborting = False
+        self.num_retries = 0
+        self._slots = asyncio.Semaphore(concurrency)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> GenerateClient:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=self.timeout_s, sock_connect=10),
+            headers={"Content-Type": "application/json"},
+        )
+        return self
+
+    async def __aexit__(self, *exc: Any) -> None:
+        await self._session.close()
+
+    async def generate(
+        self,
+        token_ids: list[int],
+        sampling_params: dict[str, Any],
+        session_id: str | None = None,
+    ) -> Generation:
+        """One answer. Once `abort` was called: an empty aborted one, without a request.
+
+        session_id  lets a router with --vllm-router-policy consistent_hash keep a conversation on
+                    one engine, which has its prefix cached
+        Raises RequestFailed.
+        """
+        async with self._slots:
+            if self.aborting:
+                return Generation()
+            body = wire.build_request(token_ids, sampling_params)
+            return await self._post(body, {SESSION_HEADER: session_id} if session_id else None)
+
+    async def _post(self, body: bytes, headers: dict[str, str] | None) -> Generation:
+        deadline = time.monotonic() + self.timeout_s
+        away_since: float | None = None
+        backoff_s = FIRST_BACKOFF_S
+        while True:
+            try:
+                async with self._session.post(self.url, data=body, headers=headers) as response:
+                    answer = await response.read()
+                if response.status == 200:
+                    return wire.parse_response(answer, self.known_version)
+                reason = f"HTTP {response.status}: {answer[:300].decode(errors='replace')}"
+                if response.status < 500:
+                    raise RequestFailed(f"{self.url} refused the request: {reason}")
+            except WireError as error:
+                raise RequestFailed(f"{self.url}: {error}") from None
+            except TimeoutError:
+                raise RequestFailed(
+                    f"{self.url} did not answer within {self.timeout_s:g} s "
+                    "(--router-request-timeout-secs)"
+                ) from None
+            except aiohttp.ClientError as error:
+                reason = f"{type(error).__name__}: {error}"
+            if self.aborting:
+                return Generation()
+            now = time.monotonic()
+            away_since = away_since or now
+            if min(deadline, away_since + self.retry_window_s) < now + backoff_s:
+                raise RequestFailed(
+                    f"{self.url} kept failing for {now - away_since:.0f} s; last: {reason}"
+                )
+            self.num_retries += 1
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+
+    async def abort(self, drained: asyncio.Event, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
+        """Stops every request: unsent ones at once, the others at the engines, again and again
+        until `drained` is set, because a request may still be on its way through the router.
+
+        Raises EngineError when an engine refuses, or when requests outlive `timeout_s`.
+        """
+        self.aborting = True
+        deadline = time.monotonic() + timeout_s
+        pause_s = 0.05
+        while True:
+            await asyncio.gather(*map(self._abort_engine, self.engine_urls))
+            try:
+                await asyncio.wait_for(drained.wait(), pause_s)
+                return
+            except TimeoutError:
+                pause_s = min(2 * pause_s, 1.0)
+            if time.monotonic() > deadline:
+                raise EngineError(
+                    f"requests were still running {timeout_s:g} s after the engines "
+                    f"{', '.join(self.engine_urls) or '(none known)'} were told to abort them."
+                )
+
+    async def _abort_engine(self, url: str) -> None:
+        for path in ("/pause?mode=abort", "/resume"):
+            try:
+                timeout = aiohttp.ClientTimeout(total=CONTROL_TIMEOUT_S)
+                async with self._session.post(url + path, timeout=timeout) as response:
+                    if response.status != 200:
+                        text = (await response.text())[:300]
+                        raise EngineError(f"{url}{path} answered {response.status}: {text}")
+            except (aiohttp.ClientError, TimeoutError) as error:
+                raise EngineError(
+                    f"{url}{path} failed while aborting requests: {type(error).__name__}: {error}"
+                ) from None

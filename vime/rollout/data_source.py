@@ -1,0 +1,288 @@
+"""Where prompts come from: the buffer of unfinished groups, then the dataset, epoch by epoch."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vime.config import Config
+from vime.data import chat
+from vime.data.datasets import DataKeys, PromptDataset, Row
+from vime.errors import CheckpointError, ConfigError, PluginError
+from vime.rollout.plugins import BUFFER_FILTER, load_function
+from vime.types import Group, Sample, Status
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+
+
+class RolloutDataSourceWithBuffer:
+    """Groups of `--n-samples-per-prompt` samples, in an order that the seed alone decides.
+
+    A restart from `state_dict` hands out what the source would have handed out next, buffer
+    included. Under `--loss-type sft_loss` prompts stay messages and are not tokenised here.
+    """
+
+    def __init__(self, args: Any) -> None:
+        self.args = args
+        self.cfg: Config = args.config
+        data = self.cfg.data
+        self.dataset: PromptDataset | None = None
+        if data.global_dataset and not data.prompt_data:
+            raise ConfigError(
+                "--prompt-data is not set, and the data source reads prompts from it."
+            )
+        self.keys = DataKeys(
+            input=data.input_key,
+            label=data.label_key,
+            metadata=data.metadata_key,
+            tools=data.tool_key,
+        )
+        if data.global_dataset:
+            self.dataset = PromptDataset(data.prompt_data, self.keys)
+        self.buffer: list[Group] = []
+        self.rollout_id = 0  # the rollout being generated; the buffer filter gets it
+        self.epoch = 0
+        self.offset = 0  # prompts drawn in this epoch
+        self.group_index = 0
+        self.sample_index = 0
+        self.num_long_prompts = 0  # dropped for --rollout-max-prompt-len, since the run began
+        self.num_stale_groups = 0  # started over for --rollout-max-staleness
+        self._order: np.ndarray | None = None
+        self._filter = load_function(
+            self.cfg.rollout.buffer_filter_path or "vime.rollout.buffer.pop_first", BUFFER_FILTER
+        )
+
+    def __len__(self) -> int:
+        """Prompts in one epoch; 0 without a dataset."""
+        return 0 if self.dataset is None else len(self.dataset)
+
+    def get_samples(self, num_samples: int) -> list[Group]:
+        """`num_samples` groups: what the buffer filter gives, then new prompts."""
+        groups = self._from_buffer(num_samples)
+        missing = num_samples - len(groups)
+        return groups + (self._from_dataset(missing) if missing > 0 else [])
+
+    def add_samples(self, groups: list[Group]) -> None:
+        """Puts unfinished or surplus groups into the buffer, behind what is there."""
+        for group in groups:
+            if not group or not all(isinstance(sample, Sample) for sample in group):
+                raise PluginError("add_samples takes groups: non-empty lists of Sample.")
+        self.buffer.extend(groups)
+
+    def _from_buffer(self, num_samples: int) -> list[Group]:
+        if not self.buffer:
+            return []
+        groups = self._filter(self.args, self.rollout_id, self.buffer, num_samples)
+        if len(groups) > num_samples:
+            raise PluginError(
+                f"--buffer-filter-path returned {len(groups)} groups where at most {num_samples} "
+                "were asked for; return fewer and leave the rest in the buffer."
+            )
+        cap = self.cfg.rollout.max_staleness
+        if cap is not None:
+            for group in groups:
+                if _started(group, self.rollout_id) < self.rollout_id - cap:
+                    self.num_stale_groups += 1
+                    for sample in group:
+                        start_over(sample)
+        return groups
+
+    def _from_dataset(self, count: int) -> list[Group]:
+        groups: list[Group] = []
+        if self.dataset is None:  # --disable-rollout-global-dataset: who generates finds prompts
+            row = Row("", None, {}, None, "no dataset")
+            return [self._to_group(row, "", []) for _ in range(count)]
+        num_skipped = 0
+        while len(groups) < count:
+            rows = [self._next_row() for _ in range(count - len(groups))]
+            prompts, tokens = self._render(rows)
+            for row, prompt, ids in zip(rows, prompts, tokens, strict=True):
+                if self._is_too_long(ids):
+                    self.num_long_prompts += 1
+                    num_skipped += 1
+                    if num_skipped >= len(self.dataset):
+                        raise ConfigError(
+                            f"--rollout-max-prompt-len {self.cfg.rollout.max_prompt_len} drops "
+                            f"every prompt of {self.dataset.path}. Raise it."
+                        )
+                    continue
+                groups.append(self._to_group(row, prompt, ids))
+        return groups
+
+    def _next_row(self) -> Row:
+        if self.offset >= len(self.dataset):
+            self.epoch += 1
+            self.offset = 0
+            self._order = None
+        at = self.offset
+        self.offset += 1
+        if not self.cfg.data.shuffle:
+            return self.dataset[at]
+        if self._order is None:
+            rng = np.random.default_rng(self.cfg.data.seed + self.epoch)
+            self._order = rng.permutation(np.arange(len(self.dataset), dtype=np.int32))
+        return self.dataset[int(self._order[at])]
+
+    def _render(self, rows: list[Row]) -> tuple[list[Any], list[list[int]]]:
+        if self.cfg.algorithm.loss_type == "sft_loss":
+            return [row.prompt for row in rows], [[] for _ in rows]
+        return render_prompts(self.cfg, rows)
+
+    def _is_too_long(self, ids: list[int]) -> bool:
+        cap = self.cfg.rollout.max_prompt_len
+        return cap is not None and len(ids) > cap
+
+    def _to_group(self, row: Row, prompt: Any, ids: list[int]) -> Group:
+        count = self.cfg.batch.samples_per_prompt
+        group = [
+            to_sample(row, prompt, ids, group_index=self.group_index, index=self.sample_index + i)
+            for i in range(count)
+        ]
+        self.group_index += 1
+        self.sample_index += count
+        return group
+
+    def state_dict(self) -> dict[str, Any]:
+        """A snapshot, independent of what happens next: cursor, counters and buffer."""
+        return {
+            "version": STATE_VERSION,
+            "sample_offset": self.offset,
+            "epoch_id": self.epoch,
+            "sample_group_index": self.group_index,
+            "sample_index": self.sample_index,
+            "num_long_prompts": self.num_long_prompts,
+            "num_stale_groups": self.num_stale_groups,
+            "buffer": [[sample.to_dict() for sample in group] for group in self.buffer],
+            "made_from": self._made_from(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a snapshot. Warns when it was taken from other data."""
+        if state.get("version") != STATE_VERSION:
+            raise CheckpointError(
+                f"the data state has version {state.get('version')}; this vime reads version "
+                f"{STATE_VERSION}."
+            )
+        for name, now in self._made_from().items():
+            if (then := state["made_from"][name]) != now:
+                logger.warning(
+                    "the data state was saved with %s %s, now it is %s: prompts may repeat or be "
+                    "missed in this epoch",
+                    name,
+                    then,
+                    now,
+                )
+        self.offset = state["sample_offset"]
+        self.epoch = state["epoch_id"]
+        self.group_index = state["sample_group_index"]
+        self.sample_index = state["sample_index"]
+        self.num_long_prompts = state["num_long_prompts"]
+        self.num_stale_groups = state["num_stale_groups"]
+        groups = copy.deepcopy(state["buffer"])
+        self.buffer = [[Sample.from_dict(sample) for sample in group] for group in groups]
+        self._order = None
+
+    def _made_from(self) -> dict[str, Any]:
+        data = self.cfg.data
+        return {
+            "--prompt-data": str(data.prompt_data),
+            "number of prompts": len(self),
+            "--rollout-shuffle": data.shuffle,
+            "--rollout-seed": data.seed,
+        }
+
+    def save(self, rollout_id: int, state: dict[str, Any] | None = None) -> None:
+        """Writes `state` (default: the present one) as of the end of `rollout_id`, whole or not."""
+        root = self.cfg.checkpoint.save
+        if root is None:
+            raise ConfigError("--save is not set, so the data source has nowhere to save to.")
+        path = state_path(root, rollout_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        with part.open("wb") as file:
+            torch.save(self.state_dict() if state is None else state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+
+    def load(self, rollout_id: int) -> None:
+        """Continues after `rollout_id`; -1 is a fresh start. Raises CheckpointError."""
+        if rollout_id < 0:
+            return
+        root = self.cfg.checkpoint.load or self.cfg.checkpoint.save
+        if root is None:
+            raise CheckpointError("--load is not set, so there is no data state to continue from.")
+        path = state_path(root, rollout_id)
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path} is missing, so the prompts of rollout {rollout_id + 1} are unknown. "
+                "Restore it, or start over with --start-rollout-id 0."
+            )
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        self.load_state_dict(state)
+
+
+def state_path(root: str, rollout_id: int) -> Path:
+    return Path(root) / "rollout" / f"global_dataset_state_dict_{rollout_id}.pt"
+
+
+def render_prompts(
+    cfg: Config, rows: list[Row], *, apply_chat_template: bool | None = None
+) -> tuple[list[str], list[list[int]]]:
+    """(texts, token ids) of the rows' prompts, as the engine will get them."""
+    tokenizer = chat.load_tokenizer(cfg.model.hf_checkpoint)
+    if cfg.data.apply_chat_template if apply_chat_template is None else apply_chat_template:
+        kwargs = cfg.data.apply_chat_template_kwargs
+        texts = [
+            chat.render(tokenizer, row.prompt, tools=row.tools, template_kwargs=kwargs)
+            for row in rows
+        ]
+    else:
+        for row in rows:
+            if not isinstance(row.prompt, str):
+                raise ConfigError(
+                    f"{row.where}: the prompt is a list of messages, which needs "
+                    "--apply-chat-template."
+                )
+        texts = [row.prompt for row in rows]
+    return texts, chat.encode(tokenizer, texts)
+
+
+def to_sample(row: Row, prompt: Any, ids: list[int], *, group_index: int, index: int) -> Sample:
+    """A pending sample with its own copies of everything mutable."""
+    metadata = copy.deepcopy(row.metadata)
+    if row.tools:
+        metadata.setdefault("tools", copy.deepcopy(row.tools))
+    return Sample(
+        group_index=group_index,
+        index=index,
+        prompt=copy.deepcopy(prompt),
+        tokens=list(ids),
+        label=row.label,
+        metadata=metadata,
+    )
+
+
+def start_over(sample: Sample) -> None:
+    """Forgets the response, keeps the prompt: the sample is pending again."""
+    sample.tokens = sample.tokens[: sample.prompt_length]
+    sample.response, sample.response_length = "", 0
+    sample.loss_mask = sample.rollout_log_probs = sample.reward = sample.failure = None
+    sample.weight_versions = []
+    sample.status = Status.PENDING
+    sample.metadata.pop("start_rollout_id", None)
+
+
+def _started(group: Group, now: int) -> int:
+    return min(sample.metadata.get("start_rollout_id", now) for sample in group)

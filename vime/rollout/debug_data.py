@@ -1,0 +1,93 @@
+"""Rollouts as files: written by --save-debug-rollout-data, trained on by --load-debug-rollout-data.
+
+A path has `{rollout_id}` in it. A file holds {"rollout_id", "groups": [[Sample.to_dict(), ..]],
+"metrics"} and is read without running any code that it may hold.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vime.errors import ConfigError, PluginError
+from vime.types import Group, RolloutFnEvalOutput, RolloutFnTrainOutput, Sample
+
+
+def save_rollout(path: str, rollout_id: int, groups: list[Group], metrics: dict) -> Path:
+    """Writes one rollout, whole or not at all. Raises PluginError on metadata that is not plain."""
+    return _write(
+        Path(path.format(rollout_id=rollout_id)),
+        {
+            "rollout_id": rollout_id,
+            "groups": [[_plain(sample) for sample in group] for group in groups],
+            "metrics": {name: float(value) for name, value in metrics.items()},
+        },
+    )
+
+
+def save_evaluation(path: str, rollout_id: int, output: RolloutFnEvalOutput) -> Path:
+    """The same for an evaluation: `eval_{rollout_id}` in place of the rollout's id."""
+    data = {
+        name: {**part, "samples": [_plain(sample) for sample in part.get("samples", [])]}
+        for name, part in output.data.items()
+    }
+    where = Path(path.format(rollout_id=f"eval_{rollout_id}"))
+    return _write(where, {"rollout_id": rollout_id, "data": data})
+
+
+def _plain(sample: Sample) -> dict[str, Any]:
+    """The sample as plain values; numpy's become Python's."""
+
+    def convert(value: Any, where: str) -> Any:
+        if isinstance(value, dict):
+            return {key: convert(v, f"{where}[{key!r}]") for key, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [convert(v, where) for v in value]
+        if isinstance(value, (np.generic, np.ndarray)):
+            return value.tolist()
+        if value is None or isinstance(value, (bool, int, float, str, bytes, torch.Tensor)):
+            return value
+        raise PluginError(
+            f"--save-debug-rollout-data: {where} of sample {sample.index} is a "
+            f"{type(value).__name__}. Keep numbers, text, lists, dicts and tensors in a sample."
+        )
+
+    return {name: convert(value, name) for name, value in sample.to_dict().items()}
+
+
+def _write(path: Path, content: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save(content, part)
+    part.replace(path)
+    return path
+
+
+def load_rollout(path: str, rollout_id: int) -> RolloutFnTrainOutput:
+    """What `save_rollout` wrote. Raises ConfigError when it is not there or cannot be read."""
+    file = Path(path.format(rollout_id=rollout_id))
+    name = f"--load-debug-rollout-data {path}"
+    if not file.is_file():
+        raise ConfigError(
+            f"{name}: {file} does not exist. Lower --num-rollout to the rollouts that were saved, "
+            "or correct the path."
+        )
+    try:
+        content = torch.load(file, weights_only=True)
+        groups = [[Sample.from_dict(sample) for sample in group] for group in content["groups"]]
+    except Exception as error:
+        raise ConfigError(f"{name}: {file} is not a saved rollout: {error}") from error
+    return RolloutFnTrainOutput(groups, dict(content["metrics"]))
+
+
+def generate_rollout(
+    args: Any, rollout_id: int, data_source: Any, evaluation: bool = False
+) -> RolloutFnTrainOutput:
+    """The rollout function of --load-debug-rollout-data."""
+    if evaluation:
+        raise ConfigError("--load-debug-rollout-data holds no evaluations. Drop --eval-interval.")
+    return load_rollout(args.config.debug.load_rollout_data, rollout_id)

@@ -1,0 +1,38 @@
+"""`--rm-type dapo`: `Answer: ...` in the last 300 characters; {score 1 or -1, acc, pred}.
+
+Train on it with `--reward-key score` (DAPO, arXiv:2503.14476, which compares as Minerva does).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from vime.rollout.rm_hub.answers import decimal, last_boxed, normalise
+
+_ANSWER = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
+_TAIL = 300
+NO_ANSWER = "[INVALID]"
+
+
+def grade(response: str, label: str | None, metadata: dict[str, Any]) -> dict[str, Any]:
+    found = _ANSWER.findall(response[-_TAIL:])
+    pred = _clean(found[-1]) if found else NO_ANSWER
+    correct = bool(found) and label is not None and pred == _clean(label)
+    return {"score": 1.0 if correct else -1.0, "acc": correct, "pred": pred}
+
+
+quick = grade
+
+
+def _clean(answer: str) -> str:
+    text = re.sub(r"<\|[^|>]*\|>", "", answer).strip().strip("*").strip()
+    boxed = last_boxed(text)
+    if boxed is not None:
+        text = boxed
+    elif (formula := re.search(r"\$([^$]+)\$", text)) is not None:
+        text = formula[1]
+    if "=" in text:
+        text = text.rsplit("=", 1)[1]
+    text = normalise(text)
+    return text.replace(",", "") if decimal(text) is not None else text

@@ -1,0 +1,67 @@
+r"""`--rm-type deepscaler`: the boxed answer after the thinking, 1 when it equals the label, else 0.
+
+As in DeepScaleR's reward: without `</think>` or `###Response` there is no answer, and an integer
+label wants an integer, a fraction the same fraction, before algebra is asked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vime.rollout.rm_hub import symbolic
+from vime.rollout.rm_hub.answers import decimal, last_boxed, normalise, ratio
+
+MARKS = ("</think>", "###Response")
+
+
+def quick(response: str, label: str | None, metadata: dict[str, Any]) -> float | None:
+    """The reward where it takes no algebra; None otherwise."""
+    answer = _answer(response)
+    truth = _truth(label)
+    if answer is None or truth is None:
+        return 0.0
+    same = _compare(normalise(answer), normalise(truth))
+    return None if same is None else float(same)
+
+
+def grade(response: str, label: str | None, metadata: dict[str, Any]) -> float:
+    reward = quick(response, label, metadata)
+    if reward is not None:
+        return reward
+    return float(symbolic.equal(normalise(_answer(response)), normalise(_truth(label))))
+
+
+def has_mark(response: str) -> bool:
+    return any(mark in response for mark in MARKS)
+
+
+def _answer(response: str) -> str | None:
+    for mark in MARKS:
+        if mark in response:
+            return last_boxed(response.rsplit(mark, 1)[1])
+    return None
+
+
+def _truth(label: str | None) -> str | None:
+    if label is None:
+        return None
+    return last_boxed(label) if "\\boxed" in label else label
+
+
+def _compare(answer: str, truth: str) -> bool | None:
+    if not answer or not truth:
+        return False
+    if answer == truth:
+        return True
+    x, y = decimal(answer), decimal(truth)
+    if x is not None and y is not None:
+        return x == y
+    if ratio(answer) is not None and ratio(truth) is not None:
+        return False
+    if _is_integer(x) != _is_integer(y):
+        return False
+    return None
+
+
+def _is_integer(value: Any) -> bool:
+    return value is not None and value.denominator == 1

@@ -1,0 +1,36 @@
+r"""`--rm-type math`: the boxed answer against the label by math-verify; 1 or 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vime.rollout.rm_hub.answers import last_boxed, normalise, same_number
+
+
+def quick(response: str, label: str | None, metadata: dict[str, Any]) -> float | None:
+    """The reward where it takes no algebra; None otherwise."""
+    answer = last_boxed(response)
+    if answer is None or label is None:
+        return 0.0
+    a, b = normalise(answer), normalise(_truth(label))
+    if a == b:
+        return float(bool(a))
+    same = same_number(a, b)
+    return None if same is None else float(same)
+
+
+def grade(response: str, label: str | None, metadata: dict[str, Any]) -> float:
+    reward = quick(response, label, metadata)
+    if reward is not None:
+        return reward
+    from math_verify import parse, verify
+
+    # The grader process keeps the deadline; math-verify's own alarms would fight with it.
+    truth = parse(f"${_truth(label)}$", parsing_timeout=None)
+    answer = parse(f"${last_boxed(response)}$", parsing_timeout=None)
+    return float(verify(truth, answer, timeout_seconds=None))
+
+
+def _truth(label: str) -> str:
+    boxed = last_boxed(label)
+    return label.strip().strip("$") if boxed is None else boxed

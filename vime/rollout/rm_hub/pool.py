@@ -1,0 +1,129 @@
+"""Grader processes with a deadline. A hung one costs its deadline and is replaced."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from queue import SimpleQueue
+from typing import Any
+
+START_TIMEOUT_S = 120.0  # importing sympy on a busy machine
+
+
+class GradingFailed(Exception):
+    """No reward could be computed; says why. A deadline that passed is a GradingTimeout."""
+
+
+class GradingTimeout(GradingFailed):
+    pass
+
+
+class GraderPool:
+    """`num_workers` processes, started when first needed; usable from any thread or event loop."""
+
+    def __init__(self, num_workers: int, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.num_replaced = 0
+        self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="grader")
+        self._idle: SimpleQueue[_Worker | None] = SimpleQueue()
+        for _ in range(num_workers):
+            self._idle.put(None)
+
+    def submit(
+        self, grader: str, response: str, label: str | None, metadata: dict[str, Any]
+    ) -> Future:
+        """The reward by `vime.rollout.rm_hub.<grader>`; the future raises GradingFailed."""
+        task = {"grader": grader, "response": response, "label": label, "metadata": metadata}
+        return self._threads.submit(self._run, {**task, "deadline_s": self.timeout_s})
+
+    def _run(self, task: dict[str, Any]) -> float | dict[str, Any]:
+        worker = self._idle.get()  # as many workers as threads: there is one
+        try:
+            if worker is None or not worker.is_alive:
+                worker = _Worker()
+            answer = worker.ask(task, self.timeout_s)
+        except GradingFailed:
+            if worker is not None:
+                worker.stop()
+            worker = None
+            self.num_replaced += 1
+            raise
+        finally:
+            self._idle.put(worker)
+        if "failure" in answer:
+            raise GradingFailed(answer["failure"])
+        return answer["reward"]
+
+    def close(self) -> None:
+        """Ends the processes. What is being graded fails."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        while not self._idle.empty():
+            worker = self._idle.get()
+            if worker is not None:
+                worker.stop()
+
+
+class _Worker:
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "vime.rollout.rm_hub.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
+        self._read = b""
+        try:
+            self._line(START_TIMEOUT_S)
+        except GradingFailed as error:
+            self.stop()
+            raise GradingFailed(f"a grader process did not start: {error}") from None
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, task: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        try:
+            self._process.stdin.write(json.dumps(task).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            raise GradingFailed(f"the grader process is gone: {error}") from None
+        return json.loads(self._line(timeout_s))
+
+    def _line(self, timeout_s: float) -> bytes:
+        deadline = time.monotonic() + timeout_s
+        out = self._process.stdout.fileno()
+        while b"\n" not in self._read:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([out], [], [], left)[0]:
+                raise GradingTimeout(
+                    f"grading took longer than {timeout_s:g} s (--rm-timeout-secs)"
+                )
+            part = os.read(out, 1 << 16)
+            if not part:
+                code = self._process.wait(timeout=10)
+                raise GradingFailed(f"the grader process ended with code {code}")
+            self._read += part
+        line, _, self._read = self._read.partition(b"\n")
+        return line
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait(timeout=10)
+        self._process.stdin.close()
+        self._process.stdout.close()
+
+
+@cache
+def shared_pool(num_workers: int, timeout_s: float) -> GraderPool:
+    """The process-wide pool of these settings, closed at exit."""
+    pool = GraderPool(num_workers, timeout_s)
+    atexit.register(pool.close)
+    return pool

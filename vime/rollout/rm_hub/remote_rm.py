@@ -1,0 +1,39 @@
+"""`--rm-type remote_rm`: POST {prompt, response, label} to --rm-url; the answer is the reward."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import aiohttp
+
+from vime.rollout.rm_hub.pool import GradingFailed, GradingTimeout
+from vime.types import Sample
+
+NUM_TRIES = 10
+
+
+async def grade(args: Any, sample: Sample) -> float | dict[str, Any]:
+    """Up to 10 tries on errors that can pass, none after a 4xx. Raises GradingFailed."""
+    reward = args.config.reward
+    payload = {"prompt": sample.prompt, "response": sample.response, "label": sample.label}
+    timeout = aiohttp.ClientTimeout(total=reward.timeout_s)
+    last = ""
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        for i in range(NUM_TRIES):
+            try:
+                async with session.post(reward.rm_url, json=payload) as response:
+                    if response.status == 200:
+                        return await response.json(content_type=None)
+                    last = f"HTTP {response.status}: {(await response.text())[:200]}"
+                    if response.status < 500:
+                        break
+            except TimeoutError:
+                raise GradingTimeout(
+                    f"--rm-url {reward.rm_url} took longer than {reward.timeout_s:g} s "
+                    "(--rm-timeout-secs)"
+                ) from None
+            except aiohttp.ClientError as error:
+                last = f"{type(error).__name__}: {error}"
+            await asyncio.sleep(min(0.1 * 2**i, 5.0))
+    raise GradingFailed(f"--rm-url {reward.rm_url} gave no reward: {last}")

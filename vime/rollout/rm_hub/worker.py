@@ -1,0 +1,51 @@
+"""A grader process: `python -m vime.rollout.rm_hub.worker`. One JSON line in, one out, until EOF.
+
+It dies by itself a little after a task's deadline, so that not even a killed parent leaves one
+behind, and its memory is bounded: `9**9**9` costs one grader, not the machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+
+MEMORY_BYTES = 4 << 30
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when graders end
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a grader prints must not mix with the answers
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that we keep the time
+    importlib.import_module("sympy")
+    if importlib.util.find_spec("math_verify"):
+        importlib.import_module("math_verify")
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.set_int_max_str_digits(0)
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        task = json.loads(line)
+        # Kernel-delivered and unhandled: ends even a computation that never returns to Python.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, task["deadline_s"] + 2)
+        print(json.dumps(run(task)), file=answers, flush=True)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def run(task: dict) -> dict:
+    try:
+        grader = importlib.import_module(f"vime.rollout.rm_hub.{task['grader']}")
+        return {"reward": grader.grade(task["response"], task["label"], task["metadata"])}
+    except Exception as error:
+        return {"failure": f"{type(error).__name__}: {error}"[:300]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The sampling loop: submit groups, judge each as it finishes, stop at exactly the target.
+
+Pure asyncio: what a group goes through, how it is judged and how the rest is aborted are arguments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from vime.errors import EngineError, PluginError
+from vime.types import DynamicFilterOutput, Group, Status
+
+FAILED = "failed"  # the reason of a group without a single usable sample
+DROPS_PER_KEPT = 100  # a filter that drops this many groups for each wanted one will never end
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What became of every group that was taken.
+
+    kept        exactly as many as were asked for, by the index of their first sample
+    surplus     finished after the target was met
+    unfinished  aborted, with whatever they had
+    dropped     by the judge, for whatever reason
+    drops       {reason: number of groups}
+    """
+
+    kept: list[Group] = field(default_factory=list)
+    surplus: list[Group] = field(default_factory=list)
+    unfinished: list[Group] = field(default_factory=list)
+    dropped: list[Group] = field(default_factory=list)
+    drops: Counter[str] = field(default_factory=Counter)
+    num_taken: int = 0
+
+
+async def sample_groups(
+    *,
+    target: int,
+    batch: int,
+    take: Callable[[int], list[Group]],
+    finish: Callable[[Group], Awaitable[Group]],
+    judge: Callable[[Group], DynamicFilterOutput],
+    abort: Callable[[asyncio.Event], Awaitable[None]],
+) -> Sampled:
+    """Takes `batch` groups whenever kept and pending ones cannot reach `target`.
+
+    So 32 wanted of 64 taken ask for 64 more at the 33rd drop. The instant the target is met the
+    rest is aborted: `abort(drained)` must make every pending `finish` return, and is over once
+    `drained` is set. An exception of any part ends the whole loop, after an abort.
+    """
+    result = Sampled()
+    pending: dict[asyncio.Task, Group] = {}
+    finished: asyncio.Queue[asyncio.Task] = asyncio.Queue()
+    failed_in_a_row = 0
+
+    def submit(groups: list[Group]) -> None:
+        if not groups:
+            raise PluginError(f"the data source gave no group where {batch} were asked for.")
+        result.num_taken += len(groups)
+        for group in groups:
+            task = asyncio.ensure_future(finish(group))
+            pending[task] = group
+            task.add_done_callback(finished.put_nowait)
+
+    try:
+        while len(result.kept) < target:
+            while len(result.kept) + len(pending) < target:
+                submit(take(batch))
+            task = await finished.get()
+            del pending[task]
+            group = task.result()
+            verdict = judge(group)
+            if verdict.keep:
+                result.kept.append(group)
+            else:
+                result.dropped.append(group)
+                result.drops[verdict.reason or "filtered"] += 1
+            failed_in_a_row = failed_in_a_row + 1 if verdict.reason == FAILED else 0
+            _give_up_if_hopeless(result, target, batch, failed_in_a_row, group)
+    except BaseException:
+        await _end(pending, abort)
+        raise
+    if pending:
+        await _abort_and_collect(pending, finished, abort, result)
+    result.kept.sort(key=lambda group: group[0].index)
+    return result
+
+
+def _give_up_if_hopeless(
+    result: Sampled, target: int, batch: int, failed_in_a_row: int, group: Group
+) -> None:
+    if failed_in_a_row >= max(4, batch):
+        raise EngineError(
+            f"{failed_in_a_row} groups failed one after the other; the last: {group[0].failure}"
+        )
+    if result.drops.total() >= DROPS_PER_KEPT * (target + len(result.kept)):
+        reasons = ", ".join(f"{reason} {count}" for reason, count in result.drops.most_common())
+        raise PluginError(
+            f"{result.drops.total()} groups were dropped ({reasons}) and {len(result.kept)} of "
+            f"{target} kept. Use easier or harder prompts, or another "
+            "--dynamic-sampling-filter-path."
+        )
+
+
+async def _abort_and_collect(
+    pending: dict[asyncio.Task, Group],
+    finished: asyncio.Queue[asyncio.Task],
+    abort: Callable[[asyncio.Event], Awaitable[None]],
+    result: Sampled,
+) -> None:
+    """Aborts what is pending and sorts it into surplus and unfinished, nothing lost."""
+    drained = asyncio.Event()
+
+    async def collect() -> None:
+        while pending:
+            task = await finished.get()
+            del pending[task]
+            group = task.result()
+            ended = all(s.status not in (Status.PENDING, Status.ABORTED) for s in group)
+            (result.surplus if ended else result.unfinished).append(group)
+        drained.set()
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(collect())
+            tasks.create_task(abort(drained))
+    except BaseExceptionGroup as errors:
+        await _end(pending, None)
+        raise errors.exceptions[0] from None
+    for groups in (result.surplus, result.unfinished):
+        groups.sort(key=lambda group: group[0].index)
+
+
+async def _end(
+    pending: dict[asyncio.Task, Group], abort: Callable[[asyncio.Event], Awaitable[None]] | None
+) -> None:
+    """Cancels what is pending; frees the engines too, as far as they still answer."""
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
+    if abort is not None and pending:
+        done = asyncio.Event()
+        done.set()
+        with contextlib.suppress(EngineError):  # the first error is the one to report
+            await abort(done)

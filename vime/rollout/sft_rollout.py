@@ -1,0 +1,94 @@
+"""The rollout function of `--loss-type sft_loss`: demonstrations in place of generated samples.
+
+A prompt is a list of messages whose last is the assistant's, or a prompt with the answer as its
+label. Loss falls on assistant turns only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vime.config import Config
+from vime.data import chat
+from vime.errors import ConfigError
+from vime.rollout import metrics
+from vime.types import Group, RolloutFnTrainOutput, Sample, Status
+
+
+def generate_rollout(
+    args: Any, rollout_id: int, data_source: Any, evaluation: bool = False
+) -> RolloutFnTrainOutput:
+    """--rollout-batch-size demonstrations; longer ones than --rollout-max-context-len are skipped.
+
+    Raises ConfigError when a demonstration has no answer, or when too many are skipped.
+    """
+    if evaluation:
+        raise ConfigError(
+            "--rollout-function-path vime.rollout.sft_rollout.generate_rollout does not evaluate. "
+            "Set --eval-function-path vime.rollout.vllm_rollout.generate_rollout, or no "
+            "--eval-interval."
+        )
+    cfg: Config = args.config
+    tokenizer = chat.load_tokenizer(cfg.model.hf_checkpoint)
+    if hasattr(data_source, "rollout_id"):
+        data_source.rollout_id = rollout_id
+    groups: list[Group] = []
+    num_skipped = 0
+    while len(groups) < cfg.batch.prompts:
+        for group in data_source.get_samples(cfg.batch.prompts - len(groups)):
+            for sample in group:
+                to_demonstration(cfg, tokenizer, sample)
+                sample.rollout_id = rollout_id
+            cap = cfg.rollout.max_context_len
+            if cap is not None and any(len(sample.tokens) > cap for sample in group):
+                num_skipped += 1
+                if num_skipped > max(len(data_source), cfg.batch.prompts):
+                    raise ConfigError(
+                        f"--rollout-max-context-len {cap} skips every demonstration. Raise it."
+                    )
+                continue
+            groups.append(group)
+    samples = [sample for group in groups for sample in group]
+    values = metrics.lengths(samples)
+    values["rollout/skipped_long"] = num_skipped
+    return RolloutFnTrainOutput(groups, values)
+
+
+def to_demonstration(cfg: Config, tokenizer: Any, sample: Sample) -> None:
+    """Fills in tokens and loss mask. Without the chat template, prompt and label are plain text."""
+    if cfg.data.apply_chat_template or not isinstance(sample.prompt, str):
+        tokens, mask = chat.assistant_tokens(
+            tokenizer,
+            _conversation(sample),
+            tools=sample.metadata.get("tools"),
+            template_kwargs=cfg.data.apply_chat_template_kwargs,
+        )
+    else:
+        ids, answer = chat.encode(tokenizer, [sample.prompt, _answer(sample)])
+        answer = answer + [tokenizer.eos_token_id]
+        tokens, mask = ids + answer, [0] * len(ids) + [1] * len(answer)
+    first = mask.index(1)
+    sample.tokens = tokens
+    sample.response_length = len(tokens) - first
+    sample.loss_mask = mask[first:]
+    sample.response = chat.decode(tokenizer, tokens[first:])
+    sample.reward = 0.0
+    sample.status = Status.COMPLETED
+
+
+def _conversation(sample: Sample) -> chat.Messages:
+    messages = sample.prompt
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if messages[-1]["role"] == "assistant":
+        return messages
+    return [*messages, {"role": "assistant", "content": _answer(sample)}]
+
+
+def _answer(sample: Sample) -> str:
+    if not sample.label:
+        raise ConfigError(
+            f"demonstration {sample.index} has no answer: end its messages with the assistant's, "
+            "or name the field that holds it with --label-key."
+        )
+    return sample.label

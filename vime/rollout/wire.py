@@ -1,0 +1,88 @@
+"""The wire of `POST /inference/v1/generate`: token ids in, token ids and log-probabilities out.
+
+The one place that knows how engine versions differ. vLLM 0.32 reports which weights made each
+token; 0.25 does not, and its tokens are then marked UNKNOWN_VERSION.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from vime.types import Status
+
+try:
+    import orjson
+
+    dumps, loads = orjson.dumps, orjson.loads
+except ImportError:
+    loads = json.loads
+
+    def dumps(value: Any) -> bytes:
+        return json.dumps(value).encode()
+
+
+PATH = "/inference/v1/generate"
+UNKNOWN_VERSION = -1
+LEAST_LOG_PROB = -9999.0  # what the engine sends in place of NaN and -inf
+
+STATUS_OF = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
+
+
+class WireError(ValueError):
+    """An answer that lacks what training needs."""
+
+
+@dataclass(slots=True)
+class Generation:
+    """One answer of R tokens. `log_probs` and `weight_versions` have R entries as well."""
+
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    weight_versions: list[int] = field(default_factory=list)
+    status: Status = Status.ABORTED
+
+
+def build_request(token_ids: list[int], sampling_params: dict[str, Any]) -> bytes:
+    """The request's body. Text is only made by the engine where stop strings need it."""
+    params = {k: v for k, v in sampling_params.items() if v is not None}
+    params |= {"logprobs": 0, "detokenize": bool(params.get("stop")), "n": 1}
+    return dumps({"token_ids": token_ids, "sampling_params": params})
+
+
+def parse_response(body: bytes, known_version: int | None = None) -> Generation:
+    """The answer's one choice. `known_version` fills in where the engine does not report versions.
+
+    Raises WireError on an answer without a log-probability for every token.
+    """
+    try:
+        choice = loads(body)["choices"][0]
+        reason = choice["finish_reason"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise WireError(f"not an answer of {PATH}: {error!r} in {body[:200]!r}") from None
+    if reason not in STATUS_OF:
+        raise WireError(f"the engine ended the request with finish_reason {reason!r}")
+    token_ids = choice.get("token_ids") or []
+    content = (choice.get("logprobs") or {}).get("content") or []
+    log_probs = [entry["logprob"] for entry in content]
+    if len(log_probs) != len(token_ids):
+        raise WireError(f"{len(token_ids)} tokens came with {len(log_probs)} log-probabilities")
+    if log_probs and (None in log_probs or min(log_probs) <= LEAST_LOG_PROB):
+        raise WireError("a sampled token came with no finite log-probability")
+    versions = _versions(choice.get("weight_versions"), len(token_ids), known_version)
+    return Generation(token_ids, log_probs, versions, STATUS_OF[reason])
+
+
+def _versions(spans: list[dict] | None, count: int, known_version: int | None) -> list[int]:
+    """Spans [start, end) to one version a token. A label that is no number is not ours: unknown."""
+    default = UNKNOWN_VERSION if known_version is None else known_version
+    versions = [default] * count
+    for span in spans or ():
+        try:
+            version = int(span["version"])
+        except ValueError:
+            continue
+        start, end = span["start"], min(span["end"], count)
+        versions[start:end] = [version] * (end - start)
+    return versions

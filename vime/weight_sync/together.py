@@ -1,0 +1,43 @@
+"""Calls that only return once all of them run: an engine receives while the trainer sends."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vime.errors import EngineError
+
+
+def run_together(calls: Sequence[Callable[[], Any]], timeout_s: float, what: str) -> list[Any]:
+    """Run each call in a thread. Returns their results in order.
+
+    The first failure is raised at once, even when others still wait for the one that failed; such
+    threads end at their own deadlines. Raises EngineError past `timeout_s`.
+    """
+    done: queue.Queue[tuple[int, Any, BaseException | None]] = queue.Queue()
+
+    def run(i: int) -> None:
+        try:
+            done.put((i, calls[i](), None))
+        except BaseException as error:
+            done.put((i, None, error))
+
+    for i in range(len(calls)):
+        threading.Thread(target=run, args=(i,), daemon=True, name=f"{what} {i}").start()
+    results: list[Any] = [None] * len(calls)
+    deadline = time.monotonic() + timeout_s
+    for finished in range(len(calls)):
+        try:
+            i, result, error = done.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise EngineError(
+                f"{what}: {len(calls) - finished} of {len(calls)} calls did not return within "
+                f"{timeout_s:.0f} s; --vllm-weight-transfer-timeout-sec raises the deadline"
+            ) from None
+        if error is not None:
+            raise error
+        results[i] = result
+    return results

@@ -135,7 +135,7 @@ def wait_for_checkpoint(process, folder: Path, iteration: int) -> list[int]:
     return descendants(process.pid)
 
 
-def wait_until_gone(pids: list[int], timeout_s: float = 30) -> None:
+def wait_until_gone(pids: list[int], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while left := alive(pids):
         assert time.monotonic() < deadline, "\n".join(left)

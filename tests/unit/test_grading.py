@@ -298,3 +298,17 @@ def test_no_warning_where_some_response_has_the_mark(caplog):
         assert not grading.warn_of_missing_marks(args, samples)
         assert grading.warn_of_missing_marks(args, samples[:1])
     assert "EVERY REWARD" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("response", "text"),
+    [
+        ("B<|im_end|>", "B"),
+        ("B <|im_end|>\n<|endoftext|>\n", "B"),
+        ("a</s>", "a"),
+        ("<|im_end|> in the middle", "<|im_end|> in the middle"),
+        ("2 <| 3 |>", "2 <| 3 |>"),
+    ],
+)
+def test_end_marks_are_no_part_of_an_answer(response, text):
+    assert grading.without_end_mark(response) == text

@@ -253,6 +253,13 @@ def test_a_server_dies_with_its_killed_owner(tmp_path):
     assert gone(pgid, 10)
 
 
+def test_a_server_dies_with_its_killed_guard(tmp_path):
+    process = guarded(tmp_path, "import time; print('up', flush=True); time.sleep(60)")
+    process.wait_until(lambda: "up" in process.tail(), 20, "--flag")
+    process.guard.kill()
+    assert gone(process.guard.pid, 10)
+
+
 def test_an_engine_that_is_not_there_is_an_error_that_names_both_sides():
     client = EngineClient(f"http://127.0.0.1:{free_port()}", who="trainer rank 0")
     assert not client.healthy()

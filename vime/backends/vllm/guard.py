@@ -7,6 +7,7 @@ server starts belong to it. A closed pipe means that the owner is gone, even by 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -16,6 +17,7 @@ import time
 
 PATIENCE_S = 5.0  # between SIGTERM and SIGKILL, once the owner is gone
 LOOK_S = 0.5
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def watch(command: list[str]) -> int:
@@ -25,13 +27,22 @@ def watch(command: list[str]) -> int:
     server = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL),
+        preexec_fn=follow_guard,
     )
     while server.poll() is None:
         readable, _, _ = select.select([sys.stdin], [], [], LOOK_S)
         if os.getppid() != owner or (readable and not os.read(sys.stdin.fileno(), 1)):
             end_group(server)
     return server.returncode
+
+
+def follow_guard() -> None:
+    """In the server, before it starts: SIGTERM works again, and it dies when the guard dies.
+
+    Ray ends a lost actor's direct children by SIGKILL, which would take the guard alone.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def end_group(server: subprocess.Popen) -> None:

@@ -12,6 +12,7 @@ from vime.backends.vllm.dialect import Dialect
 from vime.backends.vllm.flags import whole_number
 from vime.backends.vllm.plugin_flags import words_of
 from vime.config import Config, rules
+from vime.config.evaluation import eval_datasets
 from vime.platform import Platform
 
 MODEL_NAME = "policy"  # the `model` of every request
@@ -126,16 +127,10 @@ def needed_model_len(cfg: Config) -> int | None:
     """
     if "max_model_len" in cfg.engine.vllm_args:
         return None
-    r, e = cfg.rollout, cfg.eval
+    r = cfg.rollout
     lengths = [_context(r.max_context_len, r.max_prompt_len, r.max_response_len)]
-    if e.interval is not None:
-        lengths.append(
-            _context(
-                e.max_context_len or r.max_context_len,
-                e.max_prompt_len or r.max_prompt_len,
-                e.max_response_len or r.max_response_len,
-            )
-        )
+    for d in eval_datasets(cfg) if cfg.eval.interval is not None else ():
+        lengths.append(_context(d.max_context_len, d.max_prompt_len, d.max_response_len))
     if None in lengths:
         return None
     cap = model_positions(cfg)

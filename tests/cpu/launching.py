@@ -24,6 +24,7 @@ class Job:
     entry: str = "train.py"
     flags: dict[str, str | None] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
+    started: list[subprocess.Popen] = field(default_factory=list)
 
     @property
     def log(self) -> Path:
@@ -59,25 +60,34 @@ class Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         env = {**os.environ, "PYTHONPATH": str(ROOT), **self.env}
         with self.log.open("a") as out:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 self.command(),
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=env,
                 start_new_session=True,
+                # a suite that runs in the background of a shell ignores SIGINT, and so would this
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
+        self.started.append(process)
+        return process
 
     def run(self, timeout_s: float = 300) -> None:
         """Runs to the end. Fails with the end of the log if the exit code is not 0."""
         process = self.start()
         try:
             code = process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            process.wait(60)
-            raise
+        finally:
+            self.end()
         assert code == 0, self.log.read_text()[-6000:]
+
+    def end(self) -> None:
+        """Ends what a failed test left running."""
+        for process in self.started:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                process.wait(60)
 
     def metrics(self) -> list[dict]:
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()

@@ -117,7 +117,9 @@ def write_model(folder: Path, model: str) -> None:
     made.save_pretrained(folder)
     plain = hf_model(folder)
     with torch.no_grad():
-        torch.save(torch.cat([plain(ids[None]).logits[0] for ids in sequences()]), logits_of(folder))
+        torch.save(
+            torch.cat([plain(ids[None]).logits[0] for ids in sequences()]), logits_of(folder)
+        )
     for seq in batch_of(config_of(folder, 1, {})).sequences:
         logp, _ = hf_logps(plain, seq, 1.0)
         (-(torch.as_tensor(seq.weight) * logp).sum()).backward()
@@ -171,9 +173,7 @@ def examine(
         copy = root / f"{model} {layout}"
         trainer.save_hf(str(copy))
         names = [p.name for p in folder.iterdir()]
-        exact = len(names) > 1 and not any(
-            filecmp.cmpfiles(folder, copy, names, shallow=False)[1:]
-        )
+        exact = len(names) > 1 and not any(filecmp.cmpfiles(folder, copy, names, shallow=False)[1:])
         trainer.train(batch_of(cfg))
         expected = load_file(gradient_of(folder) / "model.safetensors")
         found = named_gradients(trainer)

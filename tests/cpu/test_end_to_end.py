@@ -16,11 +16,12 @@ EXACT = 1e-4  # float32: trainer and engine measure the same distribution
 @pytest.fixture(scope="module")
 def job_in(tmp_path_factory, quickstart_assets):
     """Makes a Job with the untrained quickstart model, in a folder of its own."""
+    jobs: list[Job] = []
 
     def make(name: str, entry: str = "train.py", env: dict | None = None, **flags) -> Job:
         folder = tmp_path_factory.mktemp(name)
         given = {f"--{k.replace('_', '-')}": v for k, v in flags.items()}
-        return Job(
+        job = Job(
             folder=folder,
             checkpoint=quickstart_assets / "model",
             prompts=quickstart_assets / "train.jsonl",
@@ -28,8 +29,12 @@ def job_in(tmp_path_factory, quickstart_assets):
             flags=given,
             env={"PROMPT_LOG": str(folder / "prompts.tsv"), **(env or {})},
         )
+        jobs.append(job)
+        return job
 
-    return make
+    yield make
+    for job in jobs:
+        job.end()
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,18 @@ VPP2 = {"pp": 2, "vpp": 2}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, with a second folder `gradients` of the same names and shapes in it."""
-    made = write_tiny_hf(tmp_path_factory.mktemp("hf") / "model", tied=True)
+    return with_gradients(write_tiny_hf(tmp_path_factory.mktemp("hf") / "model", tied=True))
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("hf") / "mixture"
+    write_tiny_hf(made, moe=True, num_hidden_layers=2)
+    return with_gradients(made)
+
+
+def with_gradients(made: Path) -> Path:
+    """The same, with a second folder `gradients` of the same names and shapes in it."""
     weights = load_file(made / "model.safetensors")
     g = torch.Generator().manual_seed(1)
     (made / "gradients").mkdir()
@@ -155,6 +165,20 @@ def test_a_checkpoint_loads_into_any_layout_and_updates_the_same(
         ("adam", dist | PP2, dist | TP2),
     ]
     ranks = run_ranks(save_and_load, 2, folder=folder, out=str(tmp_path), trips=trips)
+    for result in ranks[0] + ranks[1]:
+        assert result[1:] == ([], [], 5, {"rollout_id": 4, "note": "kept"}), result
+
+
+def test_a_mixture_loads_with_other_expert_parallelism(mixture: Path, tmp_path: Path) -> None:
+    dist, ep2 = {"use_distributed_optimizer": True}, {"ep": 2}
+    trips = [
+        ("adam", ep2, {}),
+        ("adam", dist | ep2, dist),
+        ("adam", dist, dist | ep2),
+        ("adam", dist | ep2 | TP2, dist | PP2),
+        ("adam", dist | TP2, dist | ep2),
+    ]
+    ranks = run_ranks(save_and_load, 2, folder=mixture, out=str(tmp_path), trips=trips)
     for result in ranks[0] + ranks[1]:
         assert result[1:] == ([], [], 5, {"rollout_id": 4, "note": "kept"}), result
 

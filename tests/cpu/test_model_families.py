@@ -27,6 +27,7 @@ def test_every_family_computes_learns_and_exports_as_hugging_face_does(
     for number, case in enumerate(todo):
         found = [rank[number] for rank in ranks]
         logits = [f.logits for f in found if f.logits is not None]
-        assert logits and max(logits) < 1e-4, (case, logits)
+        assert logits, case
+        assert max(logits) < 1e-4, (case, logits)
         assert max(f.gradient for f in found) < 1e-5, (case, found)
         assert found[0].round_trip, case

@@ -14,7 +14,13 @@ from safetensors.torch import save_file
 from vime.backends.megatron import hf
 from vime.backends.megatron.hf.family import Kind, layer_pattern
 from vime.backends.megatron.hf.layout import Dims, hf_shapes, shard, unshard
-from vime.backends.megatron.start import TRACKER, commit_checkpoint, iteration_folder, resolve
+from vime.backends.megatron.start import (
+    TRACKER,
+    commit_checkpoint,
+    delete_old_checkpoints,
+    iteration_folder,
+    resolve,
+)
 from vime.config import Config
 from vime.errors import CheckpointError, ConfigError
 
@@ -192,3 +198,22 @@ def test_a_run_starts_from_the_first_folder_that_holds_weights(tmp_path: Path) -
     assert (load / TRACKER).read_text() == "39"
     with pytest.raises(CheckpointError, match="holds neither"):
         resolve(None, str(tmp_path / "nothing"))
+
+
+def test_old_checkpoints_go_and_the_committed_one_stays(tmp_path: Path) -> None:
+    for iteration in (3, 9, 12, 100):
+        iteration_folder(tmp_path, iteration).mkdir()
+        (iteration_folder(tmp_path, iteration) / "file").touch()
+    iteration_folder(tmp_path, None).mkdir()
+
+    def left(keep_last: int | None, latest: int | None) -> list[str]:
+        commit_checkpoint(tmp_path, latest)
+        delete_old_checkpoints(tmp_path, keep_last)
+        return sorted(p.name[-3:] for p in tmp_path.iterdir() if p.name != TRACKER)
+
+    everything = ["003", "009", "012", "100", "ase"]
+    assert left(None, 12) == everything
+    assert left(1, None) == everything, "release: nothing is counted"
+    assert left(2, 12) == ["009", "012", "100", "ase"], "100 comes after the committed one"
+    assert left(1, 9) == ["009", "012", "100", "ase"]
+    assert left(1, 100) == ["100", "ase"]

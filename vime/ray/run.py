@@ -156,7 +156,6 @@ def launch(cfg: Config) -> Iterator[Run]:
 
     SIGTERM ends a run as Ctrl-C does, so that a scheduler's stop leaves no process behind.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
     with RunLog(cfg.log, fallback_dir=cfg.checkpoint.save) as log, _ray(cfg):
         cfg = replace(cfg, log=replace(cfg.log, run_dir=str(log.run_dir)))
         placement = place(cfg)
@@ -172,10 +171,12 @@ def _ray(cfg: Config) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     joining = "RAY_ADDRESS" in os.environ
-    local = {} if joining else {"include_dashboard": False}
+    # Without RAY_ADDRESS a cluster of our own, whatever else runs on this machine.
+    local: dict[str, Any] = {} if joining else {"address": "local", "include_dashboard": False}
     if not joining and not current().is_cuda:
         local["num_cpus"] = local_slots(cfg.cluster)
     ray.init(logging_level="ERROR", **local)
+    signal.signal(signal.SIGTERM, _interrupt)  # after Ray has put its own handler there
     try:
         yield
     finally:

@@ -1,0 +1,51 @@
+"""A router and rollouts against the shared live engine. Import the fixtures where they are used."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.unit.fake_engine import make_config, write_prompts, write_tokenizer
+from vime.backends.vllm.router import Router
+from vime.config.view import ArgsView
+from vime.rollout.data_source import RolloutDataSourceWithBuffer
+
+EVEN = "tests.cpu.rollout_setting.is_even"
+
+
+async def is_even(args, sample, **kwargs):
+    """A reward by chance."""
+    return float(sample.tokens[-1] % 2 == 0)
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tok"))
+
+
+@pytest.fixture(scope="module")
+def router(tied_engine):
+    router = Router(tied_engine.cfg)
+    yield router.start([tied_engine.url])
+    router.stop()
+
+
+@pytest.fixture
+def setting(tied_engine, router, hf, tmp_path):
+    """make(**sections) -> (args, data source): four groups of four, rewarded by chance."""
+
+    def make(**sections):
+        prompts = write_prompts(tmp_path / "p.jsonl", 160)
+        data = {"prompt_data": str(prompts), "input_key": "prompt", "apply_chat_template": True}
+        sections["data"] = data | sections.get("data", {})
+        sections["batch"] = {"prompts": 4, "samples_per_prompt": 4} | sections.get("batch", {})
+        sections["reward"] = {"custom_rm_path": EVEN} | sections.get("reward", {})
+        host, port = router.removeprefix("http://").rsplit(":", 1)
+        args = ArgsView(
+            make_config(hf, **sections),
+            vllm_engine_urls=(tied_engine.url,),
+            vllm_router_ip=host,
+            vllm_router_port=int(port),
+        )
+        return args, RolloutDataSourceWithBuffer(args)
+
+    return make

@@ -73,7 +73,7 @@ class Run:
         if batch.num_rollout is not None:
             return batch.num_rollout
         prompts = self._ask(self.manager.count_prompts.remote(), "the number of prompts", 600)
-        return batch.num_epoch * prompts // batch.prompts
+        return batch.rollouts(prompts)
 
     def steps(self) -> Iterator[int]:
         """The rollouts left to do. When the loop asks for the next, the last one is logged."""

@@ -47,10 +47,7 @@ class TrainerGroup:
     def __init__(self, cfg: Config, placement: Placement) -> None:
         self.cfg = cfg
         self.num_ranks = len(placement.trainer_bundles)
-        env = {"TORCHDYNAMO_DISABLE": "1"} if not current().is_cuda else {}
-        if not current().is_cuda:
-            threads = max(1, (os.cpu_count() or 1) // self.num_ranks)
-            env |= {"OMP_NUM_THREADS": str(threads)}
+        env = {} if current().is_cuda else _cpu_environment(self.num_ranks)
         actor = ray.remote(TrainerRank)
         self.ranks = [
             actor.options(
@@ -82,3 +79,16 @@ class TrainerGroup:
         return wait_all(
             refs, what=f"{self.num_ranks} trainer ranks to {method}", timeout_s=timeout_s
         )[0]
+
+
+def _cpu_environment(num_ranks: int) -> dict[str, str]:
+    """The cores shared between the ranks; OMP_NUM_THREADS of the user's own wins.
+
+    Idle threads sleep instead of spinning, because engines and graders need the cores too.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    return {
+        "TORCHDYNAMO_DISABLE": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+    }

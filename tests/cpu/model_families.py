@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ranks import agree_on_port
 from safetensors.torch import load_file
 from test_megatron_model import packed_logits, sequences
 from tiny import make_config
@@ -155,15 +156,16 @@ def batch_of(cfg: Any) -> Any:
 
 
 def examine(
-    rank: int, world: int, port: int, root: Path, cases: list[tuple[str, str]], ports: list[int]
+    rank: int, world: int, port: int, root: Path, cases: list[tuple[str, str]]
 ) -> list[Finding]:
     from vime.backends.megatron.trainer import MegatronTrainer
 
     findings = []
-    for (model, layout), own_port in zip(cases, ports, strict=True):
+    for model, layout in cases:
         print(model, layout, flush=True)
         folder = root / model
         cfg = config_of(folder, world, LAYOUTS[layout])
+        own_port = agree_on_port(root, f"{model} {layout}", rank)
         trainer = MegatronTrainer(cfg, rank, world, rank, "127.0.0.1", own_port)
         with torch.no_grad():
             logits = packed_logits(cfg, trainer.chunks)

@@ -29,6 +29,20 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def agree_on_port(folder: str | Path, name: str, rank: int, timeout_s: float = 60.0) -> int:
+    """A port that is free now, the same on every rank: rank 0 leaves it in a file of `folder`."""
+    note = Path(folder, f"port of {name}")
+    if rank == 0:
+        partial = note.with_suffix(".partial")
+        partial.write_text(str(free_port()))
+        partial.rename(note)
+    deadline = time.monotonic() + timeout_s
+    while not note.exists():
+        assert time.monotonic() < deadline, f"rank 0 named no port for {name} in {timeout_s} s"
+        time.sleep(0.01)
+    return int(note.read_text())
+
+
 def run_ranks(
     fn: Callable[..., Any], num_ranks: int, *, timeout_s: float = 240.0, **kwargs: Any
 ) -> list[Any]:

@@ -241,6 +241,43 @@ def one_rank(rank: int, world: int, port: int, folder: Path, out: str) -> dict[s
     return seen
 
 
+def full_disk(rank: int, world: int, port: int, folder: Path, out: str) -> dict[str, Any]:
+    """A disk that takes files of 40 kB at most stands for a full one."""
+    import resource
+
+    from vime.backends.megatron import checkpoint
+
+    start_ranks(rank, world, port, folder)
+    here = Trainee(folder, {})
+    here.step()
+    here.save(out, 0)
+    saved = here.weights()
+    here.step()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+    seen: dict[str, Any] = {
+        "save": failure(lambda: here.save(out, 1)),
+        "save_hf": failure(lambda: hf.save_hf(here.chunks, here.cfg, f"{out}/hf")),
+    }
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    seen["tracker"] = Path(out, checkpoint.TRACKER).read_text()
+    seen["hf"] = sorted(p.name for p in Path(out, "hf").iterdir())
+    seen["rollout"], _ = here.load(out)
+    seen["differing"] = differing(here.weights(), saved)
+    here.save(out, 1)
+    seen["after"] = here.load(out)[0]
+    return seen
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_in_force(folder: Path, tmp_path: Path) -> None:
+    (seen,) = run_ranks(full_disk, 1, folder=folder, out=str(tmp_path))
+    for words in ("iter_0000001", "Free the disk", "File too large"):
+        assert words in seen["save"]
+    assert "Free the disk" in seen["save_hf"]
+    assert seen["hf"] == [], "an incomplete folder has no config.json"
+    assert (seen["tracker"], seen["rollout"], seen["differing"]) == ("0", 1, [])
+    assert seen["after"] == 2
+
+
 def failure(action: Any) -> str:
     try:
         action()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from model_families import MODELS, cases, examine, write_model
-from ranks import free_port, run_ranks
+from ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,7 @@ def test_every_family_computes_learns_and_exports_as_hugging_face_does(
     num_ranks: int, root: Path
 ) -> None:
     todo = cases(num_ranks)
-    ports = [free_port() for _ in todo]
-    ranks = run_ranks(examine, num_ranks, root=root, cases=todo, ports=ports, timeout_s=400.0)
+    ranks = run_ranks(examine, num_ranks, root=root, cases=todo, timeout_s=400.0)
     for number, case in enumerate(todo):
         found = [rank[number] for rank in ranks]
         logits = [f.logits for f in found if f.logits is not None]

@@ -8,11 +8,11 @@ from dataclasses import MISSING, fields, replace
 from typing import Any, NoReturn
 
 from vime.cli.command_line import Given, model_args, read
-from vime.cli.files import data_problems
 from vime.cli.flags import section_types
 from vime.config import Config
 from vime.config.fields import Section, flag_of
 from vime.config.rules import CONVERT_RULES, RULES, notices
+from vime.data.checks import data_problems
 from vime.errors import ConfigError
 
 Check = Callable[[Config], Iterable[str]]

@@ -27,6 +27,7 @@ from vime.backends.megatron.start import (
     TRACKER,
     Start,
     commit_checkpoint,
+    delete_old_checkpoints,
     iteration_folder,
     resolve,
 )
@@ -69,10 +70,14 @@ def save_checkpoint(
     from vime.backends.megatron import torch_dist
 
     target = iteration_folder(folder, iteration)
-    with _agreed(f"{target}: cannot write the checkpoint"):
+    refused = (
+        f"{target}: cannot write the checkpoint; the one before it stays in force. "
+        "Free the disk or change --save"
+    )
+    with _agreed(refused):
         if dist.get_rank() == 0:
             target.mkdir(parents=True, exist_ok=True)
-    with _named(f"{target}: cannot write the checkpoint"):
+    with _named(refused):
         with_rng = iteration is not None
         state = _sharded_state(chunks, optimizer, scheduler, with_rng=with_rng, loading=False)
         state |= {
@@ -92,6 +97,7 @@ def save_checkpoint(
         with _agreed(f"{target}: cannot commit the checkpoint"):
             if dist.get_rank() == 0:
                 commit_checkpoint(folder, iteration)
+                delete_old_checkpoints(folder, cfg.checkpoint.keep_last)
     return target
 
 

@@ -270,8 +270,8 @@ PATCHES = (
     ),
     Patch(
         "latent attention",
-        "without TransformerEngine multi_latent_attention imports stand-ins for its classes, believes it "
-        "present and calls isinstance with them (0.16)",
+        "without TransformerEngine multi_latent_attention imports stand-ins for its classes, "
+        "believes it present and calls isinstance with them (0.16)",
         "HAVE_TE says whether TransformerEngine is there",
         (
             "megatron.core.transformer.multi_latent_attention.HAVE_TE",

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from vime.backends.megatron.attention import PackedAttention
+from vime.backends.megatron.latent_attention import LatentAttention
 from vime.backends.megatron.norm import RMSNorm
 
 
@@ -42,6 +43,7 @@ def decoder_spec(
         attention = parts.self_attention.submodules
         attention.core_attention = PackedAttention
         if config.multi_latent_attention:
+            parts.self_attention.module = LatentAttention
             attention.q_layernorm = attention.kv_layernorm = RMSNorm
         elif config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm

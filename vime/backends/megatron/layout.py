@@ -33,6 +33,7 @@ class TokenTable:
     mask_N: Tensor  # float32, 0 or 1
     score_N: Tensor  # float32, the sequence's score at each of its response tokens
     rollout_logp_N: Tensor  # float32
+    sequence_N: Tensor  # int64, which sequence of the table; the padding row: their number
     starts: dict[int, int]  # position in the batch -> first row
     responses: dict[int, slice]  # position in the batch -> rows that predict its response
 
@@ -40,6 +41,10 @@ class TokenTable:
     def padding(self) -> int:
         """The row that stands for padding."""
         return len(self.tokens_N) - 1
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.starts)
 
     def column(self) -> Tensor:
         """A new column of zeros."""
@@ -54,8 +59,9 @@ def token_table(
     tokens, targets = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     weight, mask, score = (np.zeros(rows, np.float32) for _ in range(3))
     rollout_logp = np.full(rows, np.nan, np.float32)
+    sequence = np.full(rows, len(positions), np.int64)
     starts, responses, first = {}, {}, 0
-    for p in positions:
+    for number, p in enumerate(positions):
         seq = sequences[p]
         last = first + seq.length
         tokens[first:last] = seq.tokens
@@ -64,8 +70,9 @@ def token_table(
         weight[response], mask[response], score[response] = seq.weight, seq.loss_mask, seq.reward
         if seq.rollout_logp is not None:
             rollout_logp[response] = seq.rollout_logp
+        sequence[first:last] = number
         starts[p], responses[p], first = first, response, last
-    columns = (tokens, targets, weight, mask, score, rollout_logp)
+    columns = (tokens, targets, weight, mask, score, rollout_logp, sequence)
     return TokenTable(*(torch.from_numpy(c).to(device) for c in columns), starts, responses)
 
 

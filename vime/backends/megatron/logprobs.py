@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 26  # float32 logits of one chunk: 256 MiB
+CHUNK_ELEMENTS = 1 << 24  # float32 logits of one chunk: 64 MiB
 
 
 class TokenLogProbs(NamedTuple):

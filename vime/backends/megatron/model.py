@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import (
 from torch import Tensor, nn
 
 from vime import platform
+from vime.backends.megatron.freeze import freeze_parameters
 from vime.backends.megatron.hf import model_args
 from vime.backends.megatron.layer_spec import decoder_spec
 from vime.config import Config
@@ -35,7 +36,8 @@ _RENAMED = {"num_experts": "num_moe_experts", "norm_epsilon": "layernorm_epsilon
 def build_model(cfg: Config) -> list[GPTModel]:
     """This rank's chunks, in --dtype, on this rank's device. Weights are uninitialised: load them.
 
-    Needs `initialize_parallel`. Raises ConfigError on an unknown family.
+    Needs `initialize_parallel`. Raises ConfigError on an unknown family, or where a pattern of
+    --freeze-params-name-list matches nothing. A collective.
     """
     args = model_args(cfg)
     config = transformer_config(cfg, args)
@@ -61,9 +63,11 @@ def build_model(cfg: Config) -> list[GPTModel]:
         if args.get("use_rope_scaling"):
             _scale_rope(chunk, args)
         _mark_shards(chunk)
+        _mark_experts(chunk)
         _hide_padded_vocab(chunk, args["vocab_size"])
         here = platform.current()
         chunks.append(chunk.cuda() if here.is_cuda else chunk)
+    freeze_parameters(chunks, args, cfg)
     return chunks
 
 
@@ -158,6 +162,18 @@ def _mark_shards(chunk: GPTModel) -> None:
         dim = next((d for kind, d in _SHARDED.items() if isinstance(module, kind)), None)
         if dim is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
             tensor_parallel.set_tensor_model_parallel_attributes(weight, True, dim, 1)
+
+
+def _mark_experts(chunk: GPTModel) -> None:
+    """Says that experts see other tokens than the dense layers of their tensor rank do.
+
+    Megatron marks them under expert parallelism only. But where merely the tensor parallel sizes
+    differ, the gradient of an expert would lack the tokens of the other tensor ranks; and with one
+    marking for all layouts the optimizer's state has one shape, so that it reshards.
+    """
+    for name, parameter in chunk.named_parameters():
+        if ".local_experts." in name:
+            parameter.allreduce = False
 
 
 def _hide_padded_vocab(chunk: GPTModel, vocab_size: int) -> None:

@@ -10,13 +10,20 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from vime.algorithms.advantages import ESTIMATORS, same_for_every_token, whiten
+from vime.algorithms.hooks import TrainingHooks, user_advantages
 from vime.algorithms.kl import kl_estimate
 from vime.backends.megatron.layout import MicroBatch, lay_out, token_table
 from vime.backends.megatron.step import on_last_stage
 from vime.config import AlgorithmConfig, Config
 from vime.types import StepPlan, TrainBatch
 
-_OF_THE_ENGINE = ("rollout/rollout_log_probs", "train/train_rollout_logprob_abs_diff")
+_OF_THE_ENGINE = (
+    "rollout/rollout_log_probs",
+    "train/train_rollout_logprob_abs_diff",
+    "train/mismatch_kl",
+    "train/mismatch_k3_kl",
+    "train/mismatch_chi2",
+)
 
 
 class RolloutColumns:
@@ -43,6 +50,12 @@ class RolloutColumns:
         mine = [p for positions in self.steps for p in positions]
         self.table = token_table(batch.sequences, mine, device)
         self.old_logp_N = self.table.column()
+        # the trainer's own, where the old policy is the engine's
+        self.own_logp_N: Tensor | None = None
+        if cfg.algorithm.use_rollout_logprobs:
+            self.old_logp_N = self.table.rollout_logp_N.nan_to_num()
+            self.own_logp_N = self.table.column()
+        self.mismatch_metrics = cfg.algorithm.mismatch_metrics
         self.ref_logp_N: Tensor | None = None
         self.adv_N = self.table.column()
         self.laid_out: dict[int, list[MicroBatch]] = {}
@@ -68,29 +81,53 @@ class RolloutColumns:
             ]
         return self.laid_out[id(plan)]
 
-    def set_advantages(self, cfg: AlgorithmConfig) -> None:
+    def set_advantages(self, cfg: AlgorithmConfig, hooks: TrainingHooks | None = None) -> None:
         """From the scores, less --kl-coef times each token's KL; spread over tokens; whitened."""
         table, estimator = self.table, ESTIMATORS[cfg.advantage_estimator]
         penalty_N = table.column()
         if cfg.kl_coef and self.ref_logp_N is not None:
-            kl_N = kl_estimate(self.old_logp_N, self.ref_logp_N, "k1") * self.owned_N
-            if mpu.get_context_parallel_world_size() > 1:
-                dist.all_reduce(kl_N, group=mpu.get_context_parallel_group())
+            kl_N = self._whole(kl_estimate(self.old_logp_N, self.ref_logp_N, "k1"))
             penalty_N = cfg.kl_coef * kl_N * table.mask_N
-        if estimator.spread is same_for_every_token:
+        if hooks is not None and hooks.advantage is not None:
+            adv_N = self._users_advantages(hooks)
+        elif estimator.spread is same_for_every_token:
             adv_N = estimator.spread(table.score_N, penalty_N, cfg.gamma)
         else:
             adv_N = table.column()
             for position, rows in table.responses.items():
                 score = self.batch.sequences[position].reward
                 adv_N[rows] = estimator.spread(score, penalty_N[rows], cfg.gamma)
-        if cfg.normalize_advantages or estimator.whiten:
+        is_users = hooks is not None and hooks.advantage is not None
+        if cfg.normalize_advantages or (estimator.whiten and not is_users):
             whole_N = adv_N
             adv_N = table.column()
             for positions in self.steps:
                 mask_N = self._mask_of(positions)
                 adv_N += whiten(whole_N, mask_N, _sum_over_tokens)
         self.adv_N = adv_N
+
+    def _whole(self, column_N: Tensor) -> Tensor:
+        """The column at every token of this rank's sequences, on the last pipeline stage."""
+        column_N = column_N * self.owned_N
+        if mpu.get_context_parallel_world_size() > 1:
+            dist.all_reduce(column_N, group=mpu.get_context_parallel_group())
+        return column_N
+
+    def _users_advantages(self, hooks: TrainingHooks) -> Tensor:
+        """Made where they are used, on the last pipeline stage; 0 elsewhere."""
+        rows, adv_N = self.table.responses, self.table.column()
+        old_N = self._whole(self.old_logp_N)
+        ref_N = None if self.ref_logp_N is None else self._whole(self.ref_logp_N)
+        if on_last_stage() and rows:
+            made = user_advantages(
+                hooks,
+                [self.batch.sequences[p] for p in rows],
+                [old_N[r] for r in rows.values()],
+                None if ref_N is None else [ref_N[r] for r in rows.values()],
+            )
+            for r, adv_R in zip(rows.values(), made, strict=True):
+                adv_N[r] = adv_R.to(adv_N)
+        return adv_N
 
     def _mask_of(self, positions: Sequence[int]) -> Tensor:
         mask_N = self.table.column()
@@ -115,20 +152,24 @@ class RolloutColumns:
         mask_N = table.mask_N * self.owned_N
         sampled_N = mask_N * ~table.rollout_logp_N.isnan()
         sampled_logp_N = table.rollout_logp_N.nan_to_num()
-        apart_N = (self.old_logp_N - sampled_logp_N).abs() * sampled_N
+        own_logp_N = self.old_logp_N if self.own_logp_N is None else self.own_logp_N
+        log_ratio_N = (own_logp_N - sampled_logp_N) * sampled_N
+        apart_N = log_ratio_N.abs()
         columns = {
             "tokens": mask_N,
-            "rollout/log_probs": self.old_logp_N * mask_N,
+            "rollout/log_probs": own_logp_N * mask_N,
             "rollout/advantages": self.adv_N * mask_N,
             "sampled": sampled_N,
             "rollout/rollout_log_probs": sampled_logp_N * sampled_N,
             "train/train_rollout_logprob_abs_diff": apart_N,
         }
+        if self.mismatch_metrics:
+            columns |= _mismatch(log_ratio_N, sampled_N)
         if self.ref_logp_N is not None:
             columns["rollout/ref_log_probs"] = self.ref_logp_N * mask_N
         sums = self.reduce({name: c.sum() for name, c in columns.items()}, list(columns))
         tokens, sampled = sums.pop("tokens"), sums.pop("sampled")
-        engine = {name: sums.pop(name) for name in _OF_THE_ENGINE}
+        engine = {name: sums.pop(name) for name in _OF_THE_ENGINE if name in sums}
         metrics = {name: total / max(tokens, 1.0) for name, total in sums.items()}
         if sampled:
             metrics |= {name: total / sampled for name, total in engine.items()}
@@ -136,6 +177,19 @@ class RolloutColumns:
             dist.all_reduce(worst, dist.ReduceOp.MAX)
             metrics["train/train_rollout_logprob_abs_diff_max"] = float(worst)
         return metrics
+
+
+def _mismatch(log_ratio_N: Tensor, sampled_N: Tensor) -> dict[str, Tensor]:
+    """Estimates from the engine's samples, per token; log_ratio = log(trainer / engine).
+
+    KL(engine || trainer) as k1 and k3, and the chi-squared divergence E[ratio**2] - 1.
+    """
+    ratio_N = log_ratio_N.clamp(max=20.0).exp()
+    return {
+        "train/mismatch_kl": -log_ratio_N * sampled_N,
+        "train/mismatch_k3_kl": (ratio_N - 1 - log_ratio_N) * sampled_N,
+        "train/mismatch_chi2": (ratio_N.square() - 1) * sampled_N,
+    }
 
 
 def _sum_over_tokens(total: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,3 +109,28 @@ def commit_checkpoint(folder: str | Path, iteration: int | None) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(partial, tracker)
+
+
+def delete_old_checkpoints(folder: str | Path, keep_last: int | None) -> None:
+    """Deletes iter_* directories beyond the `keep_last` newest (None: none). Call it on one rank.
+
+    Call it after a commit: the directory that the tracker names is always among those kept, and
+    iterations after it are not counted, nor touched. A directory that cannot be deleted is reported
+    and left: the checkpoint just written is safe.
+    """
+    tracker = Path(folder) / TRACKER
+    if keep_last is None or not tracker.is_file():
+        return
+    latest = tracker.read_text().strip()
+    if not latest.isdigit():
+        return
+    found = {int(p.name.removeprefix("iter_")): p for p in Path(folder).glob("iter_*[0-9]")}
+    for iteration in sorted(i for i in found if i <= int(latest))[:-keep_last]:
+        doomed = Path(folder) / f".deleting_{found[iteration].name}"
+        try:
+            os.replace(found[iteration], doomed)  # at once: --ckpt-step never meets half of it
+            shutil.rmtree(doomed)
+        except OSError as error:
+            logging.getLogger(__name__).warning(
+                "--keep-last %d: cannot delete %s (%s)", keep_last, found[iteration], error
+            )

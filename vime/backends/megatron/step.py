@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from vime.algorithms.objective import PolicyObjective, sft_loss
+from vime.algorithms.objective import sft_loss
+from vime.algorithms.policy import SequenceSum, TokenLoss
 from vime.backends.megatron.layout import MicroBatch, TokenTable
 from vime.backends.megatron.logprobs import TokenLogProbs, token_logprobs
 
@@ -89,19 +91,27 @@ def remember_logps(column_N: Tensor) -> Judge:
 
 def policy_judge(
     table: TokenTable,
-    objective: PolicyObjective,
+    objective: Callable[..., TokenLoss],
     adv_N: Tensor,
     old_logp_N: Tensor,
     ref_logp_N: Tensor | None,
     *,
     on_policy: bool,
+    own_logp_N: Tensor | None = None,
 ) -> Judge:
-    """The policy loss. When `on_policy`, the weights are those that `old_logp_N` should come from:
-    the pass then fills it, and the ratio is exactly 1."""
+    """The policy loss.
+
+    objective   called as `PolicyObjective` is
+    on_policy   the weights are those that `old_logp_N` should come from: the pass then fills it,
+                and the ratio is exactly 1
+    own_logp_N  a column that takes what this pass computes
+    """
 
     def judge(batch: MicroBatch, logps: TokenLogProbs) -> tuple[Tensor, Sums]:
         if on_policy:
             old_logp_N[batch.rows_T] = logps.logp_T.detach()
+        if own_logp_N is not None:
+            own_logp_N[batch.rows_T] = logps.logp_T.detach()
         kept_T = table.weight_N[batch.rows_T].nonzero()[:, 0]
         rows_T = batch.rows_T[kept_T]
         logp_T = logps.logp_T[kept_T]
@@ -111,6 +121,8 @@ def policy_judge(
             adv_T=adv_N[rows_T],
             entropy_T=logps.entropy_T[kept_T],
             ref_logp_T=None if ref_logp_N is None else ref_logp_N[rows_T],
+            rollout_logp_T=table.rollout_logp_N[rows_T],
+            sequence_sum=_sequence_sum(table, rows_T),
         )
         return _weigh(loss.value_T, loss.stats, table.weight_N[rows_T])
 
@@ -127,6 +139,21 @@ def sft_judge(table: TokenTable) -> Judge:
         return _weigh(loss.value_T, entropy, table.weight_N[batch.rows_T[kept_T]])
 
     return judge
+
+
+def _sequence_sum(table: TokenTable, rows_T: Tensor) -> SequenceSum:
+    """A sequence is in one micro-batch; context parallelism spreads it over ranks."""
+    sequence_T = table.sequence_N[rows_T]
+
+    def total(values_T: Tensor) -> Tensor:
+        values_T = values_T.detach()
+        sums_S = values_T.new_zeros(table.num_sequences + 1)
+        sums_S.index_add_(0, sequence_T, values_T)
+        if mpu.get_context_parallel_world_size() > 1:
+            dist.all_reduce(sums_S, group=mpu.get_context_parallel_group())
+        return sums_S[sequence_T]
+
+    return total
 
 
 def _weigh(loss_T: Tensor, stats: dict[str, Tensor], weight_T: Tensor) -> tuple[Tensor, Sums]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vime import platform
+from vime.algorithms.advantages import ESTIMATORS
+from vime.algorithms.hooks import TrainingHooks, user_correction, user_loss
 from vime.algorithms.objective import PolicyObjective
+from vime.algorithms.off_policy import Mismatch
+from vime.algorithms.policy import TokenLoss
 from vime.backends.megatron.parallel import initialize_parallel, shutdown_parallel
-from vime.config import Config
+from vime.backends.megatron.reference import WeightCopy
+from vime.config import AlgorithmConfig, Config
+from vime.errors import ConfigError
 from vime.types import StepPlan, TrainBatch
 
 MAX_SKIPPED_STEPS = 5  # in a row, before the run stops
@@ -36,6 +42,8 @@ class MegatronTrainer:
         local_rank: int = 0,
         master_address: str = "127.0.0.1",
         master_port: int = 0,
+        *,
+        hooks: TrainingHooks | None = None,
     ) -> None:
         initialize_parallel(cfg, rank, world_size, local_rank, master_address, master_port)
         # Megatron can be imported only now: the patches come first.
@@ -48,7 +56,6 @@ class MegatronTrainer:
             build_optimizer,
             wrap_for_training,
         )
-        from vime.backends.megatron.reference import WeightCopy
 
         self.cfg, self.rank = cfg, rank
         self.device = platform.current().device(local_rank)
@@ -73,16 +80,18 @@ class MegatronTrainer:
         apply_flags_again(cfg, self.optimizer, self.scheduler)
         asked = cfg.batch.start_rollout_id
         self.start_rollout_id = start.rollout_id if asked is None else asked
+        interval = cfg.algorithm.ref_update_interval
+        if self.reference is not None and interval and self.start_rollout_id:
+            if self.start_rollout_id % interval:
+                raise ConfigError(
+                    f"--ref-update-interval {interval}: the reference after "
+                    f"{self.start_rollout_id} rollouts was in no checkpoint. Continue with "
+                    f"--ckpt-step from one whose rollouts are a multiple of {interval}."
+                )
+            self.reference = WeightCopy(self.chunks)
 
-        a = cfg.algorithm
-        self.objective = PolicyObjective(
-            clip_low=a.clip_low,
-            clip_high=a.clip_high,
-            dual_clip=a.dual_clip,
-            kl_coef=a.kl_loss_coef if a.use_kl_loss else 0.0,
-            kl_type=a.kl_loss_type,
-            entropy_coef=a.entropy_coef,
-        )
+        self.hooks = hooks or TrainingHooks()
+        self.objective = objective_of(cfg.algorithm, self.hooks)
 
     # -- training ----------------------------------------------------------------------------------
 
@@ -104,12 +113,15 @@ class MegatronTrainer:
             if self.reference is not None:
                 with clock.timed("perf/ref_log_probs_time"), self.reference.swapped_in():
                     columns.ref_logp_N = self._logps(columns, self._forward_plans(batch, 0))
-            columns.set_advantages(self.cfg.algorithm)
+            columns.set_advantages(self.cfg.algorithm, self.hooks)
         steps = []
         with clock.timed("perf/actor_train_time"):
             for step_id, plan in enumerate(batch.steps):
                 steps.append(self._step(batch, columns, plan, step_id))
         self._wait_for_weights()
+        interval = self.cfg.algorithm.ref_update_interval
+        if self.reference is not None and interval and (batch.rollout_id + 1) % interval == 0:
+            self.reference = WeightCopy(self.chunks)
         metrics = {**_mean_of_steps(steps), **clock.seconds}
         if not is_sft:
             metrics |= columns.metrics()
@@ -122,14 +134,18 @@ class MegatronTrainer:
 
         The first step needs no pass of its own: its own forward pass still has those weights.
         """
+        if self.cfg.algorithm.use_rollout_logprobs:
+            return  # the columns have them from the engine
         first = 1 if self._first_step_is_on_policy else 0
         if len(batch.steps) > first:
             columns.old_logp_N = self._logps(columns, self._forward_plans(batch, first))
 
     @property
     def _first_step_is_on_policy(self) -> bool:
-        """A penalty on the reward needs the old log-probabilities before the first step."""
-        return self.cfg.algorithm.kl_coef == 0.0
+        """Advantages that depend on the old log-probabilities need them before the first step."""
+        a = self.cfg.algorithm
+        no_early_use = a.kl_coef == 0.0 and self.hooks.advantage is None
+        return no_early_use and not a.use_rollout_logprobs
 
     def _forward_plans(self, batch: TrainBatch, first_step: int) -> list[StepPlan]:
         return [batch.forward] if batch.forward is not None else list(batch.steps[first_step:])
@@ -168,6 +184,7 @@ class MegatronTrainer:
                 columns.old_logp_N,
                 columns.ref_logp_N,
                 on_policy=step_id == 0 and self._first_step_is_on_policy,
+                own_logp_N=columns.own_logp_N,
             )
         sums = run_pass(
             self.chunks,
@@ -177,11 +194,15 @@ class MegatronTrainer:
             temperature=self.temperature,
             forward_only=False,
         )
-        figures = columns.reduce(sums, _STEP_SUMS)
+        names = _STEP_SUMS
+        if self.hooks.loss is not None or self.hooks.correct is not None:
+            names = _names_on_all_ranks(sums)
+        figures = columns.reduce(sums, names)
         weight = figures.pop("weight", 0.0)
         metrics = {"train/loss": figures.pop("loss", 0.0)}
         metrics |= {f"train/{name}": total / weight for name, total in figures.items() if weight}
-        norm = self._update(metrics["train/loss"], f"rollout {batch.rollout_id}, step {step_id}")
+        where = f"rollout {batch.rollout_id}, step {step_id} ({_samples_of(batch, plan)})"
+        norm = self._update(metrics["train/loss"], where)
         if norm is None:
             return {"train/skipped_steps": 1.0}
         return {
@@ -287,7 +308,57 @@ class MegatronTrainer:
 
 
 # Everything that a step may sum over tokens, in the order of the reduced vector.
-_STEP_SUMS = ("weight", "loss", "pg_loss", "pg_clipfrac", "ppo_kl", "kl_loss", "entropy_loss")
+_STEP_SUMS = (
+    "weight",
+    "loss",
+    "pg_loss",
+    "pg_clipfrac",
+    "ppo_kl",
+    "kl_loss",
+    "entropy_loss",
+    "tis",
+    "tis_clipfrac",
+    "opsm_clipfrac",
+)
+
+
+def _names_on_all_ranks(sums: dict[str, Tensor]) -> list[str]:
+    """The same names in the same order everywhere: only the last pipeline stage has sums."""
+    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, list(sums))
+    return sorted({name for names in found for name in names})
+
+
+def objective_of(a: AlgorithmConfig, hooks: TrainingHooks) -> Callable[..., TokenLoss]:
+    """The policy loss that the flags ask for."""
+    if hooks.loss is not None:
+        return user_loss(hooks)
+    estimator = ESTIMATORS[a.advantage_estimator]
+    mismatch = Mismatch(low=a.tis_clip_low, high=a.tis_clip, level=a.tis_level, mode=a.tis_mode)
+    return PolicyObjective(
+        policy_loss=estimator.policy_loss,
+        sequence_ratio=estimator.sequence_ratio,
+        clip_low=a.clip_low,
+        clip_high=a.clip_high,
+        dual_clip=a.dual_clip,
+        mismatch=mismatch if a.use_tis else None,
+        correct=user_correction(hooks) if hooks.correct is not None else None,
+        opsm_delta=a.opsm_delta if a.use_opsm else None,
+        kl_coef=a.kl_loss_coef if a.use_kl_loss else 0.0,
+        kl_type=a.kl_loss_type,
+        unbiased_kl=a.unbiased_kl,
+        entropy_coef=a.entropy_coef,
+    )
+
+
+def _samples_of(batch: TrainBatch, plan: StepPlan) -> str:
+    """Which samples a step has; first those whose score or tokens' weights are not finite."""
+    members = sorted(p for owned in plan.micro_batches for b in owned for p in b)
+    found = [batch.sequences[p] for p in members]
+    bad = [s for s in found if not (math.isfinite(s.reward) and math.isfinite(s.weight.sum()))]
+    shown = ", ".join(str(s.index) for s in (bad or found)[:16])
+    more = ", ..." if len(bad or found) > 16 else ""
+    return f"samples {shown}{more}" + " have scores that are not finite" * bool(bad)
 
 
 def _mean_of_steps(steps: list[dict[str, float]]) -> dict[str, float]:

@@ -45,7 +45,6 @@ def megatron_args(config: dict[str, Any]) -> dict[str, Any]:
         * config["n_shared_experts"],
         "moe_router_topk": config["num_experts_per_tok"],
         "moe_router_score_function": "sigmoid",
-        "moe_router_pre_softmax": False,
         "moe_router_enable_expert_bias": True,
         "moe_router_topk_scaling_factor": config["routed_scaling_factor"],
     }
@@ -106,13 +105,28 @@ _ATTENTION = (
         Kind.COLUMN,
         when=lambda args: not _has_q_lora(args),
     ),
-    Rule(_ATTN + "linear_q_down_proj.weight", (_HF_ATTN + "q_a_proj.weight",), Kind.COLUMN, _has_q_lora),
-    Rule(_ATTN + "q_layernorm.weight", (_HF_ATTN + "q_a_layernorm.weight",), Kind.REPLICATED, _has_q_lora),
-    Rule(_ATTN + "linear_q_up_proj.weight", (_HF_ATTN + "q_b_proj.weight",), Kind.COLUMN, _has_q_lora),
-    Rule(_ATTN + "linear_kv_down_proj.weight", (_HF_ATTN + "kv_a_proj_with_mqa.weight",), Kind.COLUMN),
+    Rule(
+        _ATTN + "linear_q_down_proj.weight",
+        (_HF_ATTN + "q_a_proj.weight",),
+        Kind.COLUMN,
+        _has_q_lora,
+    ),
+    Rule(
+        _ATTN + "q_layernorm.weight",
+        (_HF_ATTN + "q_a_layernorm.weight",),
+        Kind.REPLICATED,
+        _has_q_lora,
+    ),
+    Rule(
+        _ATTN + "linear_q_up_proj.weight", (_HF_ATTN + "q_b_proj.weight",), Kind.COLUMN, _has_q_lora
+    ),
+    Rule(
+        _ATTN + "linear_kv_down_proj.weight", (_HF_ATTN + "kv_a_proj_with_mqa.weight",), Kind.COLUMN
+    ),
     Rule(_ATTN + "kv_layernorm.weight", (_HF_ATTN + "kv_a_layernorm.weight",), Kind.REPLICATED),
     Rule(_ATTN + "linear_kv_up_proj.weight", (_HF_ATTN + "kv_b_proj.weight",), Kind.COLUMN),
 )
+
 
 def _glu_and_down(mcore: str, hf: str) -> tuple[Rule, ...]:
     gate_up = (hf + "gate_proj.weight", hf + "up_proj.weight")

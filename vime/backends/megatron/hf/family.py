@@ -140,9 +140,7 @@ def _is_dense_mlp(rule: Rule) -> bool:
     return ".mlp.linear_fc" in rule.mcore
 
 
-def decoder_args(
-    config: dict[str, Any], *, rope_types: tuple[str, ...] = ()
-) -> dict[str, Any]:
+def decoder_args(config: dict[str, Any], *, rope_types: tuple[str, ...] = ()) -> dict[str, Any]:
     """What families of this shape share: RMSNorm, rotary positions, SwiGLU, grouped queries.
 
     rope_types  the kinds of rope scaling that the family reads from `rope_parameters(config)`

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -36,7 +37,12 @@ def save_hf(chunks: Iterable[nn.Module], cfg: Config, folder: str | Path) -> Non
                 if writer is None:
                     writer = _Writer(Path(cfg.model.hf_checkpoint), Path(folder))
                 writer.finish() if step is None else writer.add(*step)
-            except (OSError, CheckpointError) as error:
+            except (OSError, SafetensorError) as error:
+                problem = (
+                    f"{folder}: cannot write the HF folder ({error}). It is incomplete. "
+                    "Free the disk or choose another folder."
+                )
+            except CheckpointError as error:
                 problem = f"{folder}: cannot write the HF folder: {error}"
     verdict = [problem]
     dist.broadcast_object_list(verdict, src=0)
@@ -92,7 +98,11 @@ class _Writer:
         tensors = self.waiting.pop(file)
         metadata = (self.files.metadata(file) if self.files else None) or {"format": "pt"}
         partial = self.target / f".{file}.partial"
-        save_file(tensors, partial, metadata=metadata)
+        try:
+            save_file(tensors, partial, metadata=metadata)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         os.replace(partial, self.target / file)
         self.written |= dict.fromkeys(tensors, file)
         self.num_bytes += sum(t.nbytes for t in tensors.values())

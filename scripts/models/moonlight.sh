@@ -1,0 +1,32 @@
+# Moonlight-16B-A3B (arXiv:2502.16982), in Megatron's flags.
+MODEL_ARGS=(
+   --num-layers 27
+   --hidden-size 2048
+   --ffn-hidden-size 11264
+   --num-attention-heads 16
+   --kv-channels 128
+   --multi-latent-attention
+   --kv-lora-rank 512
+   --qk-head-dim 128
+   --qk-pos-emb-head-dim 64
+   --v-head-dim 128
+   --qk-layernorm
+   --swiglu
+   --disable-bias-linear
+   --normalization RMSNorm
+   --norm-epsilon 1e-5
+   --use-rotary-position-embeddings
+   --rotary-base 50000
+   --rope-type rope
+   --vocab-size 163840
+   --untie-embeddings-and-output-weights
+   --num-experts 64
+   --moe-layer-freq "([0]*1+[1]*26)"
+   --moe-ffn-hidden-size 1408
+   --moe-shared-expert-intermediate-size 2816
+   --moe-router-topk 6
+   --moe-router-score-function sigmoid
+   --moe-router-enable-expert-bias
+   --moe-router-topk-scaling-factor 2.446
+   --moe-router-dtype fp32
+)

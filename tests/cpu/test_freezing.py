@@ -1,0 +1,75 @@
+"""Weights chosen by name: only those train, in layouts that hold them on different ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import agree_on_port, run_ranks
+from tiny import make_config, write_tiny_hf
+from training import named_weights, samples_of
+
+from vime.config.sections import OptimizerConfig
+from vime.errors import ConfigError
+
+CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"pp": 2}, {"freeze_names": ["word_embeddings", r"layers\.[12]\."]}),
+    ({"pp": 2}, {"train_names": [r"layers\.0\.mlp"]}),  # nothing on the last stage
+    ({"use_distributed_optimizer": True}, {"train_names": [r"layers\.3\.", "final_layernorm"]}),
+    ({"tp": 2, "sequence_parallel": True}, {"freeze_names": ["linear_qkv"]}),
+]
+
+
+def train(rank: int, world: int, port: int, folder: Path) -> tuple[list[set[str]], str]:
+    """Per case, the HF names of the weights that changed; what an unknown pattern is told."""
+    from vime.backends.megatron.model import build_model
+    from vime.backends.megatron.trainer import MegatronTrainer
+    from vime.data.batching import build_train_batch
+
+    changed, said = [], ""
+    for number, (parallel, optimizer) in enumerate(CASES):
+        cfg = make_config(
+            folder,
+            cluster={"actor_gpus_per_node": world},
+            parallel=parallel,
+            batch={"prompts": 2, "samples_per_prompt": 2, "num_rollout": 1},
+            algorithm={"loss_type": "sft_loss"},
+            optimizer={"lr": 1e-3, "clip_grad": 0.0} | optimizer,
+        )
+        own_port = agree_on_port(folder, str(number), rank)
+        trainer = MegatronTrainer(cfg, rank, world, rank, "127.0.0.1", own_port)
+        before = named_weights(trainer)
+        trainer.train(build_train_batch(samples_of(2, 2), cfg, 0))
+        after = named_weights(trainer)
+        changed.append({n for n in before if not torch.equal(before[n], after[n])})
+        try:
+            build_model(replace(cfg, optimizer=OptimizerConfig(freeze_names=["no_such"])))
+        except ConfigError as error:
+            said = str(error)
+        trainer.close()
+    return changed, said
+
+
+def test_only_the_chosen_weights_train(tmp_path: Path) -> None:
+    folder = write_tiny_hf(tmp_path / "hf", tied=True)
+    for changed, said in run_ranks(train, 2, folder=folder, timeout_s=150.0):
+        frozen, one_mlp, last, no_qkv = changed
+        assert not [n for n in frozen if "embed" in n or "layers.1." in n or "layers.2." in n]
+        assert {"model.norm.weight", "model.layers.3.mlp.up_proj.weight"} <= frozen
+        assert one_mlp == {f"model.layers.0.mlp.{x}_proj.weight" for x in ("gate", "up", "down")}
+        assert len(last) == 12
+        assert all("layers.3." in n or n == "model.norm.weight" for n in last)
+        assert "model.embed_tokens.weight" in no_qkv
+        assert not [n for n in no_qkv if ".q_proj" in n or ".k_proj" in n or ".v_proj" in n]
+        for words in ("--freeze-params-name-list no_such matches no weight", "word_embeddings"):
+            assert words in said
+
+
+def test_patterns_are_checked_before_anything_starts() -> None:
+    with pytest.raises(ConfigError, match="exclude each other"):
+        make_config("hf", optimizer={"freeze_names": ["a"], "train_names": ["b"]})
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        make_config("hf", optimizer={"train_names": ["("]})

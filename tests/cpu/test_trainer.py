@@ -13,7 +13,9 @@ from ranks import run_ranks
 from tiny import make_config, write_tiny_hf
 from training import named_weights, samples_of
 
+from vime.algorithms.hooks import TrainingHooks
 from vime.data.batching import build_train_batch
+from vime.errors import ConfigError
 
 BATCH = {
     "prompts": 4,
@@ -39,9 +41,10 @@ def every_case(rank: int, world: int, port: int, folder: Path, out: str) -> None
 
     from vime.backends.megatron.trainer import MegatronTrainer
 
-    def trainer(**sections: Any) -> MegatronTrainer:
+    def trainer(hooks: TrainingHooks | None = None, **sections: Any) -> MegatronTrainer:
         sections = {"batch": BATCH, "optimizer": {"lr": 1e-3}} | sections
-        return MegatronTrainer(make_config(folder, **sections), master_port=free_port())
+        cfg = make_config(folder, **sections)
+        return MegatronTrainer(cfg, master_port=free_port(), hooks=hooks)
 
     for case in (
         grpo_raises_what_was_rewarded,
@@ -49,6 +52,9 @@ def every_case(rank: int, world: int, port: int, folder: Path, out: str) -> None
         a_penalty_needs_and_gets_the_old_log_probabilities,
         sft_learns_the_demonstrations,
         what_is_not_finite_changes_nothing,
+        the_old_policy_may_be_the_engines,
+        the_reference_follows_the_actor,
+        users_functions_take_part,
         a_resumed_run_takes_the_same_steps,
         warm_up_wastes_no_step,
         norms_do_not_decay,
@@ -152,8 +158,72 @@ def what_is_not_finite_changes_nothing(trainer: Any, out: Path) -> None:
     assert t.train(batch)["train/skipped_steps"] == 0  # a good step starts the count anew
     for _ in range(MAX_SKIPPED_STEPS - 1):
         t.train(broken)
-    with pytest.raises(RuntimeError, match="5 optimizer steps in a row were not finite.*--lr"):
+    with pytest.raises(
+        RuntimeError, match="5 optimizer steps in a row were not finite.*samples 0, 1, 2,.*--lr"
+    ):
         t.train(broken)
+    t.close()
+
+
+def the_old_policy_may_be_the_engines(trainer: Any, out: Path) -> None:
+    t = trainer(algorithm={"use_rollout_logprobs": True})
+    groups = samples_of(4, 4)
+    for sample, logp in zip(sum(groups, []), logps_of_tokens(t, batch_of_plain(t)), strict=True):
+        sample.rollout_log_probs = [x - 0.1 for x in logp]
+    metrics = t.train(batch_of(t, groups))
+    assert metrics["train/ppo_kl_first_step"] == pytest.approx(-0.1, abs=1e-5)
+    assert metrics["train/train_rollout_logprob_abs_diff"] == pytest.approx(0.1, abs=1e-5)
+    apart = metrics["rollout/log_probs"] - metrics["rollout/rollout_log_probs"]
+    assert apart == pytest.approx(0.1, abs=1e-5)
+    t.close()
+
+
+def batch_of_plain(trainer: Any) -> Any:
+    """A batch that needs nothing of an engine."""
+    return build_train_batch(samples_of(4, 4), make_config("unused", batch=BATCH), 0)
+
+
+def the_reference_follows_the_actor(trainer: Any, out: Path) -> None:
+    following = {"use_kl_loss": True, "kl_loss_type": "k3", "ref_update_interval": 2}
+    t = trainer(algorithm=following, checkpoint={"save": str(out / "following")})
+    kl = [t.train(batch_of(t, rollout_id=i))["train/kl_loss"] for i in range(4)]
+    assert kl[0] == kl[2] == 0 < min(kl[1], kl[3])
+    t.save(3)
+    fifth = t.train(batch_of(t, rollout_id=4))
+    t.close()
+    t = trainer(algorithm=following, checkpoint={"load": str(out / "following")})
+    assert t.train(batch_of(t, rollout_id=4))["train/kl_loss"] == fifth["train/kl_loss"] == 0
+    t.close()
+    from vime.backends.megatron.parallel import shutdown_parallel
+
+    odd = {**following, "ref_update_interval": 3}
+    with pytest.raises(ConfigError, match="--ref-update-interval 3.*--ckpt-step"):
+        trainer(algorithm=odd, checkpoint={"load": str(out / "following")})
+    shutdown_parallel()
+
+
+def users_functions_take_part(trainer: Any, out: Path) -> None:
+    """A loss and advantages written out by a user train as vime's own do."""
+
+    def vanilla(args: Any, logp_T: Any, *, old_logp_T: Any, adv_T: Any, **known: Any) -> Any:
+        ratio_T = (logp_T - old_logp_T).exp()
+        return -ratio_T * adv_T, {"pg_loss": -ratio_T * adv_T, "ratio": ratio_T}
+
+    def spread(args: Any, sequences: Any, old_logp: Any, ref_logp: Any) -> list:
+        assert all(len(x) == s.response_length for x, s in zip(old_logp, sequences, strict=True))
+        assert all(float(x.max()) < 0 for x in old_logp)
+        return [torch.full((s.response_length,), s.reward) for s in sequences]
+
+    t = trainer()
+    metrics = t.train(batch_of(t))
+    expected = named_weights(t)
+    t.close()
+    t = trainer(hooks=TrainingHooks(loss=vanilla, advantage=spread))
+    found = t.train(batch_of(t))
+    assert found["train/ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert found["train/pg_loss"] == pytest.approx(metrics["train/pg_loss"], abs=1e-5)
+    for name, weight in named_weights(t).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=2e-5)
     t.close()
 
 

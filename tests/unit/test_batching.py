@@ -1,6 +1,7 @@
 """Every token's weight is final before training starts, whatever happened to its neighbours."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from vime.config import (
     RolloutConfig,
 )
 from vime.data.batching import build_train_batch, token_weights
+from vime.data.packing import ATTENTION_EQUALS_REST, PackingRules
 from vime.errors import PluginError
 from vime.types import Sample, Status
 
@@ -233,3 +235,81 @@ def test_a_sequence_without_loss_tokens_weighs_nothing_in_both_modes():
     masks = [np.zeros(3, np.float32), np.ones(2, np.float32)]
     assert [w.sum() for w in token_weights(masks, per_token=False)] == [0.0, 0.5]
     assert [w.sum() for w in token_weights(masks, per_token=True)] == [0.0, 1.0]
+
+
+def test_dr_grpo_divides_by_a_constant_and_never_by_a_std():
+    cfg = make_config(algorithm={"advantage_estimator": "dr_grpo"})  # responses of up to 1024
+    batch = build_train_batch(two_groups(), cfg, 0)
+    assert [s.reward for s in batch.sequences] == [0.5, -0.5, 0.0, 0.0]
+    for seq in batch.sequences:
+        np.testing.assert_allclose(seq.weight, 1 / (1024 * 4), rtol=1e-6)
+
+
+def test_a_response_in_the_overlong_buffer_loses_reward_before_the_baseline():
+    cfg = make_config(
+        algorithm={"overlong_buffer_len": 1022, "overlong_penalty": 511.0, "grpo_std": False}
+    )
+    batch = build_train_batch(two_groups(), cfg, 0)  # up to 2 tokens are free, each more costs 0.5
+    # rewards 1 and 0 - 1, then 1 - 0.5 and 1
+    assert [s.reward for s in batch.sequences] == pytest.approx([1.0, -1.0, -0.25, 0.25])
+    assert [s.raw_reward for s in batch.sequences] == [1.0, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("flag", ["use_rollout_logprobs", "use_tis", "mismatch_metrics"])
+def test_what_needs_the_engines_log_probabilities_names_the_sample_that_lacks_one(flag):
+    cfg = make_config(algorithm={flag: True})
+    assert build_train_batch(two_groups(), cfg, 0)
+    masked = {"rollout_log_probs": [-1.0, float("nan"), -1.0], "loss_mask": [1, 0, 1]}
+    assert build_train_batch(two_groups(s2=masked), cfg, 0)
+    for missing in (None, [-1.0, float("nan"), -1.0]):
+        with pytest.raises(ValueError, match="sample 2 has no rollout_log_probs.*--"):
+            build_train_batch(two_groups(s2={"rollout_log_probs": missing}), cfg, 0)
+
+
+def test_a_users_weights_take_the_place_of_the_mean_and_respect_the_mask():
+    groups = two_groups(s1={"loss_mask": [1, 0, 0, 1]})
+    batch = build_train_batch(
+        groups, make_config(), 0, weigh=lambda masks, per_token: [0.5 + 0 * m for m in masks]
+    )
+    assert batch.sequences[1].weight.tolist() == [0.5, 0, 0, 0.5]
+    assert batch.sequences[0].weight.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("made", [None, [np.ones(2)], [np.full(r, np.nan) for r in (2, 4, 3, 1)]])
+def test_a_users_weights_that_do_not_fit_are_refused(made):
+    with pytest.raises(PluginError, match="--custom-pg-loss-reducer-function-path"):
+        build_train_batch(two_groups(), make_config(), 0, weigh=lambda masks, per_token: made)
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf")])
+def test_a_reward_that_is_not_finite_is_refused_with_the_samples_index(reward):
+    groups = two_groups(s2={"reward": reward, "index": 77})
+    with pytest.raises(PluginError, match="sample 77 has the reward .*finite"):
+        build_train_batch(groups, make_config(), 0)
+
+
+def test_a_group_of_one_has_a_sequence_and_no_advantage():
+    batch = build_train_batch([[sample(0, 0, reward=5.0)]], make_config(1, 1), 0)
+    (seq,) = batch.sequences
+    assert seq.reward == 0.0
+    assert seq.weight.sum() == pytest.approx(1.0)
+
+
+def test_a_sample_whose_tokens_are_all_masked_counts_in_the_step_and_weighs_nothing():
+    batch = build_train_batch(two_groups(s0={"loss_mask": [0, 0]}), make_config(), 0)
+    assert batch.sequences[0].weight.tolist() == [0.0, 0.0]
+    assert batch.sequences[1].reward == pytest.approx(-0.707106, abs=1e-5)
+    np.testing.assert_allclose(batch.sequences[1].weight, 1 / 16)
+
+
+def test_balancing_by_flops_asks_the_model(tmp_path):
+    shape = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"intermediate_size": 16, "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    cfg = make_config(balance_by_flops=True)
+    cfg = dataclasses.replace(cfg, model=ModelConfig(hf_checkpoint=str(tmp_path)))
+    rules = PackingRules.of(cfg)
+    assert rules.balance
+    # 4 x 8 x 8 of attention, 3 x 8 x 16 of the MLP, half of 8 x 100; 8 attention columns
+    assert rules.attention_equals_rest == (256 + 384 + 400) / 8
+    assert PackingRules.of(make_config()).attention_equals_rest == ATTENTION_EQUALS_REST

@@ -2,12 +2,14 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vime.data.packing import (
     PackingRules,
+    attention_equals_rest,
     balanced_partition,
     first_fit,
     plan_step,
@@ -117,3 +119,31 @@ def test_balancing_evens_out_what_dealing_does_not():
 
 def test_one_long_sequence_costs_more_than_the_same_tokens_in_two():
     assert sequence_cost(4096) > 2 * sequence_cost(2048)
+
+
+def test_a_models_own_balance_of_attention_and_matrices():
+    # Qwen3-4B: 100.9M weights a layer, 10.8M of the output layer, 4,096 attention columns
+    qwen3_4b = {
+        "hidden_size": 2560,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 9728,
+        "vocab_size": 151936,
+    }
+    assert attention_equals_rest(qwen3_4b) == pytest.approx((100_925_440 + 10_804_338) / 4096)
+
+
+def test_where_attention_equals_the_rest_a_sequence_costs_twice_its_tokens():
+    assert sequence_cost(100, 100) == 200
+    assert sequence_cost(100, 50) == 300
+
+
+def test_a_long_tailed_batch_fills_its_packs_and_its_ranks_work_alike():
+    rng = np.random.default_rng(0)
+    lengths = (np.clip(rng.lognormal(7.6, 0.8, 256), 64, 8192).astype(int) + 200).tolist()
+    plan = plan_step(range(256), lengths, PackingRules(dp=2, max_tokens=9216, balance=True))
+    assert sum(lengths) / (2 * plan.num_micro_batches * 9216) > 0.97
+    work = [sum(sequence_cost(lengths[p]) for b in r for p in b) for r in plan.micro_batches]
+    assert max(work) / (sum(work) / 2) < 1.03

@@ -3,7 +3,7 @@
 import pytest
 
 from vime.config import AlgorithmConfig
-from vime.data.rewards import score_samples, zero_std_counts
+from vime.data.rewards import overlong_penalty, score_samples, zero_std_counts
 
 
 def test_groups_may_be_interleaved_and_of_unequal_size():
@@ -31,3 +31,8 @@ def test_a_reward_that_is_not_a_number_is_refused():
 def test_zero_std_groups_are_counted_by_their_reward():
     counts = zero_std_counts([1, 1, 0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 2, 2, 3, 4])
     assert counts == {1: 1, 0: 1}  # groups 3 and 4 have one member each
+
+
+def test_the_overlong_punishment_grows_linearly_over_the_buffer():
+    lengths = (80, 90, 100, 120)
+    assert [overlong_penalty(n, 100, 20, 2.0) for n in lengths] == [0.0, 1.0, 2.0, 2.0]

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vime.algorithms.policy import PolicyLoss, cispo_loss, clipped_policy_loss
+
 Baseline = Callable[[Tensor], Tensor]  # rewards_G [G] -> scores [G]
 Spread = Callable[[float, Tensor, float], Tensor]  # score, penalty_T [T], gamma -> advantages [T]
 
@@ -77,16 +79,24 @@ class Estimator:
     raw_baseline  the same, not divided by the std (--disable-grpo-std-normalization)
     spread        a sequence's score over its tokens
     whiten        always whiten over the step, as under --normalize-advantages
+    policy_loss   of one token
+    sequence_ratio  every token has its sequence's ratio (`policy.sequence_ratio`)
     """
 
     baseline: Baseline
     raw_baseline: Baseline
     spread: Spread = same_for_every_token
     whiten: bool = False
+    policy_loss: PolicyLoss = clipped_policy_loss
+    sequence_ratio: bool = False
 
 
 ESTIMATORS: dict[str, Estimator] = {
     "grpo": Estimator(grpo_baseline, centred_baseline),
+    "gspo": Estimator(grpo_baseline, centred_baseline, sequence_ratio=True),
+    "cispo": Estimator(grpo_baseline, centred_baseline, policy_loss=cispo_loss),
+    # Dr. GRPO (arXiv:2503.20783); its weights, the same for every token, are the batch's business
+    "dr_grpo": Estimator(centred_baseline, centred_baseline),
     "rloo": Estimator(leave_one_out_baseline, leave_one_out_baseline),
     # REINFORCE++ (arXiv:2501.03262), without and with a group baseline
     "reinforce_plus_plus": Estimator(no_baseline, no_baseline, discounted_returns, whiten=True),

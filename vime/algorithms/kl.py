@@ -7,6 +7,15 @@ from torch import Tensor
 KL_TYPES = ("k1", "k2", "k3", "low_var_kl")
 
 
+def unbiased_kl(logp_T: Tensor, old_logp_T: Tensor, ref_logp_T: Tensor, kind: str) -> Tensor:
+    """`kl_estimate` times the ratio exp(logp - old_logp), with the gradient of both, [T].
+
+    The tokens come from the old policy; the ratio makes the estimate, and with k3 its gradient,
+    that of the policy being trained (DeepSeek-V3.2, arXiv:2512.02556).
+    """
+    return (logp_T - old_logp_T).exp() * kl_estimate(logp_T, ref_logp_T, kind)
+
+
 def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, kind: str) -> Tensor:
     """KL(policy || reference), one estimate per token (http://joschu.net/blog/kl-approx.html).
 

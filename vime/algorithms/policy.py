@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+# values_T [T], no grad -> each token's sequence's sum of them [T], over every rank that holds it
+SequenceSum = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +54,51 @@ def clipped_policy_loss(
         "ppo_kl": (old_logp_T - logp_T).detach(),
     }
     return TokenLoss(loss_T, stats)
+
+
+PolicyLoss = Callable[..., TokenLoss]  # with the parameters of `clipped_policy_loss`
+
+
+def cispo_loss(
+    logp_T: Tensor,
+    old_logp_T: Tensor,
+    adv_T: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> TokenLoss:
+    """CISPO (arXiv:2506.13585): -sg(ratio held at 1 - clip_low .. 1 + clip_high) * A * logp.
+
+    No token loses its gradient; a clip_low of 1 leaves the ratio unbounded below, as in the paper.
+    Shapes as in `clipped_policy_loss`; `dual_clip` plays no part.
+    """
+    ratio_T = (logp_T.detach() - old_logp_T).exp()
+    held_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
+    stats = {
+        "pg_clipfrac": (held_T != ratio_T).to(logp_T.dtype),
+        "ppo_kl": (old_logp_T - logp_T).detach(),
+    }
+    return TokenLoss(-held_T * adv_T * logp_T, stats)
+
+
+def sequence_ratio(logp_T: Tensor, old_logp_T: Tensor, sequence_sum: SequenceSum) -> Tensor:
+    """The old log-probabilities [T] that make each token's ratio its sequence's (GSPO).
+
+    The ratio becomes exp(mean over the sequence of logp - old_logp), and its gradient with respect
+    to logp_T that ratio: GSPO-token (arXiv:2507.18071, eq. 14), whose summed gradient is GSPO's
+    wherever a sequence has one advantage.
+    """
+    now_T = logp_T.detach()
+    return now_T - sequence_mean(now_T - old_logp_T, sequence_sum)
+
+
+def one_sequence(values_T: Tensor) -> Tensor:
+    """The `SequenceSum` where all tokens are of one sequence."""
+    return values_T.detach().sum().expand_as(values_T)
+
+
+def sequence_mean(values_T: Tensor, sequence_sum: SequenceSum) -> Tensor:
+    """Each token's sequence's mean over its loss tokens [T]; no grad."""
+    values_T = values_T.detach()
+    return sequence_sum(values_T) / sequence_sum(torch.ones_like(values_T))

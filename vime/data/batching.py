@@ -12,12 +12,15 @@ import numpy as np
 
 from vime.config import Config
 from vime.data.packing import PackingRules, plan_step, repack
-from vime.data.rewards import score_samples, zero_std_counts
+from vime.data.rewards import overlong_penalty, score_samples, zero_std_counts
 from vime.errors import PluginError
 from vime.types import Group, Sample, Status, StepPlan, TrainBatch, TrainSequence
 
 # The usable samples, flat -> (raw rewards, scores), one of each a sample.
 PostProcess = Callable[[list[Sample]], tuple[Sequence[float], Sequence[float]]]
+
+# The loss masks [R] of a step's sequences, per_token -> their tokens' weights [R].
+Weigh = Callable[[list[np.ndarray], bool], Sequence[np.ndarray]]
 
 
 def build_train_batch(
@@ -26,6 +29,7 @@ def build_train_batch(
     rollout_id: int,
     *,
     post_process: PostProcess | None = None,
+    weigh: Weigh | None = None,
 ) -> TrainBatch:
     """All that training needs of one rollout.
 
@@ -34,10 +38,11 @@ def build_train_batch(
       group's statistics; counted in `rollout/failed_samples`. If all failed: ValueError.
     - removed (`remove_sample`): part of its group's statistics and of its step's sample count, but
       its tokens weigh 0.
+    - a reward that is NaN or infinite: PluginError with the sample's index.
     - nothing to train on (no response token): part of the statistics, no sequence; counted in
       `rollout/empty_samples`.
     A step is a run of consecutive samples; one that lost them all is left out.
-    `post_process` takes the place of rewards and their normalisation.
+    `post_process` takes the place of rewards and their normalisation, `weigh` of `token_weights`.
 
     Raises ValueError on an unfinished sample or one whose lists do not match its response, and
     PluginError on a reward that --reward-key cannot read.
@@ -60,7 +65,8 @@ def build_train_batch(
     if wants_reward:
         if post_process is None:
             values = [_reward(samples[i], cfg) for i in usable]
-            normalised = score_samples(values, [group_ids[i] for i in usable], cfg.algorithm)
+            shaped = _less_overlong(values, [samples[i] for i in usable], cfg)
+            normalised = score_samples(shaped, [group_ids[i] for i in usable], cfg.algorithm)
         else:
             values, normalised = _post_processed(post_process, [samples[i] for i in usable])
         for i, value, score in zip(usable, values, normalised, strict=True):
@@ -71,9 +77,8 @@ def build_train_batch(
         [_sequence(samples[i], group_ids[i], scores[i], raw[i]) for i in members]
         for members in _steps(len(samples), kept, cfg.batch.steps_per_rollout)
     ]
-    return plan_batch(
-        steps, cfg, rollout_id, _sample_metrics(samples, usable, group_ids, raw, scores)
-    )
+    metrics = _sample_metrics(samples, usable, group_ids, raw, scores)
+    return plan_batch(steps, cfg, rollout_id, metrics, weigh=weigh)
 
 
 def plan_batch(
@@ -81,15 +86,22 @@ def plan_batch(
     cfg: Config,
     rollout_id: int,
     metrics: dict[str, float],
+    *,
+    weigh: Weigh | None = None,
 ) -> TrainBatch:
     """Gives the sequences of each step their weights and packs them. Raises ValueError on none."""
     sequences: list[TrainSequence] = []
     plans: list[StepPlan] = []
     rules = PackingRules.of(cfg)
+    is_dr_grpo = cfg.algorithm.advantage_estimator == "dr_grpo"
+    constant = cfg.rollout.max_response_len if is_dr_grpo else None
+    _check_rollout_logp(steps, cfg)
     for members in steps:
-        weights = token_weights(
-            [s.loss_mask for s in members], per_token=cfg.algorithm.per_token_loss
-        )
+        masks, per_token = [s.loss_mask for s in members], cfg.algorithm.per_token_loss
+        if weigh is None:
+            weights = token_weights(masks, per_token=per_token, constant=constant)
+        else:
+            weights = _users_weights(weigh, masks, per_token)
         first = len(sequences)
         sequences += [replace(s, weight=w) for s, w in zip(members, weights, strict=True)]
         positions = range(first, len(sequences))
@@ -110,19 +122,68 @@ def plan_batch(
     )
 
 
-def token_weights(masks: Sequence[np.ndarray], *, per_token: bool) -> list[np.ndarray]:
+def token_weights(
+    masks: Sequence[np.ndarray], *, per_token: bool, constant: float | None = None
+) -> list[np.ndarray]:
     """Each token's share of its step's loss; masks and results are [R] per sequence.
 
     Sequence mean: mask / (the sequence's mask sum x sequences in the step).
     Token mean: mask / the step's mask sum. Sequences without a masked-in token weigh 0.
+    With a constant: mask / (constant x sequences in the step), whatever their lengths (Dr. GRPO,
+    arXiv:2503.20783).
     """
     sums = [float(m.sum()) for m in masks]
+    if constant is not None:
+        return [(m / (constant * len(masks))).astype(np.float32) for m in masks]
     if per_token:
         total = max(sum(sums), 1.0)
         return [(m / total).astype(np.float32) for m in masks]
     return [
         (m / (max(s, 1.0) * len(masks))).astype(np.float32)
         for m, s in zip(masks, sums, strict=True)
+    ]
+
+
+def _users_weights(weigh: Weigh, masks: list[np.ndarray], per_token: bool) -> list[np.ndarray]:
+    name = "--custom-pg-loss-reducer-function-path"
+    try:
+        weights = [np.asarray(w, dtype=np.float32) for w in weigh(masks, per_token)]
+    except (TypeError, ValueError) as e:
+        raise PluginError(f"{name} must return weights [R], a list of arrays: {e}") from e
+    if [w.shape for w in weights] != [m.shape for m in masks]:
+        raise PluginError(
+            f"{name} returned weights of shapes {[w.shape for w in weights]}; the masks have "
+            f"{[m.shape for m in masks]}."
+        )
+    if not all(np.isfinite(w).all() for w in weights):
+        raise PluginError(f"{name} returned a weight that is not finite; return finite numbers.")
+    # what the mask leaves out stays out
+    return [w * (m > 0) for w, m in zip(weights, masks, strict=True)]
+
+
+def _check_rollout_logp(steps: Sequence[Sequence[TrainSequence]], cfg: Config) -> None:
+    """Every token with loss has what the loss needs of the engine."""
+    name = cfg.algorithm.needs_rollout_logp
+    for s in chain.from_iterable(steps) if name else ():
+        if not s.loss_mask.any():
+            continue
+        if s.rollout_logp is None or not np.isfinite(s.rollout_logp[s.loss_mask > 0]).all():
+            raise ValueError(
+                f"sample {s.index} has no rollout_log_probs for some token of its loss, and {name} "
+                "needs them. Let the rollout keep what the engine returned, mask those tokens, or "
+                f"drop {name}."
+            )
+
+
+def _less_overlong(values: Sequence[float], samples: Sequence[Sample], cfg: Config) -> list[float]:
+    """The rewards after DAPO's punishment of long responses, where it is asked for."""
+    a, longest = cfg.algorithm, cfg.rollout.max_response_len
+    if a.overlong_buffer_len is None:
+        return list(values)
+    return [
+        value
+        - overlong_penalty(s.response_length, longest, a.overlong_buffer_len, a.overlong_penalty)
+        for value, s in zip(values, samples, strict=True)
     ]
 
 
@@ -134,12 +195,18 @@ def _is_usable(sample: Sample, wants_reward: bool) -> bool:
 
 def _reward(sample: Sample, cfg: Config) -> float:
     try:
-        return sample.get_reward_value(cfg.reward)
+        value = sample.get_reward_value(cfg.reward)
     except (KeyError, TypeError, ValueError) as e:
         raise PluginError(
             f"sample {sample.index}: --reward-key {cfg.reward.reward_key} cannot be read as a "
             f"number from the reward {sample.reward!r}"
         ) from e
+    if not math.isfinite(value):
+        raise PluginError(
+            f"sample {sample.index} has the reward {value}. Let the grader return a finite number, "
+            "or None for an answer that it cannot judge: such a sample is left out and counted."
+        )
+    return value
 
 
 def _post_processed(

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from vime.config import Config
-from vime.data.batching import plan_batch
+from vime.data.batching import Weigh, plan_batch
 from vime.errors import PluginError
 from vime.types import TrainBatch, TrainSequence
 
@@ -38,7 +38,9 @@ OPTIONAL = (
 HOOK = "--custom-convert-samples-to-train-data-path"
 
 
-def as_train_batch(made: Any, cfg: Config, rollout_id: int) -> TrainBatch:
+def as_train_batch(
+    made: Any, cfg: Config, rollout_id: int, *, weigh: Weigh | None = None
+) -> TrainBatch:
     """A TrainBatch as it is; columns as one. Raises PluginError, naming the column and the row."""
     if isinstance(made, TrainBatch):
         return made
@@ -55,7 +57,7 @@ def as_train_batch(made: Any, cfg: Config, rollout_id: int) -> TrainBatch:
         "rollout/rewards": statistics.fmean(s.reward for s in rows),
         "rollout/response_len/mean": statistics.fmean(s.response_length for s in rows),
     }
-    return plan_batch([s for s in steps if s], cfg, rollout_id, metrics)
+    return plan_batch([s for s in steps if s], cfg, rollout_id, metrics, weigh=weigh)
 
 
 def _checked(made: Mapping[str, Any]) -> dict[str, Sequence[Any]]:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from vime.config import Config
+from vime.config.rules import hf_config
 from vime.types import StepPlan
 
 Bin = tuple[int, ...]  # positions of the sequences of one micro-batch
@@ -31,6 +33,7 @@ class PackingRules:
     granularity  sequences occupy multiples of it (2 x CP under context parallelism)
     multiple     the micro-batches of a rank come in multiples of it (PP under a virtual pipeline)
     balance      even out the ranks' estimated work
+    attention_equals_rest  what `sequence_cost` takes; the model's own under --balance-by-flops
     """
 
     dp: int = 1
@@ -39,6 +42,7 @@ class PackingRules:
     granularity: int = 1
     multiple: int = 1
     balance: bool = False
+    attention_equals_rest: float = ATTENTION_EQUALS_REST
 
     @classmethod
     def of(cls, cfg: Config, *, forward_only: bool = False) -> PackingRules:
@@ -52,7 +56,12 @@ class PackingRules:
             micro_batch_size=batch.micro_batch_size,
             granularity=2 * parallel.cp if parallel.cp > 1 else 1,
             multiple=parallel.pp if parallel.vpp else 1,
-            balance=batch.balance,
+            balance=batch.balance or batch.balance_by_flops,
+            attention_equals_rest=(
+                attention_equals_rest(hf_config(cfg))
+                if batch.balance_by_flops
+                else ATTENTION_EQUALS_REST
+            ),
         )
 
 
@@ -68,7 +77,8 @@ def plan_step(positions: Sequence[int], lengths: Sequence[int], rules: PackingRu
     share = _round_up(share, rules.multiple)
     bins = _split_to(bins, share * rules.dp, size_of)
     if rules.balance:
-        costs = [sum(sequence_cost(size_of[p]) for p in b) for b in bins]
+        even = rules.attention_equals_rest
+        costs = [sum(sequence_cost(size_of[p], even) for p in b) for b in bins]
         owners = balanced_partition(costs, rules.dp)
     else:
         owners = [list(range(rank, len(bins), rules.dp)) for rank in range(rules.dp)]
@@ -88,9 +98,27 @@ def repack(plans: Sequence[StepPlan], length_of: Sequence[int], rules: PackingRu
     )
 
 
-def sequence_cost(length: int) -> float:
+def sequence_cost(length: int, attention_equals_rest: float = ATTENTION_EQUALS_REST) -> float:
     """Estimated work of one sequence, in tokens of a short one: attention grows with the square."""
-    return length * (1.0 + length / ATTENTION_EQUALS_REST)
+    return length * (1.0 + length / attention_equals_rest)
+
+
+def attention_equals_rest(model: Mapping[str, Any]) -> float:
+    """The length at which a model's causal attention costs as much as its matrix products.
+
+    model  the `config.json`. A token of a sequence of length L takes, per layer, 2 FLOPs for each
+           weight it meets and 2 x L x heads x head_dim for scores and values over the half that it
+           sees; the output layer is spread over the layers.
+    """
+    hidden, layers = model["hidden_size"], model["num_hidden_layers"]
+    heads = model["num_attention_heads"]
+    head_dim = model.get("head_dim") or hidden // heads
+    kv_heads = model.get("num_key_value_heads") or heads
+    experts = model.get("num_experts_per_tok") or 1
+    ffn = model.get("moe_intermediate_size") or model["intermediate_size"]
+    weights = 2 * hidden * head_dim * (heads + kv_heads) + 3 * hidden * ffn * experts
+    weights += hidden * model["vocab_size"] / layers
+    return weights / (heads * head_dim)
 
 
 def first_fit(sizes: Sequence[int], cap: int) -> list[list[int]]:
@@ -99,18 +127,31 @@ def first_fit(sizes: Sequence[int], cap: int) -> list[list[int]]:
     One larger than `cap` is alone in its bin.
     """
     sizes_S = np.asarray(sizes, dtype=np.int64)
-    room = np.zeros(len(sizes_S), dtype=np.int64)
+    order = np.argsort(-sizes_S, kind="stable").tolist()
+    alone = [[i] for i in order if sizes_S[i] > cap]
+    rest = order[len(alone) :]
+    # A tree over the bins that could be needed: leaves hold their room, parents the larger one of
+    # their children. Down the left side wherever that has room: the first bin that fits.
+    leaves = 1 << max(len(rest) - 1, 0).bit_length()
+    room = [cap] * (2 * leaves)
     bins: list[list[int]] = []
-    for i in np.argsort(-sizes_S, kind="stable").tolist():
-        size, used = sizes_S[i], len(bins)
-        fits = room[:used] >= size
-        target = int(fits.argmax()) if used and fits.any() else used
-        if target == used:
+    for i, size in zip(rest, sizes_S[rest].tolist(), strict=True):
+        node = 1
+        while node < leaves:
+            node *= 2
+            if room[node] < size:
+                node += 1
+        if node - leaves == len(bins):
             bins.append([])
-            room[used] = max(cap, size)
-        bins[target].append(i)
-        room[target] -= size
-    return bins
+        bins[node - leaves].append(i)
+        room[node] -= size
+        while node > 1:
+            node //= 2
+            larger = max(room[2 * node], room[2 * node + 1])
+            if room[node] == larger:
+                break
+            room[node] = larger
+    return alone + bins
 
 
 def balanced_partition(costs: Sequence[float], num_parts: int) -> list[list[int]]:

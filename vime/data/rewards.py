@@ -41,6 +41,14 @@ def score_samples(
     return scores
 
 
+def overlong_penalty(length: int, longest: int, buffer: int, factor: float) -> float:
+    """What a response of `length` tokens loses: DAPO's soft punishment (arXiv:2503.14476, eq. 13).
+
+    0 up to longest - buffer, then linear, `factor` at `longest` and above.
+    """
+    return factor * min(max(length - (longest - buffer), 0) / buffer, 1.0)
+
+
 def zero_std_counts(rewards: Sequence[float], group_ids: Sequence[Hashable]) -> dict[float, int]:
     """{reward: number of groups of two or more in which every sample has it}."""
     members: dict[Hashable, list[float]] = defaultdict(list)

@@ -6,6 +6,7 @@ from vime.config import Config
 from vime.ray.placement_group import check_slots
 from vime.rollout.grading import check_rewards
 from vime.rollout.plugins import check_hooks
+from vime.rollout.training_hooks import check_training_hooks
 
 
 def check_decoupled(cfg: Config) -> list[str]:
@@ -18,4 +19,11 @@ def check_decoupled(cfg: Config) -> list[str]:
     ]
 
 
-CHECKS = (check_model_args, check_vllm_flags, check_slots, check_hooks, check_rewards)
+CHECKS = (
+    check_model_args,
+    check_vllm_flags,
+    check_slots,
+    check_hooks,
+    check_training_hooks,
+    check_rewards,
+)

@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 SEED ?= 0
 TESTS ?= tests/unit tests/cpu tests/gpu
 
-.PHONY: help install quickstart clean-quickstart test test-unit lint format bench lock
+.PHONY: help install quickstart clean-quickstart test test-unit lint format bench bench-rollout bench-grading bench-packing bench-logprob-memory lock
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -37,6 +37,18 @@ format: install  ## let ruff fix and format
 
 bench: install  ## where a CPU step's time goes; writes benchmarks/results/cpu_step.json
 	$(PYTHON) benchmarks/cpu_step.py
+
+bench-rollout: install  ## throughput through HTTP and router against the engine in process
+	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.rollout
+
+bench-grading: install  ## rate of grading 10,000 answers against one process
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/grading.py
+
+bench-packing: install  ## how full micro-batches are, how even ranks; seconds to plan
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/packing.py
+
+bench-logprob-memory: install  ## peak memory of log-probabilities at a 152k vocabulary
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/logprob_memory.py
 
 lock: install  ## refresh requirements/cpu.txt from cpu.in, keeping versions that still fit
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/uv pip compile --quiet \

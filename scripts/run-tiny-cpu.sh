@@ -101,6 +101,8 @@ case "${MODE}" in
    async)
       ENTRY=train_async.py
       CLUSTER_ARGS=(--actor-num-nodes 1 --actor-num-gpus-per-node 1 --rollout-num-gpus 1)
+      # a batch is one update older than the weights that train on it
+      GRPO_ARGS+=(--use-rollout-logprobs)
       ;;
    *)
       echo "MODE=${MODE} is neither sync nor async" >&2

@@ -125,7 +125,7 @@ class Recipe:
             "--num-rollout", str(SFT_STEPS), "--rollout-batch-size", "32",
             "--use-dynamic-batch-size", "--max-tokens-per-gpu", "4096",
             "--actor-num-gpus-per-node", "1",
-            "--optimizer", "adam", "--lr", "3e-3", "--lr-decay-style", "constant",
+            "--optimizer", "adam", "--lr", "3e-3", "--lr-decay-style", "linear", "--min-lr", "1e-3",
             "--lr-warmup-iters", "20", "--weight-decay", "0",
             "--adam-beta1", "0.9", "--adam-beta2", "0.95", "--clip-grad", "1",
             "--seed", str(self.seed), "--rollout-seed", str(self.seed),

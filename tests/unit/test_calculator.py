@@ -2,6 +2,7 @@
 
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_a_hostile_expression_costs_a_second_and_the_next_one_is_answered(calcul
 def test_the_tool_runs_in_a_process_of_its_own_with_limits(calculator):
     calculator.run("1")
     pid = calculator._process.pid
-    limits = open(f"/proc/{pid}/limits").read()
+    limits = Path(f"/proc/{pid}/limits").read_text()
     assert "Max address space         268435456" in limits
     assert "Max open files            3 " in limits
     calculator.close()

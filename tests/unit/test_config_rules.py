@@ -188,6 +188,20 @@ REFUSED = {
         },
         "--debug-train-only and --debug-rollout-only leave nothing to run. Give one.",
     ),
+    "an overlong buffer longer than a response": (
+        {"--overlong-buffer-len": "4096", "--rollout-max-response-len": "64"},
+        "--overlong-buffer-len 4096 is more than --rollout-max-response-len 64. Lower it.",
+    ),
+    "a reference that no checkpoint has": (
+        {
+            "--ref-update-interval": "3",
+            "--use-kl-loss": None,
+            "--save": "out",
+            "--save-interval": "4",
+        },
+        "--ref-update-interval 3 does not divide --save-interval 4: a run that continues would "
+        "not have its reference. Give a multiple of 3 to the second.",
+    ),
 }
 
 

@@ -173,3 +173,11 @@ def test_a_buffer_filter_that_gives_too_much_is_refused(hf, tmp_path):
 
 def take_all(args, rollout_id, buffer, num_samples):
     return buffer
+
+
+def test_an_epoch_flag_gives_the_rollouts_that_fit_whole(hf, tmp_path):
+    batch = make_config(hf, batch={"prompts": 4, "num_epoch": 3}).batch
+    assert batch.rollouts(num_prompts=10) == 7  # 30 prompts, 4 at a time
+    assert make_config(hf, batch={"prompts": 4, "num_rollout": 5}).batch.rollouts(10) == 5
+    with pytest.raises(ConfigError, match="--num-epoch 3 over 1 prompts is less than one rollout"):
+        batch.rollouts(num_prompts=1)

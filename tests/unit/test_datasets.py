@@ -102,3 +102,18 @@ def test_a_long_file_is_not_held_in_memory(tmp_path):
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert held < path.stat().st_size / 5
+
+
+def test_parquet_has_slices_and_errors_with_row_numbers_too(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "p.parquet"
+    rows = [{"prompt": f"q{i}" if i != 3 else "", "label": i} for i in range(5)]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    data = PromptDataset(f"{path}@[-2:]", DataKeys(input="prompt", label="label"))
+    assert data[1].prompt == "q4"
+    (problem,) = check_prompt_data(str(path), input_key="prompt", label_key="label")
+    assert f"{path} row 4: 'prompt' must be a non-empty string" in problem
+    problems = check_prompt_data(str(path), input_key="question", max_problems=1)
+    assert "has no key 'question' (--input-key); its keys are: prompt, label" in problems[0]

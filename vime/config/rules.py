@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vime.config import Config
+from vime.config.evaluation import eval_datasets
 
 Rule = Callable[[Config], Iterable[str]]
 
@@ -150,9 +151,43 @@ def responses_fit_the_engine(cfg: Config) -> Iterator[str]:
     lengths = [("--rollout-max-response-len", cfg.rollout.max_response_len)]
     if cfg.eval.interval is not None and cfg.eval.max_response_len is not None:
         lengths.append(("--eval-max-response-len", cfg.eval.max_response_len))
+    if cfg.eval.interval is not None and cfg.eval.config is not None:
+        lengths += [
+            (f"--eval-config, {d.name}: max_response_len", d.max_response_len)
+            for d in eval_datasets(cfg)
+        ]
     for flag, length in lengths:
         if length >= limit:
             yield f"{flag} {length} leaves no room for a prompt in {name}. Lower it."
+
+
+def reference_is_in_every_checkpoint(cfg: Config) -> Iterator[str]:
+    """The reference is the actor of an earlier rollout, and only actors are saved."""
+    interval, save = cfg.algorithm.ref_update_interval, cfg.checkpoint.save_interval
+    if interval is not None and save is not None and save % interval:
+        yield (
+            f"--ref-update-interval {interval} does not divide --save-interval {save}: a run that "
+            f"continues would not have its reference. Give a multiple of {interval} to the second."
+        )
+
+
+def balance_knows_the_model(cfg: Config) -> Iterator[str]:
+    model, needs = hf_config(cfg), ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    missing = [name for name in (*needs, "intermediate_size", "vocab_size") if name not in model]
+    if cfg.batch.balance_by_flops and model and missing:
+        yield (
+            f"--balance-by-flops reads {', '.join(missing)} from the config.json of "
+            f"--hf-checkpoint {cfg.model.hf_checkpoint}, which lacks them. Use --balance-data."
+        )
+
+
+def overlong_buffer_fits(cfg: Config) -> Iterator[str]:
+    buffer, longest = cfg.algorithm.overlong_buffer_len, cfg.rollout.max_response_len
+    if buffer is not None and buffer > longest:
+        yield (
+            f"--overlong-buffer-len {buffer} is more than --rollout-max-response-len {longest}. "
+            "Lower it."
+        )
 
 
 def loss_and_rollout_agree(cfg: Config) -> Iterator[str]:
@@ -197,6 +232,9 @@ RULES: tuple[Rule, ...] = (
     every_rank_gets_a_sample,
     over_sampling_covers_the_batch,
     responses_fit_the_engine,
+    overlong_buffer_fits,
+    balance_knows_the_model,
+    reference_is_in_every_checkpoint,
     loss_and_rollout_agree,
 )
 

@@ -93,6 +93,8 @@ class JsonlRows:
             count = min(_SCAN_BYTES, self._size - at)
             part = np.frombuffer(self._map, np.uint8, count=count, offset=at)
             newlines.append(np.flatnonzero(part == 10) + at)
+            if isinstance(self._map, mmap.mmap):  # an empty file has no mapping
+                self._map.madvise(mmap.MADV_DONTNEED, at, count)  # seen: the pages may go
         ends = np.concatenate(newlines) if newlines else np.empty(0, np.int64)
         if self._size and (not len(ends) or ends[-1] != self._size - 1):
             ends = np.append(ends, self._size)

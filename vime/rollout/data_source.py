@@ -237,12 +237,10 @@ def state_path(root: str, rollout_id: int) -> Path:
     return Path(root) / "rollout" / f"global_dataset_state_dict_{rollout_id}.pt"
 
 
-def render_prompts(
-    cfg: Config, rows: list[Row], *, apply_chat_template: bool | None = None
-) -> tuple[list[str], list[list[int]]]:
+def render_prompts(cfg: Config, rows: list[Row]) -> tuple[list[str], list[list[int]]]:
     """(texts, token ids) of the rows' prompts, as the engine will get them."""
     tokenizer = chat.load_tokenizer(cfg.model.hf_checkpoint)
-    if cfg.data.apply_chat_template if apply_chat_template is None else apply_chat_template:
+    if cfg.data.apply_chat_template:
         kwargs = cfg.data.apply_chat_template_kwargs
         texts = [
             chat.render(tokenizer, row.prompt, tools=row.tools, template_kwargs=kwargs)

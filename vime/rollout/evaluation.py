@@ -1,6 +1,6 @@
-"""Evaluation: every dataset of --eval-prompt-data, n samples a prompt, all in flight at once.
+"""Evaluation: every dataset, n samples a prompt, all in flight at once.
 
-Whatever no --eval-* flag sets is inherited from the --rollout-* flags.
+What is in force for a dataset is decided in `vime.config.evaluation`.
 """
 
 from __future__ import annotations
@@ -11,122 +11,144 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from vime.config import Config, EvalConfig, RolloutConfig
+from vime.config import Config
+from vime.config.evaluation import INHERITED, EvalDataset, eval_datasets
 from vime.config.view import ArgsView
 from vime.data import chat
 from vime.data.datasets import DataKeys, PromptDataset
 from vime.errors import ConfigError, EngineError
 from vime.rollout import metrics
+from vime.rollout.client import GenerateClient
 from vime.rollout.data_source import render_prompts, to_sample
 from vime.rollout.vllm_rollout import Rollout, _current, finish_group, make_client
 from vime.types import Group, RolloutFnEvalOutput, Status
 
 logger = logging.getLogger(__name__)
 
-INHERITED = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "max_response_len",
-    "max_prompt_len",
-    "max_context_len",
-)
-
-
 RUNTIME = ("vllm_engine_urls", "vllm_router_ip", "vllm_router_port", "weight_version")
 
 
 async def evaluate(args: Any, rollout_id: int) -> RolloutFnEvalOutput:
     """Raises EngineError when a dataset has no graded sample at all."""
-    cfg: Config = args.config
-    reward_key = cfg.eval.reward_key or cfg.reward.reward_key
-    eval_cfg = replace(
-        cfg,
-        rollout=resolve(cfg.eval, cfg.rollout),
-        reward=replace(cfg.reward, reward_key=reward_key),
-    )
-    eval_args = ArgsView(eval_cfg, **{k: getattr(args, k) for k in RUNTIME if hasattr(args, k)})
-    async with make_client(eval_args) as client:
-        tokenizer = chat.load_tokenizer(cfg.model.hf_checkpoint)
-        rollout = Rollout(eval_args, rollout_id, client, tokenizer, evaluation=True)
-        _current.set(rollout)
-        names = list(cfg.eval.datasets)
-        results = await asyncio.gather(*(_evaluate_dataset(rollout, name) for name in names))
+    datasets = eval_datasets(args.config)
+    async with make_client(args) as client:
+        results = await asyncio.gather(
+            *(_evaluate_dataset(args, rollout_id, client, dataset) for dataset in datasets)
+        )
     output = RolloutFnEvalOutput({})
-    for name, (data, values) in zip(names, results, strict=True):
-        output.data[name] = data
+    for dataset, (data, values) in zip(datasets, results, strict=True):
+        output.data[dataset.name] = data
         output.metrics |= values
+    if len(datasets) > 1:
+        print(metrics.evaluation_table([dataset.name for dataset in datasets], output.metrics))
     return output
 
 
-def resolve(evaluation: EvalConfig, rollout: RolloutConfig) -> RolloutConfig:
-    """The sampling parameters of an evaluation: --eval-* where set, else --rollout-*."""
-    given = {name: getattr(evaluation, name) for name in INHERITED}
-    return replace(rollout, **{name: value for name, value in given.items() if value is not None})
+def settings_of(cfg: Config, dataset: EvalDataset) -> Config:
+    """The configuration as generation and graders see it while they work on this dataset."""
+    sampling = {name: getattr(dataset, name) for name in INHERITED}
+    return replace(
+        cfg,
+        rollout=replace(
+            cfg.rollout,
+            **sampling,
+            stop=dataset.stop,
+            stop_token_ids=dataset.stop_token_ids,
+            custom_generate_path=dataset.custom_generate_function_path,
+        ),
+        reward=replace(
+            cfg.reward,
+            rm_type=dataset.rm_type,
+            custom_rm_path=dataset.custom_rm_path,
+            group_rm=cfg.reward.group_rm and dataset.custom_rm_path is not None,
+            reward_key=dataset.reward_key,
+        ),
+        data=replace(
+            cfg.data,
+            apply_chat_template=dataset.apply_chat_template,
+            apply_chat_template_kwargs=dataset.apply_chat_template_kwargs or {},
+        ),
+    )
 
 
-async def _evaluate_dataset(rollout: Rollout, name: str) -> tuple[dict[str, list], dict]:
-    groups = make_groups(rollout.cfg, rollout.cfg.eval.datasets[name])
+async def _evaluate_dataset(
+    args: Any, rollout_id: int, client: GenerateClient, dataset: EvalDataset
+) -> tuple[dict[str, list], dict]:
+    cfg = settings_of(args.config, dataset)
+    view = ArgsView(cfg, **{k: getattr(args, k) for k in RUNTIME if hasattr(args, k)})
+    tokenizer = chat.load_tokenizer(cfg.model.hf_checkpoint)
+    rollout = Rollout(view, rollout_id, client, tokenizer, True, dataset.min_new_tokens)
+    _current.set(rollout)  # of this task: datasets do not see each other's
+    groups = make_groups(cfg, dataset)
     groups = await asyncio.gather(*(finish_group(rollout, group) for group in groups))
     graded = [[s for s in group if s.reward is not None] for group in groups]
-    rewards = [[s.get_reward_value(rollout.args) for s in group] for group in graded]
+    rewards = [[s.get_reward_value(view) for s in group] for group in graded]
     samples = [s for group in graded for s in group]
     if not samples:
-        raise EngineError(f"no sample of evaluation {name} got a reward: {groups[0][0].failure}")
+        reason = groups[0][0].failure
+        raise EngineError(f"no sample of evaluation {dataset.name} got a reward: {reason}")
     data = {
         "rewards": [reward for group in rewards for reward in group],
         "truncated": [s.status is Status.TRUNCATED for s in samples],
         "samples": samples,
     }
-    return data, metrics.of_evaluation(name, groups, rewards)
+    return data, metrics.of_evaluation(dataset.name, groups, rewards)
 
 
-def make_groups(cfg: Config, path: str) -> list[Group]:
+def make_groups(cfg: Config, dataset: EvalDataset) -> list[Group]:
     """Fresh samples of every prompt; the same indices, hence seeds, in every evaluation."""
-    data = cfg.data
-    keys = DataKeys(
-        input=cfg.eval.input_key or data.input_key,
-        label=cfg.eval.label_key or data.label_key,
-        metadata=data.metadata_key,
-        tools=data.tool_key,
-    )
-    count = cfg.eval.samples_per_prompt
-    groups = []
-    rendered, num_long = _rendered(_Once((cfg.model.hf_checkpoint, path, keys), cfg))
+    count = dataset.n_samples_per_eval_prompt
+    rendered, num_long = _rendered(_Once(cfg, dataset))
     if not rendered:
         raise ConfigError(
-            f"--eval-max-prompt-len (or --rollout-max-prompt-len) {cfg.rollout.max_prompt_len} "
-            f"drops every prompt of {path}. Raise it."
+            f"--eval-max-prompt-len (or --rollout-max-prompt-len) {dataset.max_prompt_len} "
+            f"drops every prompt of {dataset.path}. Raise it."
         )
     if num_long:
-        logger.warning("%d prompts of %s are longer than the limit, left out", num_long, path)
-    for i, (row, prompt, ids) in enumerate(rendered):
-        groups.append(
-            [to_sample(row, prompt, ids, group_index=i, index=i * count + j) for j in range(count)]
+        logger.warning(
+            "%d prompts of %s are longer than the limit, left out", num_long, dataset.path
         )
+    groups = []
+    for i, (row, prompt, ids) in enumerate(rendered):
+        group = [
+            to_sample(row, prompt, ids, group_index=i, index=i * count + j) for j in range(count)
+        ]
+        for sample in group:
+            sample.metadata |= dataset.metadata_overrides or {}
+        groups.append(group)
     return groups
 
 
 class _Once:
-    """Carries the configuration into a cache that only looks at what identifies the dataset."""
+    """Carries a configuration into a cache that looks at the dataset only."""
 
-    def __init__(self, key: tuple, cfg: Config) -> None:
-        self.key, self.cfg = key, cfg
+    def __init__(self, cfg: Config, dataset: EvalDataset) -> None:
+        self.cfg, self.dataset = cfg, dataset
 
     def __hash__(self) -> int:
-        return hash(self.key)
+        return hash((self.cfg.model.hf_checkpoint, self.dataset.path))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Once) and self.key == other.key
+        return (
+            isinstance(other, _Once)
+            and self.dataset == other.dataset
+            and self.cfg.model.hf_checkpoint == other.cfg.model.hf_checkpoint
+        )
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _rendered(once: _Once) -> tuple[list[tuple], int]:
     """([(row, prompt, token ids)], prompts left out), read and tokenised once a process."""
-    cfg, (_, path, keys) = once.cfg, once.key
-    rows = list(PromptDataset(path, keys))
+    cfg, dataset = once.cfg, once.dataset
+    keys = DataKeys(
+        input=dataset.input_key,
+        label=dataset.label_key,
+        metadata=dataset.metadata_key,
+        tools=dataset.tool_key,
+    )
+    rows = list(PromptDataset(dataset.path, keys))
     prompts, ids = render_prompts(cfg, rows)
-    cap = cfg.rollout.max_prompt_len
+    cap = dataset.max_prompt_len
     kept = [
         item for item in zip(rows, prompts, ids, strict=True) if cap is None or len(item[2]) <= cap
     ]

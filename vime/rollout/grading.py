@@ -13,9 +13,11 @@ import inspect
 import logging
 import math
 import random
+import re
 from typing import Any
 
 from vime.config import Config
+from vime.config.evaluation import eval_datasets
 from vime.errors import PluginError
 from vime.rollout.plugins import GROUP_REWARD, REWARD, load_function
 from vime.rollout.rm_hub.answers import last_boxed
@@ -26,8 +28,10 @@ from vime.types import Group, Sample, Status
 logger = logging.getLogger(__name__)
 
 BOXED = "boxed_"  # prefix of an --rm-type: grade what the last \boxed{} holds
-LOCAL = ("deepscaler", "math", "dapo", "f1", "gpqa")  # modules with quick() and grade()
+LOCAL = ("deepscaler", "math", "dapo", "f1", "gpqa", "ifeval")  # modules with quick() and grade()
 RM_TYPES = (*LOCAL, "random", "remote_rm")
+
+_END_MARKS = re.compile(r"(?:\s*(?:<\|[^|<>\s]{1,40}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
 
 TIMEOUT = "grading timeout"
 FAILED = "grading failed"
@@ -58,7 +62,7 @@ async def grade(args: Any, sample: Sample, **kwargs: Any) -> float | dict[str, A
             "nothing grades the samples: set --rm-type or --custom-rm-path, or give each prompt "
             'a metadata["rm_type"].'
         )
-    response = sample.response
+    response = without_end_mark(sample.response)
     if rm_type.startswith(BOXED):
         rm_type, response = rm_type.removeprefix(BOXED), last_boxed(response) or ""
     if rm_type == "random":
@@ -76,6 +80,11 @@ async def grade(args: Any, sample: Sample, **kwargs: Any) -> float | dict[str, A
     pool = shared_pool(settings.workers, settings.timeout_s)
     future = pool.submit(rm_type, response, sample.label, sample.metadata)
     return await asyncio.wrap_future(future)
+
+
+def without_end_mark(response: str) -> str:
+    """The text without the special tokens at its end, which are no part of an answer."""
+    return _END_MARKS.sub("", response)
 
 
 async def _grade_or_fail(args: Any, sample: Sample) -> None:
@@ -156,16 +165,31 @@ def warn_of_missing_marks(args: Any, samples: list[Sample]) -> bool:
 
 
 def check_rewards(cfg: Config) -> list[str]:
-    """What is wrong with --rm-type, beyond what its section checks; empty when nothing is."""
-    reward, problems = cfg.reward, []
-    kind = (reward.rm_type or "").removeprefix(BOXED)
-    if reward.rm_type and kind not in RM_TYPES:
+    """What is wrong with the graders of rollouts and evaluations; empty when nothing is."""
+    reward = cfg.reward
+    problems = _problems_of("--rm-type", reward.rm_type, reward.reward_key, reward.rm_url)
+    if cfg.eval.config is not None:
+        for dataset in eval_datasets(cfg):
+            name = f"--eval-config, {dataset.name}: rm_type"
+            problems += _problems_of(name, dataset.rm_type, dataset.reward_key, reward.rm_url)
+    return list(dict.fromkeys(problems))
+
+
+def _problems_of(
+    name: str, rm_type: str | None, reward_key: str | None, rm_url: str | None
+) -> list[str]:
+    if rm_type is None:
+        return []
+    kind, problems = rm_type.removeprefix(BOXED), []
+    if kind not in RM_TYPES:
         problems.append(
-            f"--rm-type {reward.rm_type} is unknown. Choose one of {', '.join(RM_TYPES)}, with "
+            f"{name} {rm_type} is unknown. Choose one of {', '.join(RM_TYPES)}, with "
             f"{BOXED} in front where only the boxed part counts, or write a --custom-rm-path."
         )
     if kind == "math" and importlib.util.find_spec("math_verify") is None:
-        problems.append("--rm-type math needs the package math-verify. Install it.")
-    if kind == "dapo" and not reward.reward_key:
-        problems.append("--rm-type dapo gives a dict of score and acc. Add --reward-key score.")
+        problems.append(f"{name} math needs the package math-verify. Install it.")
+    if kind == "dapo" and not reward_key:
+        problems.append(f"{name} dapo gives a dict of score and acc. Add --reward-key score.")
+    if kind == "remote_rm" and not rm_url and not name.startswith("--rm-type"):
+        problems.append(f"{name} remote_rm needs a server. Add --rm-url http://HOST:PORT/PATH.")
     return problems

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import comb
 from typing import Any
 
@@ -28,7 +29,7 @@ def of_rollout(args: Any, sampled: Sampled, seconds: float) -> dict[str, float]:
         "rollout/groups_aborted": len(sampled.unfinished),
         "rollout/aborted_tokens": sum(s.response_length for s in aborted),
     }
-    versions = Counter(v for s in samples for v in set(s.weight_versions))
+    versions = Counter(v for s in samples for v in _versions(s))
     known = [v for v in versions if v != UNKNOWN_VERSION]
     if known:
         values["rollout/weight_version/min"] = min(known)
@@ -41,6 +42,12 @@ def of_rollout(args: Any, sampled: Sampled, seconds: float) -> dict[str, float]:
     longest = max((s.response_length for s in samples), default=0)
     values["perf/longest_sample_tokens_per_sec"] = longest / max(seconds, 1e-9)
     return values
+
+
+def _versions(sample: Sample) -> set[int]:
+    """The weights that made the tokens with loss; a tool's tokens were made by none."""
+    mask = sample.loss_mask or [1] * sample.response_length
+    return {v for v, m in zip(sample.weight_versions, mask, strict=False) if m}
 
 
 def lengths(samples: Sequence[Sample], prefix: str = "rollout") -> dict[str, float]:
@@ -66,7 +73,10 @@ def failures(samples: Sequence[Sample], prefix: str = "rollout") -> dict[str, fl
 
 
 def of_evaluation(name: str, groups: Sequence[Group], rewards: Sequence[Sequence[float]]) -> dict:
-    """eval/{name}: mean reward with its 95% half-width, truncation, pass@k.
+    """eval/{name}: mean reward, truncation, pass@k for k = 1, 2, 4, ..
+
+    `-ci95` is the half-width of a mean's 95% interval. Prompts are what was sampled, so it comes
+    from how they differ; it is left out where there is but one.
 
     groups   all samples, failed ones included
     rewards  of the graded samples, by group; a group without any counts for nothing
@@ -81,17 +91,57 @@ def of_evaluation(name: str, groups: Sequence[Group], rewards: Sequence[Sequence
     graded = [np.array(group, dtype=float) for group in rewards if len(group)]
     if not graded:
         return values
-    means = np.array([group.mean() for group in graded])
-    values[f"eval/{name}"] = float(np.concatenate(graded).mean())
-    if len(means) > 1:  # prompts are what was sampled, so their means are what varies
-        values[f"eval/{name}-ci95"] = float(1.96 * means.std(ddof=1) / np.sqrt(len(means)))
+    mean = float(np.concatenate(graded).mean())
+    values[f"eval/{name}"] = mean
+    values |= _interval(f"eval/{name}", [group.mean() for group in graded])
+    largest = max(len(group) for group in groups)
+    if largest > 1:
+        values[f"eval/{name}-mean@{largest}"] = mean
     smallest = min(len(group) for group in graded)
     k = 1
     while k <= smallest:
         chances = [pass_at_k(len(group), int((group >= 1).sum()), k) for group in graded]
         values[f"eval/{name}-pass@{k}"] = float(np.mean(chances))
+        values |= _interval(f"eval/{name}-pass@{k}", chances)
         k *= 2
     return values
+
+
+def _interval(name: str, per_prompt: Sequence[float]) -> dict[str, float]:
+    if len(per_prompt) < 2:
+        return {}
+    width = 1.96 * float(np.std(per_prompt, ddof=1)) / len(per_prompt) ** 0.5
+    return {f"{name}-ci95": width}
+
+
+def evaluation_table(names: Sequence[str], values: Mapping[str, float]) -> str:
+    """One line a dataset: mean reward and largest pass@k with their intervals, truncation, size."""
+    rows = [("dataset", "mean", "pass@k", "truncated", "length", "failed")]
+    for name in names:
+        prefix = f"eval/{name}"
+        ks = [key for key in values if re.fullmatch(re.escape(prefix) + r"-pass@\d+", key)]
+        best = max(ks, key=lambda key: int(key.rsplit("@", 1)[1]), default=None)
+        k = "" if best is None else best.rsplit("-", 1)[1] + " "
+        rows.append(
+            (
+                name,
+                _with_width(values, prefix),
+                k + _with_width(values, best) if best else "-",
+                f"{values.get(f'{prefix}-truncated_ratio', 0.0):.1%}",
+                f"{values.get(f'{prefix}-response_len', 0.0):.0f}",
+                f"{values.get(f'{prefix}-failed', 0):.0f}",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _with_width(values: Mapping[str, float], name: str) -> str:
+    width = values.get(f"{name}-ci95")
+    return f"{values[name]:.3f}" + ("" if width is None else f" ± {width:.3f}")
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

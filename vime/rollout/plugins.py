@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from vime.config import Config
+from vime.config.evaluation import eval_datasets
 from vime.errors import PluginError
 
 
@@ -128,6 +129,9 @@ def hooks_in(cfg: Config) -> list[tuple[str, str, Hook]]:
         ("--custom-reward-post-process-path", cfg.reward.post_process_path, POST_PROCESS),
         ("--custom-eval-rollout-log-function-path", cfg.eval.log_path, EVAL_LOG),
     ]
+    for dataset in eval_datasets(cfg) if cfg.eval.config is not None else ():
+        flag, generate = f"--eval-config, {dataset.name}:", dataset.custom_generate_function_path
+        named += [(flag, generate, GENERATE), (flag, dataset.custom_rm_path, reward)]
     for path in cfg.rollout.sample_hook_paths or ():
         named.append(("--rollout-sample-hook-path", path, SAMPLE_HOOK))
     return [(flag, path, hook) for flag, path, hook in named if path]

@@ -16,6 +16,7 @@ from vime.rollout.plugins import (
     POST_PROCESS,
     load_function,
 )
+from vime.rollout.training_hooks import REDUCER
 from vime.types import Group, RolloutFnEvalOutput, TrainBatch
 
 
@@ -27,13 +28,16 @@ def make_train_batch(args: Any, groups: list[Group], rollout_id: int) -> TrainBa
     has the last word. Raises PluginError on a hook that breaks its contract.
     """
     cfg = args.config
+    path = cfg.algorithm.custom_reducer_path
+    weigh = partial(load_function(path, REDUCER), args) if path else None
     if path := cfg.rollout.convert_path:
         samples = [sample for group in groups for sample in group]
-        batch = as_train_batch(load_function(path, CONVERT)(args, samples), cfg, rollout_id)
+        made = load_function(path, CONVERT)(args, samples)
+        batch = as_train_batch(made, cfg, rollout_id, weigh=weigh)
     else:
         path = cfg.reward.post_process_path
         post_process = partial(load_function(path, POST_PROCESS), args) if path else None
-        batch = build_train_batch(groups, cfg, rollout_id, post_process=post_process)
+        batch = build_train_batch(groups, cfg, rollout_id, post_process=post_process, weigh=weigh)
     if path := cfg.rollout.data_postprocess_path:
         changed = load_function(path, DATA_POSTPROCESS)(args, rollout_id, batch)
         if changed is not None and not isinstance(changed, TrainBatch):

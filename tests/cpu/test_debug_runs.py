@@ -1,0 +1,60 @@
+"""--debug-rollout-only, then training on what it wrote, each as a user starts it."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.cpu.launching import Job
+from vime.types import Sample
+
+
+def make_job(tmp_path, assets, name: str, **flags: str | None) -> Job:
+    return Job(
+        folder=tmp_path / name,
+        checkpoint=assets / "model",
+        prompts=assets / "train.jsonl",
+        flags={"--num-rollout": "2", **{f"--{k.replace('_', '-')}": v for k, v in flags.items()}},
+    )
+
+
+def test_rollouts_are_generated_without_a_trainer_and_trained_on_without_an_engine(
+    tmp_path, quickstart_assets
+):
+    data = str(tmp_path / "debug" / "{rollout_id}.pt")
+    first = make_job(
+        tmp_path,
+        quickstart_assets,
+        "rollout-only",
+        debug_rollout_only=None,
+        save_debug_rollout_data=data,
+        custom_rollout_log_function_path="examples.hooks.hooks.log_share_of_short",
+        rollout_sample_hook_path="examples.hooks.hooks.note_length",
+    )
+    first.run()
+    steps = first.metrics()
+    assert [m["step"] for m in steps] == [1, 2]
+    assert all("rollout/raw_reward" in m and "train/loss" not in m for m in steps)
+    assert all("rollout/share_of_short" in m for m in steps)
+    assert not (first.folder / "logs/engine-1.log").exists()
+
+    saved = torch.load(tmp_path / "debug" / "1.pt", weights_only=True)
+    samples = [Sample.from_dict(s) for group in saved["groups"] for s in group]
+    assert len(samples) == 64
+    assert all(s.metadata["length"] == s.response_length for s in samples)
+
+    second = make_job(
+        tmp_path,
+        quickstart_assets,
+        "train-only",
+        load_debug_rollout_data=data,
+        custom_reward_post_process_path="examples.hooks.hooks.centred_on_the_batch",
+    )
+    second.run()
+    steps = second.metrics()
+    assert [m["rollout/raw_reward"] for m in steps] == [
+        m["rollout/raw_reward"] for m in first.metrics()
+    ]
+    assert all("train/loss" in m for m in steps)
+    # the same weights: what the engines sampled is what the trainer computes
+    assert steps[0]["train/train_rollout_logprob_abs_diff"] < 1e-4
+    assert not (second.folder / "logs/engine-0.log").exists()

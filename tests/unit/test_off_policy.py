@@ -1,0 +1,218 @@
+"""Ratios of sequences, importance weights and masks, against arithmetic that a reader can redo."""
+
+import math
+
+import pytest
+import torch
+
+from vime.algorithms.hooks import TrainingHooks, user_advantages, user_correction, user_loss
+from vime.algorithms.kl import unbiased_kl
+from vime.algorithms.objective import PolicyObjective
+from vime.algorithms.off_policy import LEVELS, MODES, Mismatch, stale_and_bad
+from vime.algorithms.policy import cispo_loss, one_sequence, sequence_ratio
+from vime.config import AlgorithmConfig
+from vime.config.fields import flags_in
+from vime.errors import ConfigError, PluginError
+
+SEQUENCES = torch.tensor([0, 0, 1])  # two tokens of one sequence, one of another
+
+
+def close(actual, expected, tol=1e-6):
+    torch.testing.assert_close(actual, torch.tensor(expected), rtol=tol, atol=tol)
+
+
+def sequence_sum(values):
+    return torch.zeros(2).index_add(0, SEQUENCES, values.detach())[SEQUENCES]
+
+
+def run(objective, logp, adv=(1.0, 1.0, 1.0), **known):
+    logp = torch.tensor(logp, requires_grad=True)
+    out = objective(
+        logp,
+        old_logp_T=torch.zeros(3),
+        adv_T=torch.tensor(adv),
+        sequence_sum=sequence_sum,
+        **known,
+    )
+    out.value_T.sum().backward()
+    return out, logp.grad
+
+
+def test_gspo_gives_every_token_the_geometric_mean_of_its_sequences_ratios():
+    # means of the log-ratios: 0.2 and -0.1
+    objective = PolicyObjective(sequence_ratio=True, clip_low=0.5, clip_high=0.5)
+    out, grad = run(objective, [0.4, 0.0, -0.1])
+    ratios = [math.exp(0.2), math.exp(0.2), math.exp(-0.1)]
+    close(out.value_T.detach(), [-r for r in ratios])
+    close(grad, [-r for r in ratios])
+    # ppo_kl stays that of the tokens, on average
+    close(sequence_sum(out.stats["ppo_kl"]), [-0.4, -0.4, 0.1])
+
+
+def test_gspo_clips_whole_sequences():
+    out, grad = run(PolicyObjective(sequence_ratio=True), [0.4, 0.0, -0.1])
+    close(out.stats["pg_clipfrac"], [1.0, 1.0, 0.0])
+    close(grad, [0.0, 0.0, -math.exp(-0.1)])
+
+
+def test_gspos_gradient_is_that_of_the_papers_ratio_written_out():
+    g = torch.Generator().manual_seed(0)
+    old, theta = torch.randn(2, 5, generator=g) * 0.1
+    plain = theta.clone().requires_grad_()
+    (-(plain - old).mean().exp() * -0.7).backward()
+    mine = theta.clone().requires_grad_()
+    objective = PolicyObjective(sequence_ratio=True, clip_low=9.0, clip_high=9.0)
+    out = objective(mine, old_logp_T=old, adv_T=torch.full((5,), -0.7))
+    out.value_T.mean().backward()
+    torch.testing.assert_close(mine.grad, plain.grad)
+
+
+def test_the_ratio_of_a_sequence_that_has_not_moved_is_exactly_one():
+    logp = torch.randn(7)
+    assert torch.equal(sequence_ratio(logp, logp.clone(), one_sequence), logp)
+
+
+def test_cispo_holds_the_weight_and_never_the_gradient():
+    logp = torch.tensor([2.0, 0.5]).log().requires_grad_()
+    adv = torch.tensor([1.0, -1.0])
+    loss = cispo_loss(logp, torch.zeros(2), adv, clip_low=0.2, clip_high=0.28)
+    close(loss.value_T.detach(), [-1.28 * math.log(2), 0.8 * math.log(0.5)])
+    close(loss.stats["pg_clipfrac"], [1.0, 1.0])
+    loss.value_T.sum().backward()
+    close(logp.grad, [-1.28, 0.8])
+
+
+@pytest.mark.parametrize(
+    ("level", "mode", "expected"),
+    [
+        ("token", "clip", [2.0, 0.6, 0.6]),
+        ("token", "mask", [0.0, 0.0, 0.0]),
+        ("sequence", "clip", [1.5, 1.5, 0.6]),
+        ("sequence", "mask", [1.5, 1.5, 0.0]),
+        ("geometric", "clip", [math.sqrt(1.5)] * 2 + [0.6]),
+        ("geometric", "mask", [math.sqrt(1.5)] * 2 + [0.0]),
+    ],
+)
+def test_importance_weights_by_level_and_mode(level, mode, expected):
+    # trainer over engine: 3 and 0.5 in the first sequence, 0.25 in the second; bounds 0.6 and 2
+    old = torch.tensor([3.0, 0.5, 0.25]).log()
+    mismatch = Mismatch(low=0.6, high=2.0, level=level, mode=mode)
+    weights, _ = mismatch.weights(old, torch.zeros(3), sequence_sum)
+    close(weights, expected)
+
+
+def test_tis_weighs_the_loss_and_its_gradient_and_reports_what_it_cut():
+    objective = PolicyObjective(mismatch=Mismatch(high=2.0))
+    rollout = torch.tensor([1 / 3, 2.0, 1.0]).log()
+    out, grad = run(objective, [0.0, 0.0, 0.0], rollout_logp_T=rollout)
+    close(out.value_T.detach(), [-2.0, -0.5, -1.0])
+    close(out.stats["pg_loss"], [-2.0, -0.5, -1.0])
+    close(grad, [-2.0, -0.5, -1.0])
+    close(out.stats["tis"], [3.0, 0.5, 1.0])
+    close(out.stats["tis_clipfrac"], [1.0, 0.0, 0.0])
+
+
+def test_an_absurd_ratio_stays_finite():
+    weights, stats = Mismatch(high=2.0).weights(
+        torch.tensor([500.0]), torch.tensor([0.0]), one_sequence
+    )
+    close(weights, [2.0])
+    assert stats["tis"].isfinite().all()
+
+
+def test_opsm_drops_bad_tokens_of_sequences_that_the_policy_has_left():
+    # drifts: mean of 0.3 and -0.1 = 0.1; 0.2
+    old = torch.tensor([0.3, -0.1, 0.2])
+    adv = torch.tensor([-1.0, 1.0, -1.0])
+    assert stale_and_bad(torch.zeros(3), old, adv, sequence_sum, delta=0.15).tolist() == [
+        False,
+        False,
+        True,
+    ]
+    out, grad = run(PolicyObjective(opsm_delta=0.05), [-0.3, 0.1, -0.2], adv=(-1.0, 1.0, -1.0))
+    close(out.stats["opsm_clipfrac"], [1.0, 0.0, 1.0])
+    close(grad, [0.0, -math.exp(0.1), 0.0])
+
+
+def test_the_unbiased_kls_gradient_is_the_ratio_times_the_log_ratio_to_the_reference():
+    logp = torch.tensor([0.5]).log().requires_grad_()
+    quarter = torch.tensor([0.25]).log()
+    kl = unbiased_kl(logp, quarter, quarter, "k3")
+    close(kl.detach(), [2 * (0.5 - 1 + math.log(2))])
+    kl.sum().backward()
+    close(logp.grad, [2 * math.log(2)])
+
+
+def test_the_objective_takes_the_unbiased_kl():
+    objective = PolicyObjective(kl_coef=1.0, kl_type="k1", unbiased_kl=True)
+    out, _ = run(objective, [math.log(2), 0.0, 0.0], adv=(0.0,) * 3, ref_logp_T=torch.ones(3))
+    close(out.value_T.detach(), [2 * (math.log(2) - 1), -1.0, -1.0])
+
+
+def reinforce(args, logp_T, *, adv_T, **known):
+    return -adv_T * logp_T, {"seen": logp_T * args}
+
+
+def test_a_users_loss_takes_the_place_of_the_objective():
+    out, grad = run(user_loss(TrainingHooks(args=2, loss=reinforce)), [-1.0, -2.0, -3.0])
+    close(grad, [-1.0, -1.0, -1.0])
+    close(out.stats["seen"], [-2.0, -4.0, -6.0])
+    assert not out.stats["seen"].requires_grad
+
+
+@pytest.mark.parametrize(
+    "made", [lambda x: x.sum(), lambda x: (x.sum(), {}), lambda x: (x, {"a": 1})]
+)
+def test_a_users_loss_that_is_reduced_is_refused(made):
+    objective = user_loss(TrainingHooks(loss=lambda args, logp_T, **known: made(logp_T)))
+    with pytest.raises(PluginError, match="--custom-loss-function-path"):
+        run(objective, [0.0, 0.0, 0.0])
+
+
+def test_a_users_correction_sees_both_policies():
+    def halve(args, *, pg_loss, train_log_probs, rollout_log_probs, sequence_sum):
+        return pg_loss / 2, {"apart": train_log_probs - rollout_log_probs}
+
+    hooks = TrainingHooks(correct=halve)
+    objective = PolicyObjective(correct=user_correction(hooks))
+    out, grad = run(objective, [0.0, 0.0, 0.0], rollout_logp_T=torch.ones(3))
+    close(grad, [-0.5, -0.5, -0.5])
+    close(out.stats["apart"], [-1.0, -1.0, -1.0])
+
+
+def test_a_users_advantages_must_fit_the_responses():
+    class Two:
+        response_length = 2
+
+    hooks = TrainingHooks(advantage=lambda args, sequences, old, ref: [torch.ones(3)])
+    with pytest.raises(PluginError, match=r"shapes \[\(3,\)\]; expected \[\(2,\)\]"):
+        user_advantages(hooks, [Two()], [torch.zeros(2)], None)
+
+
+def test_the_flags_offer_what_there_is():
+    flags = flags_in(AlgorithmConfig)
+    assert flags["tis_level"].choices == LEVELS
+    assert flags["tis_mode"].choices == MODES
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"unbiased_kl": True},
+        {"use_tis": True, "use_rollout_logprobs": True},
+        {"use_tis": True, "tis_clip_low": 3.0},
+        {"tis_mode": "mask"},
+        {"advantage_estimator": "dr_grpo", "per_token_loss": True},
+        {"advantage_estimator": "dr_grpo", "custom_reducer_path": "a.b"},
+        {"overlong_penalty": 2.0},
+        {"custom_loss_path": "a.b", "loss_type": "sft_loss"},
+        {"custom_loss_path": "a.b", "use_tis": True},
+        {"custom_advantage_path": "a.b", "kl_coef": 0.1},
+        {"custom_tis_path": "a.b"},
+        {"ref_update_interval": 2},
+    ],
+    ids=str,
+)
+def test_flags_that_cannot_act_together_are_refused(asked):
+    with pytest.raises(ConfigError):
+        AlgorithmConfig(**asked)

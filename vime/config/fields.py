@@ -8,6 +8,8 @@ from typing import Any
 
 from vime.errors import ConfigError
 
+Path = str  # as given on the command line
+
 
 @dataclass(frozen=True, slots=True)
 class Flag:

@@ -1,0 +1,201 @@
+"""The algorithm: estimator, loss, reference, corrections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vime.config.fields import Section, flag
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlgorithmConfig(Section):
+    loss_type: str = flag("--loss-type", default="policy_loss", choices=("policy_loss", "sft_loss"))
+    advantage_estimator: str = flag(
+        "--advantage-estimator",
+        default="grpo",
+        choices=(
+            "grpo",
+            "gspo",
+            "cispo",
+            "dr_grpo",
+            "rloo",
+            "reinforce_plus_plus",
+            "reinforce_plus_plus_baseline",
+        ),
+    )
+    use_kl_loss: bool = flag(
+        "--use-kl-loss", "KL to the reference model as a loss; also logs it", default=False
+    )
+    kl_loss_coef: float = flag("--kl-loss-coef", default=0.0, at_least=0)
+    kl_loss_type: str = flag(
+        "--kl-loss-type", default="k1", choices=("k1", "k2", "k3", "low_var_kl")
+    )
+    unbiased_kl: bool = flag(
+        "--use-unbiased-kl", "the KL loss times the ratio of new and old policy", default=False
+    )
+    kl_coef: float = flag(
+        "--kl-coef", "KL to the reference model as a penalty on the reward", default=0.0, at_least=0
+    )
+    entropy_coef: float = flag("--entropy-coef", default=0.0)
+    clip_low: float = flag("--eps-clip", default=0.2, at_least=0)
+    clip_high_asked: float | None = flag(
+        "--eps-clip-high", "default: --eps-clip", default=None, at_least=0
+    )
+    dual_clip: float | None = flag(
+        "--eps-clip-c", "dual clip's constant, above 1", default=None, above=1
+    )
+    gamma: float = flag("--gamma", default=1.0, at_least=0, at_most=1)
+    per_token_loss: bool = flag(
+        "--calculate-per-token-loss",
+        "mean over the step's tokens, not over samples of token means",
+        default=False,
+    )
+    normalize_advantages: bool = flag(
+        "--normalize-advantages", "whiten over the step", default=False
+    )
+    grpo_std: bool = flag(
+        "--grpo-std-normalization", default=True, negated="--disable-grpo-std-normalization"
+    )
+    normalize_rewards: bool = flag(
+        "--rewards-normalization", default=True, negated="--disable-rewards-normalization"
+    )
+    overlong_buffer_len: int | None = flag(
+        "--overlong-buffer-len",
+        "a response that enters the last so many tokens of --rollout-max-response-len loses reward, linearly (DAPO)",
+        default=None,
+        at_least=1,
+    )
+    overlong_penalty: float = flag(
+        "--overlong-penalty-factor", "what a response of full length loses", default=1.0, above=0
+    )
+    use_rollout_logprobs: bool = flag(
+        "--use-rollout-logprobs",
+        "the old policy is the engine's: the ratio starts from the log-probabilities that sampling returned",
+        default=False,
+    )
+    use_tis: bool = flag(
+        "--use-tis",
+        "weigh each token's loss by trainer's over engine's probability (truncated importance sampling)",
+        default=False,
+    )
+    tis_clip: float = flag("--tis-clip", "largest weight", default=2.0, above=0)
+    tis_clip_low: float = flag("--tis-clip-low", "smallest weight", default=0.0, at_least=0)
+    tis_level: str = flag(
+        "--tis-level",
+        "the weight is of a token, of its sequence (product), or geometric (the sequence's mean)",
+        default="token",
+        choices=("token", "sequence", "geometric"),
+    )
+    tis_mode: str = flag(
+        "--tis-mode",
+        "beyond the bounds: clip to them, or mask (on tokens: IcePop)",
+        default="clip",
+        choices=("clip", "mask"),
+    )
+    custom_tis_path: str | None = flag(
+        "--custom-tis-function-path",
+        "f(args, *, pg_loss, train_log_probs, rollout_log_probs, sequence_sum) -> (pg_loss, stats), in place of the --tis-* weights",
+        default=None,
+    )
+    custom_loss_path: str | None = flag(
+        "--custom-loss-function-path",
+        "f(args, logp_T, *, ...) -> (loss per token, stats), in place of the whole policy loss",
+        default=None,
+    )
+    custom_advantage_path: str | None = flag(
+        "--custom-advantage-function-path",
+        "f(args, sequences, old_logp, ref_logp) -> an advantage per token, in place of the estimator's",
+        default=None,
+    )
+    custom_reducer_path: str | None = flag(
+        "--custom-pg-loss-reducer-function-path",
+        "f(args, loss_masks, per_token) -> each token's weight in its step's loss",
+        default=None,
+    )
+    ref_update_interval: int | None = flag(
+        "--ref-update-interval",
+        "the reference becomes the actor after every so many rollouts (default: never)",
+        default=None,
+        at_least=1,
+    )
+    use_opsm: bool = flag(
+        "--use-opsm",
+        "no loss on sequences with a negative advantage that the policy has left",
+        default=False,
+    )
+    opsm_delta: float = flag(
+        "--opsm-delta",
+        "left: the mean of old - new log-probability is above this",
+        default=1e-4,
+        at_least=0,
+    )
+    mismatch_metrics: bool = flag(
+        "--get-mismatch-metrics",
+        "train/mismatch_*: how far trainer and engine are apart",
+        default=False,
+    )
+    seed: int = flag("--seed", default=1234)
+
+    @property
+    def needs_rollout_logp(self) -> str | None:
+        """The flag that cannot do without the engine's log-probabilities, if any."""
+        if self.loss_type != "policy_loss":
+            return None
+        asked = {
+            "--use-rollout-logprobs": self.use_rollout_logprobs,
+            "--use-tis": self.use_tis,
+            "--get-mismatch-metrics": self.mismatch_metrics,
+        }
+        return next((name for name, wanted in asked.items() if wanted), None)
+
+    @property
+    def clip_high(self) -> float:
+        return self.clip_low if self.clip_high_asked is None else self.clip_high_asked
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss_type == "policy_loss" and (self.use_kl_loss or self.kl_coef != 0.0)
+
+    def problems(self) -> Iterator[str]:
+        if self.kl_coef and self.kl_loss_coef:
+            yield (
+                f"--kl-coef {self.kl_coef} and --kl-loss-coef {self.kl_loss_coef} exclude each other: "
+                "the first is a penalty on the reward, the second a loss. Set one to 0."
+            )
+        if self.kl_loss_coef and not self.use_kl_loss:
+            yield f"--kl-loss-coef {self.kl_loss_coef} has no effect without --use-kl-loss. Add that, or set the coefficient to 0."
+        if self.unbiased_kl and not self.use_kl_loss:
+            yield "--use-unbiased-kl has no effect without --use-kl-loss. Add that, or leave it out."
+        if self.use_tis and self.use_rollout_logprobs:
+            yield "--use-tis weighs by the trainer's over the engine's old policy, and --use-rollout-logprobs makes them one. Drop one of the two."
+        if self.tis_clip_low > self.tis_clip:
+            yield f"--tis-clip-low {self.tis_clip_low} is above --tis-clip {self.tis_clip}. Lower it."
+        if not self.use_tis and (
+            self.tis_clip,
+            self.tis_clip_low,
+            self.tis_level,
+            self.tis_mode,
+        ) != (2.0, 0.0, "token", "clip"):
+            yield f"--tis-clip {self.tis_clip}, --tis-clip-low {self.tis_clip_low}, --tis-level {self.tis_level}, --tis-mode {self.tis_mode} have no effect without --use-tis. Add that, or leave them out."
+        if self.advantage_estimator == "dr_grpo" and self.per_token_loss:
+            yield "--calculate-per-token-loss divides by the response tokens, and --advantage-estimator dr_grpo by a constant. Drop one of the two."
+        hooks = {
+            "--custom-loss-function-path": self.custom_loss_path,
+            "--custom-advantage-function-path": self.custom_advantage_path,
+        }
+        for name, path in hooks.items():
+            if path is not None and self.loss_type != "policy_loss":
+                yield f"{name} {path} has no part in --loss-type {self.loss_type}. Leave out one of the two."
+        if self.custom_loss_path is not None and (self.use_tis or self.use_opsm):
+            yield f"--custom-loss-function-path {self.custom_loss_path} takes the place of --use-tis and --use-opsm. Drop them, or the function."
+        if self.custom_advantage_path is not None and self.kl_coef:
+            yield f"--custom-advantage-function-path {self.custom_advantage_path} takes the place of --kl-coef {self.kl_coef}. Drop one of the two; the function is given both log-probabilities."
+        if self.custom_tis_path is not None and not self.use_tis:
+            yield f"--custom-tis-function-path {self.custom_tis_path} has no effect without --use-tis. Add that, or leave it out."
+        if self.custom_reducer_path is not None and self.advantage_estimator == "dr_grpo":
+            yield f"--custom-pg-loss-reducer-function-path {self.custom_reducer_path} and --advantage-estimator dr_grpo both set the weights. Drop one of the two."
+        if self.ref_update_interval is not None and not self.needs_reference:
+            yield f"--ref-update-interval {self.ref_update_interval} has no reference to update. Add --use-kl-loss or --kl-coef, or leave it out."
+        if self.overlong_buffer_len is None and self.overlong_penalty != 1.0:
+            yield f"--overlong-penalty-factor {self.overlong_penalty} has no effect without --overlong-buffer-len. Add that, or leave it out."

@@ -1,0 +1,130 @@
+"""The model, its checkpoints and its optimizer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from vime.config.fields import Path, Section, flag
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig(Section):
+    """Which model. The architecture is read from `config.json`; MODEL_ARGS are compared with it."""
+
+    hf_checkpoint: Path = flag(
+        "--hf-checkpoint", "HF folder: config, tokenizer, weights; vLLM starts from it"
+    )
+    override: bool = flag(
+        "--override-model-config", "let MODEL_ARGS win over config.json", default=False
+    )
+    args: dict[str, Any] = field(
+        default_factory=dict
+    )  # MODEL_ARGS as given: {Megatron flag dest: value}
+    dtype: str = flag(
+        "--dtype",
+        "float32 or bfloat16, for trainer and engines (default: bfloat16 on CUDA, float32 on CPU)",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig(Section):
+    load: Path | None = flag(
+        "--load", "checkpoint of the actor to continue; empty or missing: --ref-load", default=None
+    )
+    ref_load: Path | None = flag(
+        "--ref-load", "checkpoint of the reference model, and where a new run starts", default=None
+    )
+    save: Path | None = flag("--save", "where checkpoints go", default=None)
+    save_interval: int | None = flag(
+        "--save-interval", "save every so many rollouts", default=None, at_least=1
+    )
+    save_hf: str | None = flag(
+        "--save-hf", "also export HF folders: 'dir/{rollout_id}'", default=None
+    )
+    keep_last: int | None = flag(
+        "--keep-last",
+        "keep so many checkpoints under --save and delete older ones (default: all)",
+        default=None,
+        at_least=1,
+    )
+    save_optim: bool = flag(
+        "--save-optim", "save the optimizer state", default=True, negated="--no-save-optim"
+    )
+    load_optim: bool = flag("--load-optim", default=True, negated="--no-load-optim")
+    ckpt_step: int | None = flag(
+        "--ckpt-step", "load this iteration, not the latest", default=None, at_least=0
+    )
+    ref_ckpt_step: int | None = flag("--ref-ckpt-step", default=None, at_least=0)
+
+    def problems(self) -> Iterator[str]:
+        if self.save_interval is not None and self.save is None and self.save_hf is None:
+            yield f"--save-interval {self.save_interval} has nowhere to save. Add --save FOLDER."
+        if self.save_hf is not None and "{rollout_id}" not in self.save_hf:
+            yield f"--save-hf {self.save_hf} would write every export to one folder. Put {{rollout_id}} into the name."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig(Section):
+    optimizer: str = flag("--optimizer", default="adam", choices=("adam", "sgd"))
+    lr: float = flag("--lr", "peak learning rate", default=1e-6, at_least=0)
+    min_lr: float = flag("--min-lr", default=0.0, at_least=0)
+    lr_decay_style: str = flag(
+        "--lr-decay-style",
+        default="constant",
+        choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
+    )
+    lr_decay_iters: int | None = flag(
+        "--lr-decay-iters", "steps of the decay (default: the whole run)", default=None, at_least=1
+    )
+    lr_warmup_iters: int = flag(
+        "--lr-warmup-iters", "optimizer steps of linear warm-up", default=0, at_least=0
+    )
+    lr_warmup_fraction: float | None = flag(
+        "--lr-warmup-fraction", default=None, at_least=0, at_most=1
+    )
+    weight_decay: float = flag("--weight-decay", default=0.01, at_least=0)
+    beta1: float = flag("--adam-beta1", default=0.9, at_least=0, at_most=1)
+    beta2: float = flag("--adam-beta2", default=0.999, at_least=0, at_most=1)
+    eps: float = flag("--adam-eps", default=1e-8, above=0)
+    clip_grad: float = flag(
+        "--clip-grad", "largest gradient norm; 0 = no clipping", default=1.0, at_least=0
+    )
+    accumulate_fp32: bool = flag(
+        "--accumulate-allreduce-grads-in-fp32",
+        default=True,
+        negated="--no-accumulate-allreduce-grads-in-fp32",
+    )
+    freeze_names: list | None = flag(
+        "--freeze-params-name-list",
+        "regular expressions: weights whose Megatron name has a match do not train",
+        default=None,
+        nargs="+",
+    )
+    train_names: list | None = flag(
+        "--only-train-params-name-list",
+        "regular expressions: only weights whose Megatron name has a match train",
+        default=None,
+        nargs="+",
+    )
+
+    def problems(self) -> Iterator[str]:
+        if self.min_lr > self.lr:
+            yield f"--min-lr {self.min_lr} is above --lr {self.lr}. Lower it."
+        if self.lr_warmup_fraction is not None and self.lr_warmup_iters:
+            yield f"--lr-warmup-fraction {self.lr_warmup_fraction} and --lr-warmup-iters {self.lr_warmup_iters} both set the warm-up. Give one."
+        if self.freeze_names and self.train_names:
+            yield f"--freeze-params-name-list {' '.join(self.freeze_names)} and --only-train-params-name-list {' '.join(self.train_names)} exclude each other. Give one."
+        for name, patterns in (
+            ("--freeze-params-name-list", self.freeze_names),
+            ("--only-train-params-name-list", self.train_names),
+        ):
+            for pattern in patterns or []:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    yield f"{name} {pattern} is not a regular expression ({error}). Correct it."

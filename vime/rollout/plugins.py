@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -139,8 +139,13 @@ def hooks_in(cfg: Config) -> list[tuple[str, str, Hook]]:
 
 def check_hooks(cfg: Config) -> list[str]:
     """Every function named by a path flag loads and can be called as vime calls it."""
+    return check_named(hooks_in(cfg))
+
+
+def check_named(named: Iterable[tuple[str, str, Hook]]) -> list[str]:
+    """One problem for each (flag, path, hook) that does not load or cannot be called."""
     problems = []
-    for flag, path, hook in hooks_in(cfg):
+    for flag, path, hook in named:
         try:
             check_methods(path, load_function(path, hook), hook)
         except PluginError as error:

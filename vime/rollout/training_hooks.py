@@ -5,8 +5,7 @@ from __future__ import annotations
 from vime.algorithms.hooks import TrainingHooks
 from vime.config import Config
 from vime.config.view import ArgsView
-from vime.errors import PluginError
-from vime.rollout.plugins import Hook, load_function
+from vime.rollout.plugins import Hook, check_named, load_function
 
 LOSS = Hook(
     "f(args, logp_T, *, old_logp_T, adv_T, entropy_T, ref_logp_T, rollout_logp_T, sequence_sum) "
@@ -26,13 +25,7 @@ REDUCER = Hook("f(args, loss_masks, per_token) -> list of weights [R]", 3)
 
 def check_training_hooks(cfg: Config) -> list[str]:
     """Every function loads and can be called as vime calls it."""
-    problems = []
-    for flag, path, hook in _named(cfg):
-        try:
-            load_function(path, hook)
-        except PluginError as error:
-            problems.append(f"{flag} {error}")
-    return problems
+    return check_named(_named(cfg))
 
 
 def training_hooks(cfg: Config) -> TrainingHooks:

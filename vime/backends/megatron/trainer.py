@@ -201,8 +201,7 @@ class MegatronTrainer:
         weight = figures.pop("weight", 0.0)
         metrics = {"train/loss": figures.pop("loss", 0.0)}
         metrics |= {f"train/{name}": total / weight for name, total in figures.items() if weight}
-        where = f"rollout {batch.rollout_id}, step {step_id} ({_samples_of(batch, plan)})"
-        norm = self._update(metrics["train/loss"], where)
+        norm = self._update(metrics["train/loss"], batch, step_id)
         if norm is None:
             return {"train/skipped_steps": 1.0}
         return {
@@ -212,12 +211,14 @@ class MegatronTrainer:
             "train/skipped_steps": 0.0,
         }
 
-    def _update(self, loss: float, where: str) -> float | None:
+    def _update(self, loss: float, batch: TrainBatch, step_id: int) -> float | None:
         """The optimizer's step. Returns the gradient norm, or None where the step was skipped."""
         overflow = self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if overflow or not (math.isfinite(loss) and math.isfinite(norm)):
             self.skipped_in_a_row += 1
+            samples = _samples_of(batch, batch.steps[step_id])
+            where = f"rollout {batch.rollout_id}, step {step_id} ({samples})"
             problem = f"{where}: loss {loss}, gradient norm {norm}"
             logging.getLogger(__name__).warning("skipped the optimizer step of %s", problem)
             if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:

@@ -42,6 +42,11 @@ def follow_guard() -> None:
     Ray ends a lost actor's direct children by SIGKILL, which would take the guard alone.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with_parent()
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process as soon as the one that started it is gone."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -6,9 +6,9 @@ and the rest happens only in servers that `VLLMEngine` started, which `SERVED_BY
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
+
+from vime.backends.vllm.guard import die_with_parent
 
 SERVED_BY_VIME = "VIME_ENGINE"  # set in the environment of the servers that vime starts
 FORK_ENGINE_CORE = "VIME_FORK_ENGINE_CORE"  # CPU, one worker: fork EngineCore instead of spawning
@@ -19,8 +19,6 @@ TRANSFER_ENGINES = {
     "vime_gloo": "GlooEngine",
     "vime_nccl": "NcclEngine",
 }
-
-PR_SET_PDEATHSIG = 1
 
 
 def register() -> None:
@@ -39,11 +37,6 @@ def register() -> None:
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
         keep_seeds_of_split_prompts(CPUModelRunner)
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this process as soon as the one that started it is gone."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def fork_engine_core() -> None:

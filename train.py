@@ -13,9 +13,10 @@ def train(cfg: Config) -> None:
             run.evaluate(run.start_step)
         for step in run.steps():
             batch = run.generate(step)
-            run.train(batch)
-            if run.due(cfg.checkpoint.save_interval, step):
-                run.save(step)
+            with run.gpus_for_training():
+                run.train(batch)
+                if run.due(cfg.checkpoint.save_interval, step):
+                    run.save(step)
             run.sync_weights(version=step + 1)
             if run.due(cfg.eval.interval, step):
                 run.evaluate(step)

@@ -70,7 +70,7 @@ def test_an_engine_samples_with_its_own_seed_in_the_trainers_type(folder):
     [
         (True, platform.CPU, "vime_shm"),
         (False, platform.CPU, "vime_gloo"),
-        (True, platform.CUDA, "ipc"),
+        (True, platform.CUDA, "vime_ipc"),
         (False, platform.CUDA, "vime_nccl"),
     ],
 )

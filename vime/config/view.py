@@ -104,6 +104,10 @@ def resolved(cfg: Config) -> dict[str, Any]:
             values[name] = values[source]
     steps = cfg.batch.steps_per_rollout
     return values | {
+        "offload_train": cfg.cluster.offload_train,
+        "no_offload_train": not cfg.cluster.offload_train,
+        "offload_rollout": cfg.cluster.offload_rollout,
+        "no_offload_rollout": not cfg.cluster.offload_rollout,
         "rollout_num_gpus": cfg.cluster.rollout_gpus,
         "rollout_num_engines": cfg.cluster.num_engines,
         "num_steps_per_rollout": steps,

@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from vime.backends.vllm.client import EngineClient
 from vime.backends.vllm.engine import VLLMEngine
 from vime.backends.vllm.router import Router
 from vime.config import Config
@@ -43,6 +44,7 @@ class RolloutManager:
             self.router = Router(self.cfg)
             host, port = self.router.start(urls).removeprefix("http://").rsplit(":", 1)
             runtime |= {"vllm_router_ip": host, "vllm_router_port": int(port)}
+        self.runtime = runtime
         self.args = ArgsView(self.cfg, **runtime)
         self.data_source = load_function(self.cfg.data.data_source_path)(self.args)
         self.rollout_fn = load_function(self.cfg.rollout.function_path)
@@ -72,8 +74,9 @@ class RolloutManager:
     def generate(self, rollout_id: int) -> tuple[TrainBatch, dict[str, float]]:
         """One rollout, batched for the trainer, and its metrics."""
         started = time.perf_counter()
+        args = self._args_now()
         with stacks_if_longer_than(self.cfg.engine.request_timeout_s):
-            output = self.rollout_fn(self.args, rollout_id, self.data_source)
+            output = self.rollout_fn(args, rollout_id, self.data_source)
         if not isinstance(output, RolloutFnTrainOutput):
             output = RolloutFnTrainOutput(output)
         rollout_s = time.perf_counter() - started
@@ -92,12 +95,20 @@ class RolloutManager:
         }
         return batch, rollout_metrics(self.args, output.samples, rollout_id, metrics, rollout_s)
 
+    def _args_now(self) -> ArgsView:
+        """`args`, with the engines' weight version where their answers do not name it."""
+        urls = self.runtime.get("vllm_engine_urls")
+        client = EngineClient(urls[0], who="the rollout manager") if urls else None
+        if client is None or client.dialect.names_weights:
+            return self.args
+        return ArgsView(self.cfg, **self.runtime, weight_version=client.weight_versions()[0])
+
     def evaluate(self, rollout_id: int) -> dict[str, float]:
         """Runs the evaluation function; its metrics are named eval/{dataset}..."""
         started = time.perf_counter()
         with stacks_if_longer_than(self.cfg.engine.request_timeout_s):
             output: RolloutFnEvalOutput = self.eval_fn(
-                self.args, rollout_id, self.data_source, evaluation=True
+                self._args_now(), rollout_id, self.data_source, evaluation=True
             )
         eval_s = time.perf_counter() - started
         if path := self.cfg.debug.save_rollout_data:

@@ -13,12 +13,14 @@ from typing import Any
 
 import ray
 
+from vime.backends.vllm.client import EngineClient
 from vime.config import Config
 from vime.errors import ConfigError
 from vime.observe import RunLog, Timers
 from vime.platform import current
 from vime.ray.placement_group import Placement, local_slots, place
 from vime.ray.rollout import RolloutManager
+from vime.ray.sharing import SharedGpus
 from vime.ray.trainer import TrainerGroup
 from vime.ray.wait import wait
 
@@ -43,23 +45,29 @@ class Run:
         self.timers = Timers()
         self.trainer = None if cfg.debug.rollout_only else TrainerGroup(cfg, placement)
         self.manager = ray.remote(RolloutManager).options(num_cpus=0).remote(cfg)
-        # Engines and trainer start at the same time: each takes the better part of a minute.
-        starting = self.trainer.begin_start() if self.trainer else []
-        engines = None if cfg.debug.no_engines else placement
-        urls = self.manager.start.remote(engines)
+        on_gpus = current().is_cuda and self.trainer is not None and not cfg.debug.no_engines
+        self.gpus = SharedGpus(cfg, self._train, self.timers, on_gpus=on_gpus)
+        engines = self.manager.start.remote(None if cfg.debug.no_engines else placement)
+        if self.gpus.engines_yield:
+            self._engines_started(engines)
+        # Else engines and trainer start at the same time: each takes the better part of a minute.
+        self.start_step = cfg.batch.start_rollout_id or 0
         if self.trainer:
-            self.start_step = self.trainer.finish_start(starting)
-        else:
-            self.start_step = cfg.batch.start_rollout_id or 0
-        self.engine_urls = self._ask(
-            urls, "engines and router to start", cfg.engine.start_timeout_s
-        )
+            self.start_step = self.trainer.finish_start(self.trainer.begin_start())
+            self.gpus.trainer_started()
+        if not self.gpus.engines_yield:
+            self._engines_started(engines)
         if self.start_step > 0 and self.trainer:
             self._ask(self.manager.load.remote(self.start_step - 1), "the data state to be loaded")
         self.num_rollouts = self._num_rollouts()
         if self.engine_urls and self.trainer:
             timeout_s = cfg.engine.weight_transfer_timeout_s
             self._train("connect_engines", self.engine_urls, timeout_s=timeout_s)
+
+    def _engines_started(self, urls: ray.ObjectRef) -> None:
+        timeout_s = self.cfg.engine.start_timeout_s
+        self.engine_urls = self._ask(urls, "engines and router to start", timeout_s)
+        self.gpus.engines_started([EngineClient(u, who="the run") for u in self.engine_urls])
 
     def _ask(self, ref: ray.ObjectRef, what: str, timeout_s: float | None = None) -> Any:
         return wait(ref, what=what, timeout_s=timeout_s or self.cfg.engine.request_timeout_s)
@@ -112,6 +120,12 @@ class Run:
         self.log.phase("generate")
         return self.finish(self.start_generating(step))
 
+    @contextmanager
+    def gpus_for_training(self) -> Iterator[None]:
+        """Under --colocate the engines give up their memory inside; else nothing happens."""
+        with self.gpus.for_training():
+            yield
+
     def train(self, generation: Generation) -> None:
         """All optimizer steps of one rollout."""
         self.log.phase("train")
@@ -128,7 +142,8 @@ class Run:
             return
         self.log.phase("sync weights")
         timeout_s = self.cfg.engine.weight_transfer_timeout_s + 30
-        self.metrics |= self._train("update_weights", version, timeout_s=timeout_s)
+        with self.gpus.for_weight_update():
+            self.metrics |= self._train("update_weights", version, timeout_s=timeout_s)
 
     def evaluate(self, step: int) -> None:
         self.log.phase("evaluate")

@@ -81,12 +81,17 @@ class WeightSender:
             for bucket in stream:
                 if self.transport.every_rank_sends:
                     self.transport.send(bucket)
+            if self.transport.every_rank_sends:
+                self.transport.flush()
             return SyncReport(version=version)
         try:
             return self._send(stream, version)
-        finally:
-            for _ in stream:  # after a failure: the other ranks are still exporting
-                pass
+        except BaseException:  # the other ranks are still exporting and sending
+            for _ in stream:
+                self.transport.skip()
+            with contextlib.suppress(EngineError):
+                self.transport.flush()
+            raise
 
     def _send(self, stream: Iterable[list[wire.Named]], version: int) -> SyncReport:
         clock = PhaseClock()
@@ -107,6 +112,7 @@ class WeightSender:
                         num_buckets += 1
                         if self.compare_checksums:
                             self.checksums |= {n: wire.checksum(t) for n, t in bucket}
+                    self.transport.flush()
                 with clock.phase("finish"):
                     self._all(lambda c: c.finish_weight_update(), "end of the weight update")
                     self._acknowledge(version)

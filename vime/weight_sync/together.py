@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from vime.errors import EngineError
@@ -41,3 +42,28 @@ def run_together(calls: Sequence[Callable[[], Any]], timeout_s: float, what: str
             raise error
         results[i] = result
     return results
+
+
+class InFlight:
+    """At most one call under way, so that the next bucket is gathered while this one travels."""
+
+    def __init__(self) -> None:
+        self._future: Future | None = None
+
+    def start(self, call: Callable[[], Any], name: str) -> None:
+        assert self._future is None, "wait comes before the next start"
+        self._future = future = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True, name=name).start()
+
+    def wait(self) -> None:
+        """Until nothing is under way. Raises what the call raised, which has its own deadline."""
+        future, self._future = self._future, None
+        if future is not None:
+            future.result()

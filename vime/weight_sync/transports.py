@@ -1,14 +1,12 @@
 """How one bucket of weights reaches every engine.
 
-Each transport has its counterpart in the engines: `backends/vllm/plugin_transfer.py`, and vLLM's
-own "ipc". `ranks` says which trainer ranks must call `send`: rank 0 alone, or all of them.
+Each transport has its counterpart in the engines: `backends/vllm/plugin_transfer.py`.
+`every_rank_sends` says which trainer ranks must call `send` and `flush`: all, or rank 0 alone.
 """
 
 from __future__ import annotations
 
-import base64
 import os
-import pickle
 import socket
 import tempfile
 from collections import ChainMap
@@ -21,8 +19,8 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from vime.weight_sync import wire
-from vime.weight_sync.together import run_together
+from vime.weight_sync import cuda_ipc, wire
+from vime.weight_sync.together import InFlight, run_together
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -41,8 +39,45 @@ class Transport(Protocol):
     every_rank_sends: bool
 
     def connect(self) -> None: ...
-    def send(self, bucket: list[wire.Named]) -> int: ...
+
+    def send(self, bucket: list[wire.Named]) -> int:
+        """May return before the engines have it: the caller may then gather the next bucket."""
+        ...
+
+    def skip(self) -> None:
+        """In place of `send`, for a bucket that no engine will get since the update has failed."""
+        ...
+
+    def flush(self) -> None:
+        """After the last bucket: returns when every engine has loaded every bucket. Safe twice."""
+        ...
+
     def close(self) -> None: ...
+
+
+class Slots:
+    """Two buffers in turn: one is filled while the engines read the other.
+
+    They live for one update only: on a shared GPU the engines' caches need the room.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.buffers: dict[int, torch.Tensor] = {}
+        self.turn = 0
+
+    def next(self, size: int) -> tuple[int, torch.Tensor, bool]:
+        """(slot, its buffer of at least `size` bytes, whether the buffer is a new one)."""
+        slot, self.turn = self.turn, 1 - self.turn
+        fresh = slot not in self.buffers or self.buffers[slot].numel() < size
+        if fresh:
+            self.buffers.pop(slot, None)  # before its successor takes as much again
+            self.buffers[slot] = torch.empty(size, dtype=torch.uint8, device=self.device)
+        return slot, self.buffers[slot], fresh
+
+    def clear(self) -> None:
+        self.buffers.clear()
+        self.turn = 0
 
 
 def update_all(clients: list[Client], info: dict[str, Any], timeout_s: float) -> None:
@@ -79,6 +114,12 @@ class SharedMemory:
             os.unlink(path)
         return size
 
+    def skip(self) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -100,6 +141,8 @@ class Broadcast:
         self.device = device
         self.group = None
         self.store = None
+        self.slots = Slots(device)
+        self.under_way = InFlight()
 
     def connect(self) -> None:
         """Engines answer only once all have joined, so everyone joins at the same time."""
@@ -132,70 +175,97 @@ class Broadcast:
         assert self.group is not None, "connect comes before send"
         entries = wire.entries_of(bucket)
         size = wire.size_of(entries)
-        packed = torch.empty(size, dtype=torch.uint8, device=self.device)
+        packed = self.slots.next(size)[1][:size]
         wire.pack(bucket, packed)
+        self.under_way.wait()
         calls = [lambda c=c: c.update_weights({"entries": entries}) for c in self.clients]
         calls.append(lambda: wire.broadcast(self.group, packed))
-        run_together(calls, self.timeout_s, f"weight broadcast over {self.backend}")
+        self.under_way.start(
+            lambda: run_together(calls, self.timeout_s, "weight update"), "weight bucket"
+        )
         return size
+
+    def skip(self) -> None:
+        pass
+
+    def flush(self) -> None:
+        try:
+            self.under_way.wait()
+        finally:
+            self.slots.clear()
 
     def close(self) -> None:
         self.group = self.store = None
 
 
 class CudaIpc:
-    """Colocated, on CUDA: vLLM's "ipc" backend maps each trainer rank's own copy of a tensor.
+    """Colocated, on CUDA: every trainer rank packs a bucket, and the worker on its GPU maps it.
 
-    Every rank offers handles for its GPU; rank 0 gathers them over `group` (gloo) and posts them.
-    Handles travel pickled: engines accept that on loopback only, with
-    VLLM_ALLOW_INSECURE_SERIALIZATION=1 in their environment.
+    Rank 0 gathers the ranks' handles over `group` (gloo) and posts them to the engines.
     """
 
     every_rank_sends = True
 
-    def __init__(self, clients: list[Client], timeout_s: float, rank: int, group=None) -> None:
+    def __init__(
+        self, clients: list[Client], timeout_s: float, rank: int, device: torch.device, group=None
+    ) -> None:
         self.clients = clients
         self.timeout_s = timeout_s
         self.rank = rank
         self.group = group
+        self.slots = Slots(device)
+        self.under_way = InFlight()
+        self.open = False  # between the first bucket of an update and its flush
 
     def connect(self) -> None:
         for client in self.clients:
             client.init_weight_transfer({})
 
     def send(self, bucket: list[wire.Named]) -> int:
-        from torch.multiprocessing.reductions import reduce_tensor
-
-        held = [(name, tensor.contiguous()) for name, tensor in bucket]
-        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        handles = [{uuid: reduce_tensor(tensor)[1]} for _, tensor in held]
-        torch.cuda.synchronize()
-        per_rank = self._gather(handles)
+        """A rank packs into a slot only after rank 0 has seen the engines done with it: rank 0
+        waits for the bucket before, then takes part in the gather that lets the others go on."""
+        self.open = True
+        entries = wire.entries_of(bucket)
+        size = wire.size_of(entries)
+        slot, buffer, fresh = self.slots.next(size)
+        wire.pack(bucket, buffer[:size])
+        torch.cuda.synchronize(self.slots.device)
+        mine = {cuda_ipc.gpu_uuid(self.slots.device): cuda_ipc.share(buffer)} if fresh else None
+        try:
+            self.under_way.wait()
+        finally:  # the other ranks take part in this gather, whatever an engine said
+            handles = self._gather(mine)
         if self.rank == 0:
-            merged = [dict(ChainMap(*of_one)) for of_one in zip(*per_rank, strict=True)]
-            entries = wire.entries_of(held)
-            info = {
-                "names": [e[0] for e in entries],
-                "dtype_names": [e[1] for e in entries],
-                "shapes": [e[2] for e in entries],
-                "ipc_handles_pickled": base64.b64encode(pickle.dumps(merged)).decode(),
-            }
-            update_all(self.clients, info, self.timeout_s)
-        self._barrier()  # nobody frees its copy before the engines have read it
-        return sum(tensor.numel() * tensor.element_size() for _, tensor in held)
+            info = {"entries": entries, "slot": slot, "handles": handles}
+            self.under_way.start(
+                lambda: update_all(self.clients, info, self.timeout_s), "weight bucket"
+            )
+        return size
 
-    def _gather(self, handles: list[dict]) -> list[list[dict]]:
+    def skip(self) -> None:
+        self.open = True
+        self._gather(None)
+
+    def flush(self) -> None:
+        if not self.open:
+            return
+        self.open = False
+        try:
+            self.under_way.wait()
+        finally:
+            self._gather(None)  # nobody frees a buffer before the engines have read it
+            self.slots.clear()
+
+    def _gather(self, mine: dict[str, cuda_ipc.Handle] | None) -> dict[str, cuda_ipc.Handle]:
+        """{GPU: handle} of every rank; ranks have new buffers at the same buckets."""
         if not dist.is_initialized() or dist.get_world_size(self.group) == 1:
-            return [handles]
+            return mine or {}
         gathered: list = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(gathered, handles, group=self.group)
-        return gathered
-
-    def _barrier(self) -> None:
-        if dist.is_initialized() and dist.get_world_size(self.group) > 1:
-            dist.barrier(group=self.group)
+        dist.all_gather_object(gathered, mine, group=self.group)
+        return dict(ChainMap(*[handles for handles in gathered if handles]))
 
     def close(self) -> None:
+        self.slots.clear()
         torch.cuda.ipc_collect()
 
 
@@ -220,5 +290,5 @@ def make_transport(
     if name == "shm":
         return SharedMemory(clients, timeout_s)
     if name == "ipc":
-        return CudaIpc(clients, timeout_s, rank, group)
+        return CudaIpc(clients, timeout_s, rank, device, group)
     return Broadcast(clients, timeout_s, name, device)

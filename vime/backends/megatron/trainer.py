@@ -19,6 +19,13 @@ from vime.algorithms.hooks import TrainingHooks, user_correction, user_loss
 from vime.algorithms.objective import PolicyObjective
 from vime.algorithms.off_policy import Mismatch
 from vime.algorithms.policy import TokenLoss
+from vime.backends.megatron.offload import (
+    Offload,
+    gradients_of,
+    leave_free,
+    optimizer_state_of,
+    weights_of,
+)
 from vime.backends.megatron.parallel import initialize_parallel, shutdown_parallel
 from vime.backends.megatron.reference import WeightCopy
 from vime.config import AlgorithmConfig, Config
@@ -59,11 +66,14 @@ class MegatronTrainer:
 
         self.cfg, self.rank = cfg, rank
         self.device = platform.current().device(local_rank)
+        if self.device.type == "cuda":
+            leave_free(cfg.cluster.train_memory_margin_bytes)
         self.temperature = cfg.rollout.temperature or 1.0
         if cfg.algorithm.loss_type == "sft_loss":
             self.temperature = 1.0
         self.mpu = mpu
         self.sender: Any = None
+        self.away = Offload()
         self.skipped_in_a_row = 0
         self.lr = 0.0  # of the latest step
 
@@ -239,6 +249,24 @@ class MegatronTrainer:
         if self.cfg.parallel.overlap_param_gather:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
+
+    # -- sharing a GPU -----------------------------------------------------------------------------
+
+    def offload(self, keep_weights: bool) -> None:
+        """Makes room for engines on the same GPU: all state, or all but the weights, moves out."""
+        self._wait_for_weights()
+        self.optimizer.zero_grad()
+        weights = list(weights_of(self.chunks))
+        state = optimizer_state_of(self.optimizer)
+        if keep_weights:
+            stay = {w.untyped_storage()._cdata for w in weights}
+            weights, state = [], (t for t in state if t.untyped_storage()._cdata not in stay)
+        self.away.leave([*weights, *state], dropped=gradients_of(self.chunks))
+
+    def onload(self) -> None:
+        """Takes the GPU back, up to --train-memory-margin-bytes."""
+        leave_free(self.cfg.cluster.train_memory_margin_bytes)
+        self.away.come_back()
 
     # -- weights -----------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ TRANSFER_ENGINES = {
     "vime_shm": "SharedMemoryEngine",
     "vime_gloo": "GlooEngine",
     "vime_nccl": "NcclEngine",
+    "vime_ipc": "CudaIpcEngine",
 }
 
 

@@ -19,7 +19,10 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from vime.weight_sync import wire
+from vime.weight_sync import cuda_ipc, wire
+
+# What vLLM leaves as it was loaded, on CUDA: such weights are written where they lie.
+PLAIN_METHODS = {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"}
 
 
 @dataclass
@@ -46,12 +49,26 @@ class SharedBucket(Bucket):
     path: str  # a file in shared memory that holds the packed bucket
 
 
+@dataclass
+class IpcBucket(Bucket):
+    slot: int
+    handles: dict[str, cuda_ipc.Handle]  # {GPU: handle} where the slot has a new buffer, else {}
+
+
 class ReloadingEngine(WeightTransferEngine):
-    """Start, any number of buckets, finish. A bucket that fails leaves the previous weights."""
+    """Start, any number of buckets, finish.
+
+    A bucket that fails leaves the previous weights, but for those written in place before it: the
+    trainer then marks the engine as broken, and the next update writes all of them.
+    """
+
+    in_place = False
 
     def start_weight_update(self) -> None:
         self.loaded: set[str] = set()
-        initialize_layerwise_reload(self.model)
+        self.in_place = self.device.type == "cuda" and keeps_plain_weights(self.model)
+        if not self.in_place:
+            initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict) -> None:
         try:
@@ -63,7 +80,7 @@ class ReloadingEngine(WeightTransferEngine):
             raise
 
     def load(self, packed: torch.Tensor, entries: list[wire.Entry]) -> None:
-        """`packed` must stay as it is: a layer keeps views of it until its last tensor came."""
+        """Not in place, `packed` must stay as it is: a layer keeps views until its last tensor."""
         self.loaded |= self.model.load_weights(wire.unpack(packed, entries)) or set()
 
     def finish_weight_update(self) -> None:
@@ -74,6 +91,8 @@ class ReloadingEngine(WeightTransferEngine):
             raise RuntimeError(f"this update left old weights in {sorted(missing)[:8]}")
 
     def _settle(self) -> None:
+        if self.in_place:
+            return
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             repack_for_cpu(self.model)
@@ -131,6 +150,52 @@ class GlooEngine(ReloadingEngine):
 
 class NcclEngine(GlooEngine):
     backend = "nccl"
+
+
+class CudaIpcEngine(ReloadingEngine):
+    """Maps buckets that the trainer's rank on this worker's GPU packed."""
+
+    init_info_cls = NothingToJoin
+    update_info_cls = IpcBucket
+
+    def init_transfer_engine(self, init_info: NothingToJoin) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        self.slots: dict[int, torch.Tensor] = {}
+        super().start_weight_update()
+
+    def receive_weights(self, update_info: IpcBucket) -> None:
+        if update_info.handles:
+            gpu = cuda_ipc.gpu_uuid(self.device)
+            if gpu not in update_info.handles:
+                there = ", ".join(update_info.handles)
+                raise RuntimeError(
+                    f"no trainer rank is on this worker's GPU {gpu}: {there} have one"
+                )
+            self.slots.pop(update_info.slot, None)
+            shared = cuda_ipc.open_shared(update_info.handles[gpu], self.device)
+            self.slots[update_info.slot] = shared
+        packed = self.slots[update_info.slot]
+        self.load(packed if self.in_place else packed.clone(), update_info.entries)
+
+    def finish_weight_update(self) -> None:
+        self.slots = {}  # the trainer frees its buffers once nobody maps them
+        super().finish_weight_update()
+
+
+def keeps_plain_weights(model: torch.nn.Module) -> bool:
+    """Whether loading can write each weight where it lies: nothing is packed, merged or quantized.
+
+    Experts may be packed and latent attention keeps products of its weights.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None and type(method).__name__ not in PLAIN_METHODS:
+            return False
+        if type(module).__name__.startswith("MLA"):
+            return False
+    return True
 
 
 def repack_for_cpu(model: torch.nn.Module) -> None:

@@ -23,7 +23,7 @@ MAX_NUM_SEQS = 256  # vLLM's own default for a server
 UNSTATED_POSITIONS = 2048  # of a config.json that does not say
 DEFAULT_CPU_KV_BYTES = (64 * MIB, 4 * GIB)  # at least, at most
 
-TRANSFER_BACKENDS = {"shm": "vime_shm", "gloo": "vime_gloo", "nccl": "vime_nccl", "ipc": "ipc"}
+TRANSFER_BACKENDS = {"shm": "vime_shm", "gloo": "vime_gloo", "nccl": "vime_nccl", "ipc": "vime_ipc"}
 
 
 def transport_name(cfg: Config, on: Platform | None = None) -> str:
@@ -56,7 +56,7 @@ def command(
     if (max_model_len := needed_model_len(cfg)) is not None:
         ours["max_model_len"] = max_model_len
     if on.is_cuda:
-        ours["enable_sleep_mode"] = cfg.cluster.colocate
+        ours["enable_sleep_mode"] = cfg.cluster.offload_rollout
     else:
         given.pop("gpu_memory_utilization", None)  # a share of GPU memory; see `cpu_notice`
         ours["enforce_eager"] = True
@@ -84,8 +84,6 @@ def environment(cfg: Config, slots: list[int], *, dialect: Dialect, on: Platform
     }
     if on.is_cuda:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))
-        if transport_name(cfg, on) == "ipc":
-            env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # CUDA handles travel pickled
         return env
     env["VLLM_CPU_CI_ENV"] = "1"  # no warm-up
     env["TORCHDYNAMO_DISABLE"] = "1"

@@ -31,6 +31,25 @@ class ClusterConfig(Section):
     )
     gpus_per_node: int = flag("--num-gpus-per-node", "GPUs that a node has", default=8, at_least=1)
     colocate: bool = flag("--colocate", "train and generate on the same GPUs", default=False)
+    offload: bool = flag("--offload", "--offload-train and --offload-rollout in one", default=False)
+    offload_train_asked: bool | None = flag(
+        "--offload-train",
+        "move the trainer's state to pinned memory while engines generate (default: under --colocate)",
+        default=None,
+        negated="--no-offload-train",
+    )
+    offload_rollout_asked: bool | None = flag(
+        "--offload-rollout",
+        "let engines give up their GPU memory while the trainer works (default: under --colocate)",
+        default=None,
+        negated="--no-offload-rollout",
+    )
+    train_memory_margin_bytes: int = flag(
+        "--train-memory-margin-bytes",
+        "GPU memory that the trainer leaves free for what allocates outside of it",
+        default=1 << 30,
+        at_least=0,
+    )
     cpu_slots: int | None = flag(
         "--cpu-slots",
         "stand-ins for GPUs on a machine without any (default: its cores)",
@@ -52,6 +71,14 @@ class ClusterConfig(Section):
         return self.rollout_gpus_asked
 
     @property
+    def offload_train(self) -> bool:
+        return self.colocate and self.offload_train_asked is not False
+
+    @property
+    def offload_rollout(self) -> bool:
+        return self.colocate and self.offload_rollout_asked is not False
+
+    @property
     def num_engines(self) -> int:
         return self.rollout_gpus // self.gpus_per_engine
 
@@ -65,6 +92,15 @@ class ClusterConfig(Section):
                 f"--rollout-num-gpus-per-engine {self.gpus_per_engine} does not divide the {self.rollout_gpus} GPUs that generate. "
                 f"Give a divisor of {self.rollout_gpus}, or change {'--actor-num-gpus-per-node' if self.colocate else '--rollout-num-gpus'}."
             )
+        for name, asked in (
+            ("--offload", self.offload),
+            ("--offload-train", self.offload_train_asked),
+            ("--offload-rollout", self.offload_rollout_asked),
+        ):
+            if asked and not self.colocate:
+                yield f"{name} makes room on GPUs that trainer and engines share, and they share none. Add --colocate, or leave it out."
+        if self.offload and False in (self.offload_train_asked, self.offload_rollout_asked):
+            yield "--offload asks for what --no-offload-train or --no-offload-rollout forbids. Leave one out."
         if self.actor_gpus_per_node > self.gpus_per_node:
             yield (
                 f"--actor-num-gpus-per-node {self.actor_gpus_per_node} is more than --num-gpus-per-node {self.gpus_per_node}. "

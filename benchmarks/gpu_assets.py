@@ -1,0 +1,67 @@
+"""A model with random weights in the shapes of a Qwen3, its tokenizer and prompts, for GPU figures.
+
+Random weights serve for speed, memory and exactness; they say nothing about learning. Ids past the
+small tokenizer's decode to nothing, so an answer's text is short whatever its length in tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+SHAPES = {  # hidden size, layers, query heads, MLP width; all have 8 key/value heads of 128
+    "0.6B": (1024, 28, 16, 3072),
+    "1.7B": (2048, 28, 16, 6144),
+    "4B": (2560, 36, 32, 9728),
+}
+NUM_PROMPTS = 512
+PROMPT_DIGITS = 144  # one token each; with the chat template about 150
+
+
+def write_model(folder: Path, shape: str, *, seed: int = 0) -> Path:
+    """An HF folder: config, bfloat16 weights drawn on the GPU where there is one, tokenizer."""
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from scripts.quickstart.model import make_tokenizer
+
+    hidden, layers, heads, width = SHAPES[shape]
+    tokenizer = make_tokenizer()
+    config = Qwen3Config(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=width,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        max_position_embeddings=40960,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="bfloat16",
+    )
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_prompts(path: Path, *, seed: int = 0) -> Path:
+    rng = random.Random(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as out:
+        for _ in range(NUM_PROMPTS):
+            question = "".join(rng.choice("0123456789") for _ in range(PROMPT_DIGITS))
+            line = {"prompt": [{"role": "user", "content": question}], "label": "0"}
+            out.write(json.dumps(line) + "\n")
+    return path

@@ -1,0 +1,170 @@
+"""A whole GRPO step on GPUs, by phase, in Qwen3 shapes with random weights; beside TRL if asked.
+
+    python benchmarks/gpu_step.py --shape 0.6B                         colocated, on one GPU
+    python benchmarks/gpu_step.py --shape 0.6B --peer                  and TRL on the same GPU
+    python benchmarks/gpu_step.py --shape 4B --layout decoupled        NCCL between two GPUs
+    python benchmarks/gpu_step.py --layout async                       train_async.py
+
+32 prompts x 8 samples a step, as train.py runs them with the flags below: engines behind the
+router, Megatron, live weight updates. Medians over the steps after the first two, quartiles as
+spread. The framework's share is what neither generation, log-probabilities, training nor weight
+update account for: sleeping, waking, moving state, batching, Ray, logging.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.cpu_step import spread  # noqa: E402
+from benchmarks.gpu_assets import write_model, write_prompts  # noqa: E402
+from vime.observe import read_metrics  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results"
+WARM_UP = 2  # steps that compile kernels and fill caches
+PHASES = {
+    "step": ("perf/step_time",),
+    "rollout": ("perf/rollout_time",),
+    "log_probs": ("perf/log_probs_time", "perf/ref_log_probs_time"),
+    "train": ("perf/actor_train_time",),
+    "weight_update": ("perf/update_weights_time",),
+    "sleep_wake": ("perf/sleep_time", "perf/wake_up_time"),
+    "offload_onload": ("perf/offload_time", "perf/onload_time"),
+    "batching": ("perf/batching_time",),
+}
+WORK = ("rollout", "log_probs", "train", "weight_update")
+MISMATCH = "train/train_rollout_logprob_abs_diff"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="0.6B", choices=("0.6B", "1.7B", "4B"))
+    parser.add_argument(
+        "--layout", default="colocated", choices=("colocated", "decoupled", "async")
+    )
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--response", type=int, default=1024)
+    parser.add_argument("--max-tokens", type=int, default=16384, help="of a micro-batch")
+    parser.add_argument("--peer", action="store_true", help="TRL on the same GPU, afterwards")
+    parser.add_argument("--work-dir", type=Path, default=Path("/tmp/vime-gpu-step"))
+    parser.add_argument("flags", nargs="*", help="more flags for train.py, after --")
+    args = parser.parse_args()
+    model = write_model(args.work_dir / f"qwen3-{args.shape}", args.shape)
+    prompts = write_prompts(args.work_dir / "prompts.jsonl")
+    run_dir = args.work_dir / f"{args.shape}-{args.layout}"
+    train(args, model, prompts, run_dir)
+    records = [r for r in read_metrics(run_dir / "metrics.jsonl") if "perf/step_time" in r]
+    figures = summarize(records)
+    show(args, figures, records)
+    peer = trl(args, model, prompts) if args.peer else None
+    write_results(args, figures, peer)
+    return 0
+
+
+def train(args: argparse.Namespace, model: Path, prompts: Path, run_dir: Path) -> None:
+    """`train.py` with the founding recipe's flags at this size. Raises if it fails."""
+    entry = "train_async.py" if args.layout == "async" else "train.py"
+    words = [sys.executable, str(ROOT / entry)]
+    words += ["--hf-checkpoint", str(model), "--prompt-data", str(prompts)]
+    words += ["--input-key", "prompt", "--label-key", "label", "--apply-chat-template"]
+    words += ["--rollout-shuffle", "--rm-type", "random", "--num-rollout", str(args.steps)]
+    words += ["--rollout-batch-size", "32", "--n-samples-per-prompt", "8"]
+    words += ["--rollout-max-response-len", str(args.response), "--rollout-max-prompt-len", "256"]
+    words += ["--balance-data", "--use-dynamic-batch-size", "--max-tokens-per-gpu"]
+    words += [str(args.max_tokens), "--eps-clip", "0.2", "--eps-clip-high", "0.28", "--lr", "1e-6"]
+    words += ["--adam-beta2", "0.98", "--weight-decay", "0.1", "--run-dir", str(run_dir)]
+    words += ["--vllm-max-num-seqs", "256", "--progress", "plain", "--actor-num-gpus-per-node", "1"]
+    if args.layout == "colocated":
+        words += ["--colocate", "--vllm-gpu-memory-utilization", "0.7"]
+    else:
+        words += ["--rollout-num-gpus", "1", "--vllm-gpu-memory-utilization", "0.85"]
+    words += ["--use-rollout-logprobs"] if args.layout == "async" else []
+    env = {**os.environ, "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    subprocess.run([*words, *args.flags], check=True, env=env, cwd=ROOT)
+
+
+def summarize(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{phase: {"value": median s, "spread": quartiles}}, "framework" as a share of a step."""
+    steps = []
+    for record in records[WARM_UP:]:
+        seconds = {p: sum(record.get(n, 0.0) for n in names) for p, names in PHASES.items()}
+        rest = seconds["step"] - sum(seconds[p] for p in WORK)
+        steps.append({**seconds, "framework_share": rest / seconds["step"]})
+    assert steps, f"{len(records)} steps are too few: {WARM_UP} are left out first"
+    return {name: spread([s[name] for s in steps]) for name in steps[0]}
+
+
+def show(args: argparse.Namespace, figures: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    print(f"\n{args.shape} {args.layout}, {args.response} new tokens, on {device()}")
+    whole = figures["step"]["value"]
+    for name, figure in figures.items():
+        low, high = figure["spread"]
+        share = "" if name == "framework_share" else f"{figure['value'] / whole:7.1%}"
+        print(f"  {name:16} {figure['value']:9.3f}  [{low:.3f}, {high:.3f}] {share}")
+    mismatch = [r[MISMATCH] for r in records if MISMATCH in r]
+    print(f"  {MISMATCH}: {' '.join(f'{m:.4f}' for m in mismatch)}")
+    last = records[-1]
+    extra = ("perf/tokens_per_gpu_per_sec", "perf/actor_train_tok_per_s")
+    for name in sorted(n for n in last if n in extra or n.startswith("perf/update_weights")):
+        print(f"  {name}: {last[name]:.4g}")
+
+
+def trl(args: argparse.Namespace, model: Path, prompts: Path) -> dict[str, Any]:
+    """{"name", "value": median seconds of a TRL step, "spread"}"""
+    words = [sys.executable, str(ROOT / "benchmarks/peer_trl.py"), "--model", str(model)]
+    words += ["--prompts", str(prompts), "--response", str(args.response)]
+    out = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
+    found = json.loads(out.strip().splitlines()[-1])
+    seconds = spread(found["steps"])
+    print(f"  {found['name']}: step {seconds['value']:.2f} s {seconds['spread']}, {found}")
+    return {"name": found["name"], **seconds}
+
+
+def write_results(args: argparse.Namespace, figures: dict[str, Any], peer: Any) -> None:
+    size = args.shape.lower().replace(".", "_")
+    update = "colocated" if args.layout == "colocated" else "nccl"
+    wanted = {f"weight_update_{update}_{size}_s": ("weight_update", "s")}
+    wanted[f"grpo_step_{args.layout}_{size}_s"] = ("step", "s")
+    if args.layout == "colocated":
+        wanted[f"sleep_wake_{size}_s"] = ("sleep_wake", "s")
+        wanted["framework_share" if args.shape == "0.6B" else f"framework_share_{size}"] = (
+            "framework_share",
+            "1",
+        )
+    for name, (figure, unit) in wanted.items():
+        write(name, figures[figure], unit)
+    if peer:
+        ratio = round(peer["value"] / figures["step"]["value"], 3)
+        low, high = figures["step"]["spread"]
+        spread_ = [round(peer["value"] / high, 3), round(peer["value"] / low, 3)]
+        write("grpo_step_vs_trl", {"value": ratio, "spread": spread_}, "times as fast", peer)
+
+
+def write(name: str, figure: dict[str, Any], unit: str, peer: Any = None) -> None:
+    packages = ("torch", "vllm", "megatron-core", "ray", "transformers")
+    versions = {"python": platform.python_version(), **{p: version(p) for p in packages}}
+    record = {"name": name, **figure, "unit": unit, "peer": peer}
+    record |= {"device": device(), "versions": versions}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def device() -> str:
+    import torch
+
+    count = torch.cuda.device_count()
+    return f"{count} x {torch.cuda.get_device_name(0)}" if count else "no GPU"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

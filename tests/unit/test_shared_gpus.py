@@ -1,0 +1,94 @@
+"""Whose turn it is on shared GPUs: the order of moves, with engines and a trainer taking notes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cpu.tiny import make_config
+from vime.errors import ConfigError
+from vime.observe import Timers
+from vime.ray.sharing import SharedGpus
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    return tmp_path
+
+
+class Engine:
+    url = "http://127.0.0.1:9"
+
+    def __init__(self, notes: list) -> None:
+        self.notes = notes
+
+    def sleep(self, level):
+        self.notes.append(("sleep", level))
+
+    def wake_up(self, tags):
+        self.notes.append(("wake", *tags))
+
+
+def one_step(folder: Path, *, on_gpus=True, **cluster) -> tuple[list, dict[str, float]]:
+    """Every move of a start, an update, a training turn and another update."""
+    notes: list = []
+    cfg = make_config(folder, cluster=cluster)
+    timers = Timers()
+    gpus = SharedGpus(cfg, lambda *call: notes.append(call), timers, on_gpus=on_gpus)
+    gpus.engines_started([Engine(notes)])
+    gpus.trainer_started()
+    for turn in ("update", "train", "update"):
+        with gpus.for_training() if turn == "train" else gpus.for_weight_update():
+            notes.append(turn)
+    return notes, timers.take()
+
+
+def test_engines_sleep_while_the_trainer_has_the_memory_and_the_other_way_round(folder):
+    notes, seconds = one_step(folder, colocate=True)
+    update = [("wake", "weights"), "update", ("offload", False), ("wake", "kv_cache")]
+    assert notes == [
+        *[("sleep", 2), ("offload", True)],
+        *update,
+        *[("sleep", 2), ("onload",), "train", ("offload", True)],
+        *update,
+    ]
+    assert set(seconds) == {f"perf/{n}_time" for n in ("sleep", "wake_up", "offload", "onload")}
+
+
+@pytest.mark.parametrize(
+    ("on_gpus", "cluster"),
+    [
+        (False, {"colocate": True}),
+        (True, {"colocate": False}),
+        (
+            True,
+            {
+                "colocate": True,
+                "offload_train_asked": False,
+                "offload_rollout_asked": False,
+            },
+        ),
+    ],
+)
+def test_nothing_moves_without_shared_gpus_or_where_the_user_says_no(folder, on_gpus, cluster):
+    notes, seconds = one_step(folder, on_gpus=on_gpus, **cluster)
+    assert notes == ["update", "train", "update"]
+    assert seconds == {}
+
+
+def test_one_side_can_stay_while_the_other_moves(folder):
+    notes, _ = one_step(folder, colocate=True, offload_train_asked=False)
+    assert not [n for n in notes if n[0] in ("offload", "onload")]
+    assert ("sleep", 2) in notes
+
+
+def test_offloading_needs_shared_gpus(folder):
+    with pytest.raises(ConfigError, match="--offload-rollout makes room.*Add --colocate"):
+        make_config(folder, cluster={"colocate": False, "offload_rollout_asked": True})
+    with pytest.raises(ConfigError, match="--no-offload-train"):
+        make_config(
+            folder, cluster={"colocate": True, "offload": True, "offload_train_asked": False}
+        )

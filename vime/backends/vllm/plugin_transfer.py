@@ -7,6 +7,7 @@ packed linears have given up their plain weight. On CPU two more copies need ref
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -99,6 +100,11 @@ class ReloadingEngine(WeightTransferEngine):
 
     def shutdown(self) -> None:
         pass
+
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """vLLM 0.25 wants a sender beside each receiver; vime's is `weight_sync.WeightSender`."""
+        raise TypeError("weights for this engine are sent by vime.weight_sync.WeightSender")
 
 
 class SharedMemoryEngine(ReloadingEngine):

@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 SEED ?= 0
 TESTS ?= tests/unit tests/cpu tests/gpu
 
-.PHONY: help install quickstart clean-quickstart test test-unit lint format bench bench-rollout bench-grading bench-packing bench-logprob-memory lock
+.PHONY: help install quickstart clean-quickstart test test-unit lint format bench bench-rollout bench-grading bench-packing bench-logprob-memory bench-train-mfu lock
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -49,6 +49,9 @@ bench-packing: install  ## how full micro-batches are, how even ranks; seconds t
 
 bench-logprob-memory: install  ## peak memory of log-probabilities at a 152k vocabulary
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/logprob_memory.py
+
+bench-train-mfu:  ## training speed on a GPU against its matrix product (PROFILE=1: kernels)
+	$(PYTHON) benchmarks/train_mfu.py
 
 lock: install  ## refresh requirements/cpu.txt from cpu.in, keeping versions that still fit
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/uv pip compile --quiet \

@@ -7,8 +7,6 @@ zigzag, which evens out causal work); each rank then holds T/C tokens of the pac
 
 from __future__ import annotations
 
-import inspect
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +16,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+
+from vime.backends.megatron.kernels import chosen
+from vime.backends.megatron.pack import bounds_of, remembered, starts_of
 
 
 class PackedAttention(MegatronModule):
@@ -46,26 +47,30 @@ class PackedAttention(MegatronModule):
             q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
             out = _sdpa(q, k, v, self.scale, is_causal=True)
             return out.permute(2, 0, 1, 3).flatten(2)
-        padded = packed_seq_params.cu_seqlens_q_padded
-        starts = packed_seq_params.cu_seqlens_q if padded is None else padded
+        bounds = bounds_of(packed_seq_params)
         if self.cp_group.size() > 1:
-            out = self._across_ranks(query, key, value, starts.tolist())
+            out = self._across_ranks(query, key, value, packed_seq_params)
         elif query.is_cuda:
-            longest = packed_seq_params.max_seqlen_q
-            out = _varlen(query, key, value, starts, longest, self.scale)
+            from vime.backends.megatron.kernels.attention import attend
+
+            starts, kernel = starts_of(packed_seq_params), chosen().attention
+            out = attend(kernel, query, key, value, starts, bounds, self.scale)
         else:
             # split, not slices: the backward of each slice would fill a tensor as long as the pack
-            lengths = starts.diff().tolist()
+            lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
             parts = (t.split(lengths) for t in (query, key, value))
             out = torch.cat([_one(q, k, v, self.scale) for q, k, v in zip(*parts, strict=True)])
         return out.flatten(1)
 
-    def _across_ranks(self, query: Tensor, key: Tensor, value: Tensor, bounds: list[int]) -> Tensor:
+    def _across_ranks(
+        self, query: Tensor, key: Tensor, value: Tensor, pack: PackedSeqParams
+    ) -> Tensor:
         """Every rank gathers all keys and values; the gather's backward is a reduce-scatter."""
         size, rank = self.cp_group.size(), self.cp_group.rank()
+        bounds = bounds_of(pack)
         both = torch.cat([key, value], dim=-1)
         both = gather_from_sequence_parallel_region(both, True, self.cp_group)
-        both = both[zigzag_order(bounds, size, both.device)]
+        both = both[remembered(pack, "zigzag", lambda: zigzag_order(bounds, size, both.device))]
         key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
         parts = []
         for a, b in zip(bounds[:-1], bounds[1:], strict=True):
@@ -107,29 +112,3 @@ def _one(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, **mask: Any) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True, **mask)
-
-
-def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float | None
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    narrow = v.shape[-1]
-    if narrow < q.shape[-1]:  # latent attention; the kernel wants one width
-        v = F.pad(v, (0, q.shape[-1] - narrow))
-    out = varlen_attn(q, k, v, starts, starts, longest, longest, **_varlen_options(), scale=scale)
-    return out[..., :narrow]
-
-
-@cache
-def _varlen_options() -> dict[str, Any]:
-    """torch 2.10 spells causal `is_causal`, later ones `window_size`; 2.11 has no `enable_gqa`."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    known = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = (
-        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    )
-    if "enable_gqa" in known:
-        options["enable_gqa"] = True
-    return options

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from vime.backends.megatron.attention import PackedAttention
+from vime.backends.megatron.kernels import chosen
 from vime.backends.megatron.latent_attention import LatentAttention
+from vime.backends.megatron.mlp import GatedMLP
 from vime.backends.megatron.norm import RMSNorm
+from vime.backends.megatron.self_attention import PackedSelfAttention
 
 
 class NormedRowParallelLinear(RowParallelLinear):
@@ -41,6 +49,10 @@ def decoder_spec(
         parts = layer.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
         attention = parts.self_attention.submodules
+        if not chosen().plain:
+            parts.mlp = _gated(parts.mlp)
+            if parts.self_attention.module is SelfAttention:
+                parts.self_attention.module = PackedSelfAttention
         attention.core_attention = PackedAttention
         if config.multi_latent_attention:
             parts.self_attention.module = LatentAttention
@@ -50,5 +62,22 @@ def decoder_spec(
         if args.get("post_self_attn_layernorm"):
             attention.linear_proj = NormedRowParallelLinear
         if args.get("post_mlp_layernorm"):
-            parts.mlp.submodules.linear_fc2 = NormedRowParallelLinear
+            _mlp_submodules(parts.mlp).linear_fc2 = NormedRowParallelLinear
     return spec
+
+
+def _gated(mlp: Any) -> Any:
+    """The spec of a dense layer with GatedMLP in it; any other as it is.
+
+    megatron-core 0.16 has a ModuleSpec, and warns of every module in one that it does not know;
+    0.19 a partial of MLP's constructor for specs.
+    """
+    if isinstance(mlp, ModuleSpec) and mlp.module is MLP:
+        return SimpleNamespace(module=GatedMLP, params=mlp.params, submodules=mlp.submodules)
+    if isinstance(mlp, partial) and mlp.func == MLP.as_mlp_submodule:  # type: ignore[attr-defined]
+        return partial(GatedMLP.as_mlp_submodule, *mlp.args, **mlp.keywords)  # type: ignore[attr-defined]
+    return mlp
+
+
+def _mlp_submodules(mlp: Any) -> Any:
+    return mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules

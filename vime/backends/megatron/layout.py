@@ -16,6 +16,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from vime.backends.megatron.attention import zigzag_order
+from vime.backends.megatron.pack import make_pack
 from vime.types import TrainSequence
 
 
@@ -84,6 +85,7 @@ class MicroBatch:
     tokens: Tensor  # [1, T] int64
     positions: Tensor  # [1, T] int64; unused by rotary embeddings of packs, which count themselves
     pack: PackedSeqParams
+    kept_T: Tensor  # int64, which of the T weigh in the loss: found here, since finding them waits
 
 
 def lay_out(
@@ -125,14 +127,6 @@ def lay_out(
         rows_T = shards.chunk(cp)[cp_rank]
     device = table.tokens_N.device
     rows_T = rows_T.to(device)
-    starts = torch.tensor(bounds, dtype=torch.int32, device=device)
-    longest = max(sizes)
-    pack = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=starts,
-        cu_seqlens_kv=starts,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
     tokens = table.tokens_N[rows_T][None]
-    return MicroBatch(rows_T, tokens, torch.zeros_like(tokens), pack)
+    kept_T = table.weight_N[rows_T].nonzero()[:, 0]
+    return MicroBatch(rows_T, tokens, torch.zeros_like(tokens), make_pack(bounds, device), kept_T)

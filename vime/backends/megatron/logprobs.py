@@ -1,8 +1,9 @@
 """Log-probability of the taken token, and entropy, from logits whose columns are spread over ranks.
 
 Temperature is applied as the sampler applied it, so trainer and engine measure one distribution.
-The float32 copy of the logits exists for one chunk of tokens at a time; nothing the size of the
-logits is kept for the backward pass besides the logits themselves.
+Nothing the size of the logits is kept for the backward pass besides the logits themselves. On a GPU
+one kernel reads them, and one writes the gradient over them; in PyTorch a float32 copy exists for
+one chunk of tokens at a time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from vime.backends.megatron.kernels import chosen
 
 CHUNK_ELEMENTS = 1 << 24  # float32 logits of one chunk: 64 MiB
 
@@ -28,6 +31,7 @@ def token_logprobs(
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
+    owned: bool = False,
 ) -> TokenLogProbs:
     """Both with gradients to the logits; equal on every rank of `group`.
 
@@ -35,11 +39,19 @@ def token_logprobs(
     taken_T      [T] ids in 0..V-1
     temperature  divides the logits, above 0
     group        the ranks that share the vocabulary (tensor parallel); None: this rank has it all
+    owned        nobody else reads the logits: the backward pass may write over them, once
     """
     rows, columns = logits_TV.shape
     chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // max(columns, 1))
+    if chosen().fused and logits_TV.is_cuda:
+        steps: type = _Fused
+        logits_TV = logits_TV.contiguous() if owned else logits_TV.clone()
+    else:
+        steps = _Chunked
     return TokenLogProbs(
-        *_VocabParallel.apply(logits_TV, taken_T, temperature, group, min(chunk, max(rows, 1)))
+        *_VocabParallel.apply(
+            logits_TV, taken_T, temperature, group, steps(temperature, min(chunk, max(rows, 1)))
+        )
     )
 
 
@@ -51,27 +63,16 @@ class _VocabParallel(torch.autograd.Function):
         taken: Tensor,
         temperature: float,
         group: dist.ProcessGroup | None,
-        chunk: int,
+        steps: _Chunked | _Fused,
     ) -> tuple[Tensor, Tensor]:
-        ranks = 1 if group is None else group.size()
         rank = 0 if group is None else group.rank()
-        rows, columns = logits.shape
+        columns = logits.shape[1]
         local = taken - rank * columns
+        top, *sums = steps.statistics(logits, local)
+        # the taken logit, seen from the largest: 0 on ranks that do not have it
         here = (local >= 0) & (local < columns)
-        local = local.clamp(0, max(columns - 1, 0))
-        # per token: largest logit; then sum(exp), sum(exp * logit), the taken logit, all shifted
-        top = logits.new_empty(rows, dtype=torch.float32)
-        sums = logits.new_empty(3, rows, dtype=torch.float32)
-        for part in _chunks(rows, chunk):
-            scaled = _scaled(logits[part], temperature)
-            top[part] = scaled.amax(-1)
-            scaled -= top[part, None]
-            sums[2, part] = scaled.gather(-1, local[part, None])[:, 0]
-            weight = scaled.exp()
-            sums[0, part] = weight.sum(-1)
-            sums[1, part] = weight.mul_(scaled).sum(-1)
-        sums[2] *= here
-        if ranks > 1:
+        sums = torch.stack([sums[0], sums[1], (sums[2] - top) * here])
+        if group is not None and group.size() > 1:
             shared = top.clone()
             dist.all_reduce(shared, dist.ReduceOp.MAX, group=group)
             shift = top - shared  # <= 0: this rank's shift seen from the common one
@@ -83,18 +84,71 @@ class _VocabParallel(torch.autograd.Function):
         log_z = sums[0].log()
         logp = sums[2] - log_z
         entropy = log_z - sums[1] / sums[0]
-        ctx.save_for_backward(logits, local, here, top + log_z, entropy)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.save_for_backward(logits, local, top + log_z, entropy)
+        ctx.steps = steps
         ctx.set_materialize_grads(False)
         return logp, entropy
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None) -> tuple:
         """d logp / d x_v = [v taken] - p_v;  d entropy / d x_v = -p_v (log p_v + entropy)."""
-        logits, local, here, lse, entropy = ctx.saved_tensors
+        return ctx.steps.gradient(*ctx.saved_tensors, d_logp, d_entropy), None, None, None, None
+
+
+class _Fused:
+    """One kernel each way; the gradient takes the place of the logits."""
+
+    def __init__(self, temperature: float, _: int) -> None:
+        self.temperature, self.spent = temperature, False
+
+    def statistics(self, logits: Tensor, local: Tensor) -> Tensor:
+        from vime.backends.megatron.kernels import logprob
+
+        return logprob.statistics(logits, local, self.temperature)
+
+    def gradient(self, logits: Tensor, *rest: Any) -> Tensor:
+        from vime.backends.megatron.kernels import logprob
+
+        assert not self.spent, "the first backward pass has written over the logits"
+        self.spent = True
+        return logprob.gradient_in_place(logits, *rest, self.temperature)
+
+
+class _Chunked:
+    """In PyTorch, `chunk` tokens at a time."""
+
+    def __init__(self, temperature: float, chunk: int) -> None:
+        self.temperature, self.chunk = temperature, chunk
+
+    def statistics(self, logits: Tensor, local: Tensor) -> Tensor:
+        """[4, T]: largest logit; sum(exp), sum(exp * logit), both shifted; the taken logit."""
+        local = local.clamp(0, max(logits.shape[1] - 1, 0))
+        out = logits.new_empty(4, len(logits), dtype=torch.float32)
+        for part in _chunks(len(logits), self.chunk):
+            scaled = self._scaled(logits[part])
+            out[3, part] = scaled.gather(-1, local[part, None])[:, 0]
+            out[0, part] = scaled.amax(-1)
+            scaled -= out[0, part, None]
+            weight = scaled.exp()
+            out[1, part] = weight.sum(-1)
+            out[2, part] = weight.mul_(scaled).sum(-1)
+        return out
+
+    def gradient(
+        self,
+        logits: Tensor,
+        local: Tensor,
+        lse: Tensor,
+        entropy: Tensor,
+        d_logp: Tensor | None,
+        d_entropy: Tensor | None,
+    ) -> Tensor:
+        here = (local >= 0) & (local < logits.shape[1])
+        local = local.clamp(0, max(logits.shape[1] - 1, 0))
         grad = torch.empty_like(logits)
-        for part in _chunks(len(logits), ctx.chunk):
-            log_p = _scaled(logits[part], ctx.temperature).sub_(lse[part, None])
+        for part in _chunks(len(logits), self.chunk):
+            log_p = self._scaled(logits[part]).sub_(lse[part, None])
             p = log_p.exp()
             if d_entropy is None:
                 d = p.mul_(-d_logp[part, None]) if d_logp is not None else torch.zeros_like(p)
@@ -104,13 +158,12 @@ class _VocabParallel(torch.autograd.Function):
                     d -= p * d_logp[part, None]
             if d_logp is not None:
                 d.scatter_add_(-1, local[part, None], (d_logp[part] * here[part])[:, None])
-            grad[part] = d.div_(ctx.temperature)
-        return grad, None, None, None, None
+            grad[part] = d.div_(self.temperature)
+        return grad
 
-
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """A float32 copy, always: what follows works in place."""
-    return logits.to(torch.float32, copy=True).div_(temperature)
+    def _scaled(self, logits: Tensor) -> Tensor:
+        """A float32 copy, always: what follows works in place."""
+        return logits.to(torch.float32, copy=True).div_(self.temperature)
 
 
 def _chunks(rows: int, size: int) -> list[slice]:

@@ -17,8 +17,10 @@ from megatron.core.transformer.transformer_config import (
 from torch import Tensor, nn
 
 from vime import platform
+from vime.backends.megatron import recompute
 from vime.backends.megatron.freeze import freeze_parameters
 from vime.backends.megatron.hf import model_args
+from vime.backends.megatron.kernels import chosen
 from vime.backends.megatron.layer_spec import decoder_spec
 from vime.config import Config
 
@@ -74,6 +76,7 @@ def build_model(cfg: Config) -> list[GPTModel]:
 def transformer_config(cfg: Config, args: dict[str, Any]) -> TransformerConfig:
     """MODEL_ARGS and the layout as Megatron's own config; field names are Megatron's flag names."""
     p, here = cfg.parallel, platform.current()
+    again = p.recompute_modules
     dtype = here.dtype(cfg.model.dtype)
     kind = MLATransformerConfig if args.get("multi_latent_attention") else TransformerConfig
     known = {f.name for f in fields(kind)}
@@ -103,6 +106,7 @@ def transformer_config(cfg: Config, args: dict[str, Any]) -> TransformerConfig:
         "recompute_granularity": p.recompute_granularity,
         "recompute_method": p.recompute_method,
         "recompute_num_layers": p.recompute_num_layers,
+        "recompute_modules": [m for m in again if m not in recompute.OURS] if again else None,
         "use_cpu_initialization": not here.is_cuda,
         "perform_initialization": False,  # every weight is loaded
         "variable_seq_lengths": True,  # packs differ in length
@@ -113,13 +117,17 @@ def transformer_config(cfg: Config, args: dict[str, Any]) -> TransformerConfig:
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         "apply_rope_fusion": False,
-        "bias_activation_fusion": here.is_cuda,
-        "bias_dropout_fusion": here.is_cuda,
+        # torch.compile'd in Megatron; vime has kernels of its own, and without dropout the other
+        # is one addition
+        "bias_activation_fusion": chosen().plain and here.is_cuda,
+        "bias_dropout_fusion": chosen().plain and here.is_cuda,
         "attention_softmax_in_fp32": True,
     }
     if p.vpp:
         values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    return kind(**values)
+    config = kind(**values)
+    recompute.note(config, again)
+    return config
 
 
 def padded_vocab_size(args: dict[str, Any], tp: int) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vime import platform
+from vime.backends.megatron.kernels import rms_norm
+from vime.backends.megatron.recompute import remakeable
 
 
 class RMSNorm(nn.Module):
@@ -23,10 +25,17 @@ class RMSNorm(nn.Module):
         here = platform.current()
         device = torch.cuda.current_device() if here.is_cuda else "cpu"
         self.eps = eps
+        self.again = getattr(config, "recompute_norms", False)
         self.weight = nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=device)
         )
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+    def forward(self, x: Tensor | None) -> Tensor:
+        """None gives the weight, for a kernel that norms on its way."""
+        if x is None:
+            return self.weight
+        y = rms_norm(x, self.weight, self.eps)
+        if self.again and torch.is_grad_enabled():
+            remakeable(y, partial(rms_norm, x, self.weight, self.eps))
+        return y

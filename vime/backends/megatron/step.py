@@ -54,6 +54,7 @@ def run_pass(
                 table.targets_N[batch.rows_T],
                 temperature=temperature,
                 group=group,
+                owned=True,
             )
             loss, sums = judge(batch, logps)
             one = torch.ones((), dtype=torch.int, device=loss.device)  # no division by tokens
@@ -112,7 +113,7 @@ def policy_judge(
             old_logp_N[batch.rows_T] = logps.logp_T.detach()
         if own_logp_N is not None:
             own_logp_N[batch.rows_T] = logps.logp_T.detach()
-        kept_T = table.weight_N[batch.rows_T].nonzero()[:, 0]
+        kept_T = batch.kept_T
         rows_T = batch.rows_T[kept_T]
         logp_T = logps.logp_T[kept_T]
         loss = objective(
@@ -133,7 +134,7 @@ def sft_judge(table: TokenTable) -> Judge:
     """Negative log-likelihood of the response tokens."""
 
     def judge(batch: MicroBatch, logps: TokenLogProbs) -> tuple[Tensor, Sums]:
-        kept_T = table.weight_N[batch.rows_T].nonzero()[:, 0]
+        kept_T = batch.kept_T
         loss = sft_loss(logps.logp_T[kept_T])
         entropy = {"entropy_loss": logps.entropy_T[kept_T].detach()}
         return _weigh(loss.value_T, entropy, table.weight_N[batch.rows_T[kept_T]])

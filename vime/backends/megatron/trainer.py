@@ -57,6 +57,7 @@ class MegatronTrainer:
         from megatron.core import parallel_state as mpu
 
         from vime.backends.megatron.checkpoint import load_checkpoint, resolve
+        from vime.backends.megatron.kernels import chosen
         from vime.backends.megatron.model import build_model
         from vime.backends.megatron.optimizer import (
             apply_flags_again,
@@ -64,6 +65,8 @@ class MegatronTrainer:
             wrap_for_training,
         )
 
+        if rank == 0:
+            logging.getLogger(__name__).info("kernels: %s", chosen())
         self.cfg, self.rank = cfg, rank
         self.device = platform.current().device(local_rank)
         if self.device.type == "cuda":

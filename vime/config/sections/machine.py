@@ -108,6 +108,9 @@ class ClusterConfig(Section):
             )
 
 
+RECOMPUTABLE = ("core_attn", "layernorm", "mlp_act", "mlp", "moe", "shared_experts", "mla_up_proj")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig(Section):
     """Megatron's layout."""
@@ -126,6 +129,12 @@ class ParallelConfig(Section):
         "--recompute-method", default=None, choices=("uniform", "block")
     )
     recompute_num_layers: int | None = flag("--recompute-num-layers", default=None, at_least=1)
+    recompute_modules: list | None = flag(
+        "--recompute-modules",
+        f"what --recompute-granularity selective makes again: {', '.join(RECOMPUTABLE)} (default: core_attn)",
+        default=None,
+        nargs="+",
+    )
     use_distributed_optimizer: bool = flag(
         "--use-distributed-optimizer", "shard the optimizer over data parallel ranks", default=False
     )
@@ -150,6 +159,14 @@ class ParallelConfig(Section):
             )
         if self.recompute_method and self.recompute_num_layers is None:
             yield f"--recompute-method {self.recompute_method} needs a number of layers. Add --recompute-num-layers 1."
+        unknown = [m for m in self.recompute_modules or () if m not in RECOMPUTABLE]
+        if unknown:
+            yield f"--recompute-modules {' '.join(unknown)}: the modules are {', '.join(RECOMPUTABLE)}. Name some of these."
+        if self.recompute_modules and self.recompute_granularity != "selective":
+            yield (
+                f"--recompute-modules {' '.join(self.recompute_modules)} acts only with --recompute-granularity selective (now {self.recompute_granularity}). "
+                "Add that, or leave the modules out."
+            )
         if self.overlap_param_gather and not self.use_distributed_optimizer:
             yield "--overlap-param-gather has nothing to gather. Add --use-distributed-optimizer, or leave it out."
         if self.overlap_param_gather and not self.overlap_grad_reduce:

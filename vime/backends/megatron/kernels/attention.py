@@ -1,0 +1,150 @@
+"""Causal attention over a pack on CUDA, by whichever library has it. Names are `choice.ATTENTION`.
+
+fa3     FlashAttention 3, where `flash_attn_interface` is installed; Hopper
+fa4     FlashAttention 4, its own package or vLLM's copy, with the CuTe DSL; Hopper and later
+cudnn   cuDNN, one call for each run of sequences of one length: for few, long sequences. Packs
+        of many lengths go to `varlen`
+varlen  torch's, FlashAttention 2
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Sequence
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_RUNS = 8  # cuDNN: launches a layer, and plans to build, that a pack may cost
+
+
+def missing(name: str) -> str | None:
+    """Why this attention cannot run here, or None."""
+    major = torch.cuda.get_device_capability()[0]
+    if name == "fa3":
+        if importlib.util.find_spec("flash_attn_interface") is None:
+            return "flash_attn_interface is not installed"
+        return None if major == 9 else "FlashAttention 3 needs a Hopper GPU"
+    if name == "fa4":
+        if _fa4() is None:
+            return "neither flash_attn.cute nor vLLM's copy with nvidia-cutlass-dsl can be imported"
+        return None if major >= 9 else "FlashAttention 4 needs a Hopper GPU or a later one"
+    if name == "cudnn":
+        return None if major >= 9 else "cuDNN's attention is no faster than varlen before Hopper"
+    return None
+
+
+def attend(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    bounds: Sequence[int],
+    scale: float | None,
+) -> Tensor:
+    """[T, H, Dv]: q [T, H, D] on k [T, G, D] and v [T, G, Dv], causal within each sequence.
+
+    starts, bounds  cumulative lengths, on the device (int32) and on the host
+    """
+    longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    if v.shape[-1] != q.shape[-1]:  # latent attention: other widths than the kernels take
+        return _varlen(q, k, v, starts, longest, scale)
+    if name == "fa3":
+        return _fa3(q, k, v, starts, longest, scale)
+    if name == "fa4":
+        return _fa4_varlen(q, k, v, starts, longest, scale)
+    if name == "cudnn":
+        runs = runs_of(bounds)
+        if len(runs) <= MAX_RUNS:
+            return _cudnn(q, k, v, runs, scale)
+    return _varlen(q, k, v, starts, longest, scale)
+
+
+def runs_of(bounds: Sequence[int]) -> list[tuple[int, int]]:
+    """(length, how many) of consecutive sequences of one length."""
+    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [(length, len(list(same))) for length, same in groupby(lengths)]
+
+
+def _cudnn(
+    q: Tensor, k: Tensor, v: Tensor, runs: Sequence[tuple[int, int]], scale: float | None
+) -> Tensor:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    sizes = [length * count for length, count in runs]
+    parts = zip(runs, *(t.split(sizes) for t in (q, k, v)), strict=True)
+    outs = []
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        for (length, count), *qkv in parts:
+            batch = [t.unflatten(0, (count, length)).transpose(1, 2) for t in qkv]
+            out = F.scaled_dot_product_attention(
+                *batch, is_causal=True, scale=scale, enable_gqa=True
+            )
+            outs.append(out.transpose(1, 2).flatten(0, 1))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _fa3(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: Any) -> Tensor:
+    flash = importlib.import_module("flash_attn_interface").flash_attn_varlen_func
+    out = flash(q, k, v, starts, starts, longest, longest, softmax_scale=scale, causal=True)
+    return out[0] if isinstance(out, tuple) else out
+
+
+@cache
+def _fa4() -> Any:
+    for module in ("flash_attn.cute.interface", "vllm.vllm_flash_attn.cute.interface"):
+        try:
+            return importlib.import_module(module).flash_attn_varlen_func
+        except Exception:  # noqa: BLE001, S112 - an optional library in whatever state it is
+            continue
+    return None
+
+
+def _fa4_varlen(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float | None
+) -> Tensor:
+    out = _fa4()(
+        q,
+        k,
+        v,
+        cu_seqlens_q=starts,
+        cu_seqlens_k=starts,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        softmax_scale=scale,
+        causal=True,
+    )
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    narrow = v.shape[-1]
+    if narrow < q.shape[-1]:  # latent attention; the kernel wants one width
+        v = F.pad(v, (0, q.shape[-1] - narrow))
+    out = varlen_attn(q, k, v, starts, starts, longest, longest, **_varlen_options(), scale=scale)
+    return out[..., :narrow]
+
+
+@cache
+def _varlen_options() -> dict[str, Any]:
+    """torch 2.10 spells causal `is_causal`, later ones `window_size`; 2.11 has no `enable_gqa`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = (
+        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    )
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
+    return options

@@ -148,6 +148,13 @@ def _pairs(channel, rotated, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
+def _weight(QWeight, KWeight, is_query, channel, real):
+    q = tl.load(QWeight + channel, mask=real, other=0.0)
+    k = tl.load(KWeight + channel, mask=real, other=0.0)
+    return tl.where(is_query, q, k).to(tl.float32)
+
+
+@triton.jit
 def _forward(
     Mixed,
     QWeight,
@@ -181,10 +188,9 @@ def _forward(
     x_partner = tl.load(row + partner, mask=inside, other=0.0).to(tl.float32)
     if NORMED:
         scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / width + eps)[:, None]
-        weight = QWeight if member < PER_GROUP else KWeight
-        x *= scale * tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)
-        w_partner = tl.load(weight + partner, mask=real, other=0.0).to(tl.float32)
-        x_partner *= scale * w_partner
+        is_query = member < PER_GROUP
+        x *= scale * _weight(QWeight, KWeight, is_query, channel, real)
+        x_partner *= scale * _weight(QWeight, KWeight, is_query, partner, real)
     position = tl.load(Positions + token, mask=token < tokens, other=0).to(tl.int64)
     table = position * (rotated // 2) + frequency
     cos = tl.load(Cos + table, mask=inside & turned, other=1.0).to(tl.float32)

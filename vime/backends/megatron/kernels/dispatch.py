@@ -13,18 +13,18 @@ from vime.backends.megatron.kernels.choice import chosen
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last axis (arXiv:1910.07467), any leading shape."""
     if chosen().fused:
-        from vime.backends.megatron.kernels import rms_norm as fused
+        from vime.backends.megatron.kernels import norm
 
-        return fused.rms_norm(x, weight, eps)
+        return norm.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
 
 
 def swiglu(x: Tensor) -> Tensor:
     """[..., F] of [..., 2F]: silu of the first half times the second (arXiv:2002.05202)."""
     if chosen().fused:
-        from vime.backends.megatron.kernels import swiglu as fused
+        from vime.backends.megatron.kernels import activation
 
-        return fused.swiglu(x)
+        return activation.swiglu(x)
     return reference.swiglu(x)
 
 

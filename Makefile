@@ -5,12 +5,12 @@ PYTHON := $(VENV)/bin/python
 SEED ?= 0
 TESTS ?= tests/unit tests/cpu tests/gpu
 
-.PHONY: help install quickstart clean-quickstart test test-unit lint format bench bench-rollout bench-grading bench-packing bench-logprob-memory bench-train-mfu lock
+.PHONY: help install quickstart clean-quickstart test test-unit lint format bench bench-rollout bench-grading bench-packing bench-logprob-memory bench-train-mfu lock lock-gpu lint-docker
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
 
-install:  ## make .venv from requirements/cpu.txt (does nothing when it is there)
+install:  ## make .venv from requirements/cpu.txt, with a GPU gpu.txt (does nothing when it is there)
 	@VENV=$(VENV) scripts/install.sh
 
 quickstart:  ## prompts to a better model on this machine, by SFT and GRPO (SEED=1 for another run)
@@ -58,3 +58,12 @@ lock: install  ## refresh requirements/cpu.txt from cpu.in, keeping versions tha
 	  $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend cpu) \
 	  --python-version 3.11 --excludes requirements/cpu-excludes.txt \
 	  --output-file requirements/cpu.txt requirements/cpu.in > /dev/null
+
+lock-gpu: install  ## the same for CUDA: requirements/gpu.txt from gpu.in; resolves, installs nothing
+	UV_CUSTOM_COMPILE_COMMAND="make lock-gpu" $(VENV)/bin/uv pip compile --quiet \
+	  --python-version 3.12 --python-platform x86_64-manylinux_2_31 \
+	  --output-file requirements/gpu.txt requirements/gpu.in > /dev/null
+
+lint-docker:  ## check docker/Dockerfile (needs npx)
+	npx --yes dockerfilelint@1.8.0 docker/Dockerfile
+	npx --yes dockerfile-utils@0.16.3 lint docker/Dockerfile

@@ -1,40 +1,75 @@
 #!/usr/bin/env bash
-# Makes .venv from requirements/cpu.txt and installs vime into it. A second run does nothing.
-#   PYTHON=python3.12 scripts/install.sh     another interpreter (3.11 and 3.12 work)
+# Makes .venv from a lock file and installs vime into it. A second run does nothing.
+# With an NVIDIA GPU the lock is requirements/gpu.txt (CUDA 13), else requirements/cpu.txt.
+#   PYTHON=python3.12 scripts/install.sh     another interpreter (CPU: 3.11 or 3.12; GPU: 3.12)
 #   VENV=/elsewhere/venv scripts/install.sh  another place
+#   scripts/install.sh --gpu                 the CUDA stack, whatever this machine has; or --cpu
 #   scripts/install.sh --force               install again although the stamp says it is done
+#   scripts/install.sh --check               only ask whether every package of the lock is to be had
 set -euo pipefail
 
 ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." &>/dev/null && pwd)"
 VENV="${VENV:-${ROOT}/.venv}"
-LOCK="${ROOT}/requirements/cpu.txt"
 STAMP="${VENV}/.vime-installed"
+VARIANT="${VENV}/.vime-variant" # cpu or gpu: one venv never holds packages of both
 
 say() { printf '[install] %s\n' "$*"; }
 die() { printf '[install] error: %s\n' "$1" >&2; shift; printf '          %s\n' "$@" >&2; exit 1; }
 
 hash_of() { cat "$@" | { sha256sum 2>/dev/null || shasum -a 256; } | cut -d' ' -f1; }
-right_python() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' &>/dev/null; }
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; }
+right_python() {
+   local first=11
+   if [[ "${variant}" == gpu ]]; then first=12; fi
+   "$1" -c "import sys; sys.exit(not (3, ${first}) <= sys.version_info[:2] <= (3, 12))" &>/dev/null
+}
+
+variant=cpu force="" check=""
+if has_gpu; then variant=gpu; fi
+for word in "$@"; do
+   case "${word}" in
+      --gpu | --cpu) variant="${word#--}" ;;
+      --force) force=yes ;;
+      --check) check=yes ;;
+      *) die "${word} is not known. Use --gpu, --cpu, --force or --check." ;;
+   esac
+done
+LOCK="${ROOT}/requirements/${variant}.txt"
+if [[ "${variant}" == gpu ]]; then
+   pythons="3.12" candidates="python3.12 python3 python" size="10 GB"
+else
+   pythons="3.11 or 3.12" candidates="python3.11 python3.12 python3 python" size="2.7 GB"
+fi
+advised="${candidates%% *}"
 
 # The stamp is keyed by what decides the outcome: the lock, the project's metadata, its place.
 key="$(hash_of "${LOCK}" "${ROOT}/pyproject.toml") ${ROOT}"
-if [[ "${1:-}" != --force && -f "${STAMP}" && "$(<"${STAMP}")" == "${key}" ]]; then
+if [[ -z "${force}${check}" && -f "${STAMP}" && "$(<"${STAMP}")" == "${key}" ]]; then
    exit 0
 fi
 started=${SECONDS}
 
 [[ "$(uname -s)-$(uname -m)" == Linux-x86_64 ]] ||
-   die "requirements/cpu.txt is a lock for Linux on x86-64; this is $(uname -s) on $(uname -m)." \
+   die "requirements/${variant}.txt is a lock for Linux on x86-64; this is $(uname -s) on $(uname -m)." \
       "Run vime in a Linux x86-64 machine or container."
 command -v gcc >/dev/null || command -v cc >/dev/null ||
    die "no C compiler (gcc) was found; PyTorch compiles kernels with it." \
       "On Debian or Ubuntu: apt-get install gcc"
 
+if [[ "${variant}" == gpu ]] && has_gpu; then
+   driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)"
+   if [[ "${driver%%.*}" =~ ^[0-9]+$ ]] && ((${driver%%.*} < 580)); then
+      say "note: CUDA 13 wants an NVIDIA driver of 580 or later; this is ${driver}." \
+         "Update it, or put NVIDIA's cuda-compat-13-0 into LD_LIBRARY_PATH."
+   fi
+fi
+
 # --- the virtual environment
-if ! { [[ -x "${VENV}/bin/python" ]] && right_python "${VENV}/bin/python"; }; then
+had="$(cat "${VARIANT}" 2>/dev/null || echo cpu)"
+if ! { [[ -x "${VENV}/bin/python" && "${had}" == "${variant}" ]] && right_python "${VENV}/bin/python"; }; then
    base=""
    seen=""
-   for candidate in ${PYTHON:-python3.11 python3.12 python3 python}; do
+   for candidate in ${PYTHON:-${candidates}}; do
       command -v "${candidate}" >/dev/null || continue
       seen+=" ${candidate}=$("${candidate}" -V 2>&1 | head -n 1 | cut -d' ' -f2)"
       if right_python "${candidate}" && "${candidate}" -c 'import ensurepip, venv' &>/dev/null; then
@@ -43,11 +78,12 @@ if ! { [[ -x "${VENV}/bin/python" ]] && right_python "${VENV}/bin/python"; }; th
       fi
    done
    [[ -n "${base}" ]] ||
-      die "vime needs Python 3.11 or 3.12 with its venv module; found:${seen:- none}." \
-         "On Debian or Ubuntu: apt-get install python3.11 python3.11-venv" \
-         "or name an interpreter: PYTHON=/path/to/python3.11 make quickstart"
+      die "vime needs Python ${pythons} with its venv module; found:${seen:- none}." \
+         "On Debian or Ubuntu: apt-get install ${advised} ${advised}-venv" \
+         "or name an interpreter: PYTHON=/path/to/${advised} make install"
    say "making ${VENV} with $("${base}" -V)"
    "${base}" -m venv --clear "${VENV}"
+   printf '%s' "${variant}" >"${VARIANT}"
 fi
 py="${VENV}/bin/python"
 
@@ -86,13 +122,20 @@ if [[ "$("${uv[@]}" --version 2>/dev/null | cut -d' ' -f2)" != "${uv_pin#uv==}" 
 fi
 install=("${uv[@]}" pip install --python "${py}" --no-deps)
 
-# A CPU-only PyTorch from pip's own places where they have one, else from PyTorch's CPU index.
+# A CPU-only PyTorch from pip's own places where they have one, else from PyTorch's CPU index. For
+# CUDA 13 the registry's own build is the right one.
 torch_pin="$(grep -E '^torch==' "${LOCK}")"
-if ! "${install[@]}" --quiet --dry-run "${sources[@]}" "${torch_pin}" &>/dev/null; then
+if [[ "${variant}" == cpu ]] && ! "${install[@]}" --quiet --dry-run "${sources[@]}" "${torch_pin}" &>/dev/null; then
    sources+=(--torch-backend cpu)
 fi
-say "installing $(grep -cE '^[a-z0-9]' "${LOCK}") packages (2.7 GB on disk; minutes on a slow line)"
-"${install[@]}" "${sources[@]}" -r "${LOCK}" || no_network "uv could not install requirements/cpu.txt."
+if [[ -n "${check}" ]]; then
+   "${install[@]}" --quiet --dry-run --only-binary :all: "${sources[@]}" -r "${LOCK}" ||
+      no_network "not every package of requirements/${variant}.txt is to be had."
+   say "all $(grep -cE '^[a-z0-9]' "${LOCK}") packages of requirements/${variant}.txt are to be had"
+   exit 0
+fi
+say "installing $(grep -cE '^[a-z0-9]' "${LOCK}") packages (${size} on disk; minutes on a slow line)"
+"${install[@]}" "${sources[@]}" -r "${LOCK}" || no_network "uv could not install requirements/${variant}.txt."
 "${install[@]}" --quiet --no-build-isolation --editable "${ROOT}" ||
    die "vime itself did not install; the lines above say why."
 

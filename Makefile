@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 SEED ?= 0
 TESTS ?= tests/unit tests/cpu tests/gpu
 
-.PHONY: help install quickstart clean-quickstart test test-unit lint format bench bench-rollout bench-grading bench-packing bench-logprob-memory bench-train-mfu lock lock-gpu lint-docker
+.PHONY: help install quickstart clean-quickstart test test-unit lint format bench bench-rollout bench-grading bench-packing bench-logprob-memory bench-train-mfu bench-memory lock lock-gpu lint-docker
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -52,6 +52,9 @@ bench-logprob-memory: install  ## peak memory of log-probabilities at a 152k voc
 
 bench-train-mfu:  ## training speed on a GPU against its matrix product (PROFILE=1: kernels)
 	$(PYTHON) benchmarks/train_mfu.py
+
+bench-memory:  ## the memory that --dry-run foretells against what a GPU counts
+	$(PYTHON) benchmarks/memory.py
 
 lock: install  ## refresh requirements/cpu.txt from cpu.in, keeping versions that still fit
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/uv pip compile --quiet \

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vime.cli.memory import Part, engine_parts, shape_of, tokens_per_micro_batch, trainer_parts
+import torch
+
 from vime.config import Config
 from vime.config.fields import flags_in
+from vime.config.memory import (
+    Part,
+    engine_parts,
+    shape_of,
+    tokens_per_micro_batch,
+    total,
+    trainer_memory,
+)
+from vime.config.shape import Shape
 from vime.config.view import SECTIONS, resolved
-from vime.platform import current
+from vime.platform import CUDA, Platform, current
 
 GIB = 1 << 30
 
@@ -84,7 +94,19 @@ def _layout(cfg: Config) -> Iterator[str]:
     where = "the trainer's, in turn" if cluster.colocate else "their own"
     engines = f"{cluster.num_engines} of {cluster.gpus_per_engine} GPUs each, {where}"
     yield "engines: " + ("none (debug)" if cfg.debug.no_engines else engines)
-    yield f"together: {cluster.total_gpus} GPUs ({current().device_type})"
+    yield f"together: {cluster.total_gpus} GPUs ({planned_for(cfg).device_type})"
+
+
+def planned_for(cfg: Config) -> Platform:
+    """GPUs where --plan-gpu-memory names some, else what this machine has."""
+    return CUDA if cfg.debug.plan_gpu_gib else current()
+
+
+def gpu_gib(cfg: Config) -> float | None:
+    """Memory of the planned GPU; None on a machine without one, unless the flags say."""
+    if cfg.debug.plan_gpu_gib:
+        return cfg.debug.plan_gpu_gib
+    return torch.cuda.get_device_properties(0).total_memory / GIB if current().is_cuda else None
 
 
 def _memory(cfg: Config) -> Iterator[str]:
@@ -92,17 +114,50 @@ def _memory(cfg: Config) -> Iterator[str]:
     if shape is None:
         yield f"unknown: {cfg.model.hf_checkpoint}/config.json does not name the usual sizes"
         return
-    dtype = current().dtype(cfg.model.dtype)
+    dtype = planned_for(cfg).dtype(cfg.model.dtype)
     yield f"model: {shape.parameters:,} parameters, {dtype}".replace("torch.", "")
-    for title, parts in (
-        ("trainer", trainer_parts(cfg, shape, dtype.itemsize)),
-        ("engine", engine_parts(cfg, shape, dtype.itemsize)),
-    ):
-        yield f"{title}:"
-        total = Part("total", sum(p.num_bytes for p in parts), "")
-        for p in [*parts, total]:
-            yield f"  {p.name:<16}{p.num_bytes / GIB:>9.3f} GiB  {p.formula}".rstrip()
+    if not cfg.debug.rollout_only:
+        yield from _trainer(cfg, shape, dtype.itemsize)
+    if not cfg.debug.no_engines:
+        yield from _engine(cfg, shape, dtype.itemsize)
     yield "Not counted: CUDA context, collectives' buffers, fragmentation, kernels' workspaces."
     if cfg.algorithm.needs_reference:
         copy = shape.parameters * dtype.itemsize / (cfg.parallel.tp * cfg.parallel.pp)
         yield f"The reference waits in host memory: {copy / GIB:.3f} GiB for each trainer GPU."
+
+
+def _trainer(cfg: Config, shape: Shape, num_bytes: int) -> Iterator[str]:
+    memory = trainer_memory(cfg, shape, num_bytes)
+    yield "trainer, all the time:"
+    yield from map(_line, memory.held)
+    yield f"trainer, on top in {memory.phase}:"
+    yield from map(_line, memory.passing)
+    yield _line(Part("peak", memory.peak, ""))
+    have = gpu_gib(cfg)
+    if have is None:
+        return
+    left = have - memory.peak / GIB
+    verdict = f"leaves {left:.1f} GiB" if left > 0 else f"needs {-left:.1f} GiB more"
+    yield f"  a GPU of {have:.1f} GiB {verdict}"
+
+
+def _engine(cfg: Config, shape: Shape, num_bytes: int) -> Iterator[str]:
+    parts = engine_parts(cfg, shape, num_bytes)
+    yield "engine:"
+    yield from map(_line, [*parts, Part("total", total(parts), "")])
+    share, have = cfg.engine.vllm_args.get("gpu_memory_utilization"), gpu_gib(cfg)
+    if share is not None and have is not None:
+        taken = float(share) * have
+        cache = taken - parts[0].num_bytes / GIB
+        yield (
+            f"  --vllm-gpu-memory-utilization {share} takes {taken:.1f} GiB of {have:.1f}: "
+            f"about {max(0.0, cache):.1f} GiB of KV cache, {_percent(cache, parts[1])} of full"
+        )
+
+
+def _percent(cache_gib: float, full: Part) -> str:
+    return f"{max(0.0, min(1.0, cache_gib * GIB / max(full.num_bytes, 1))):.0%}"
+
+
+def _line(part: Part) -> str:
+    return f"  {part.name:<16}{part.num_bytes / GIB:>9.3f} GiB  {part.formula}".rstrip()

@@ -32,10 +32,10 @@ def local_slots(cluster: ClusterConfig) -> int:
 def check_slots(cfg: Config) -> list[str]:
     """The problem, if the run asks for more slots than a Ray started here would have.
 
-    A cluster that exists already is asked after connecting to it (`place`).
+    A cluster that exists already is asked after connecting to it (`place`). A plan needs no slots.
     """
     platform = current()
-    if os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS") or cfg.debug.dry_run:
         return []
     if platform.is_cuda:
         import torch

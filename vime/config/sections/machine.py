@@ -244,13 +244,21 @@ class DebugConfig(Section):
     )
     dry_run: bool = flag(
         "--dry-run",
-        "print the resolved configuration and the batch arithmetic, then exit",
+        "print the resolved configuration, the batch arithmetic and a memory estimate, then exit",
         default=False,
+    )
+    plan_gpu_gib: float | None = flag(
+        "--plan-gpu-memory",
+        "with --dry-run: plan for GPUs of so many GiB, whatever this machine has",
+        default=None,
+        above=0,
     )
 
     def problems(self) -> Iterator[str]:
         if self.train_only and self.rollout_only:
             yield "--debug-train-only and --debug-rollout-only leave nothing to run. Give one."
+        if self.plan_gpu_gib is not None and not self.dry_run:
+            yield f"--plan-gpu-memory {self.plan_gpu_gib} is for a plan, and this is a run. Add --dry-run, or leave it out."
         if self.rollout_only and self.load_rollout_data is not None:
             yield f"--load-debug-rollout-data {self.load_rollout_data} is for training, and --debug-rollout-only trains nothing. Drop one of the two."
         for name, path in (

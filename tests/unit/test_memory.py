@@ -1,0 +1,159 @@
+"""The memory estimate: its formulas redone by hand, and how it follows layout and recomputation."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.unit.command_lines import QWEN3_TINY, words, write_checkpoint
+from vime.cli import parse_config
+from vime.config.memory import (
+    engine_parts,
+    largest_tokens,
+    shape_of,
+    trainer_memory,
+)
+from vime.config.shape import Shape
+
+HF_CONFIGS = Path(__file__).parent / "hf_configs"
+BILLIONS = {  # as their makers state them
+    "deepseek-v3": 671.0,
+    "glm4-9B": 9.40,
+    "llama3.1-8B": 8.03,
+    "moonlight": 15.96,
+    "qwen2.5-0.5B": 0.494,
+    "qwen2.5-7B": 7.62,
+    "qwen3-0.6B": 0.596,
+    "qwen3-1.7B": 1.72,
+    "qwen3-4B": 4.02,
+    "qwen3-30B-A3B": 30.53,
+    "qwen3-235B-A22B": 235.1,
+    "smollm2-135M": 0.1345,
+}
+FULL = {
+    "--recompute-granularity": "full",
+    "--recompute-method": "uniform",
+    "--recompute-num-layers": "1",
+}
+BLOCK = FULL | {"--recompute-method": "block", "--recompute-num-layers": "9"}
+
+
+def config_of(name: str) -> dict:
+    return json.loads((HF_CONFIGS / f"{name}.json").read_text())
+
+
+def planned(folder, name="qwen3-4B", tokens=1024, **changes):
+    """(config, shape) of a run of 8 GPUs; `changes` as flags with underscores."""
+    flags = {f"--{k.replace('_', '-')}": v for k, v in changes.items()}
+    checkpoint = write_checkpoint(folder / name, **config_of(name))
+    fixed = {
+        "--hf-checkpoint": str(checkpoint),
+        "--use-dynamic-batch-size": None,
+        "--max-tokens-per-gpu": str(tokens),
+        "--rollout-max-response-len": "100",
+    }
+    cfg = parse_config(words(folder, fixed | flags))
+    return cfg, shape_of(cfg)
+
+
+def bytes_of(folder, **changes) -> dict[str, float]:
+    cfg, shape = planned(folder, **changes)
+    memory = trainer_memory(cfg, shape, 2)
+    parts = {p.name: p.num_bytes for p in [*memory.held, *memory.passing]}
+    return parts | {"peak": memory.peak, "phase": memory.phase}
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_parameters_are_those_of_the_published_model(name):
+    count = Shape.of(config_of(name)).parameters
+    assert count / 1e9 == pytest.approx(BILLIONS[name], rel=2e-3)
+
+
+def test_experts_are_counted_apart():
+    moe = QWEN3_TINY | {"num_experts": 8, "moe_intermediate_size": 64}
+    assert Shape.of(moe).routed == 8 * 3 * 128 * 64
+
+
+def test_a_step_of_the_founding_recipe(tmp_path):
+    """Qwen3-4B: h 2560, q 4096, kv 1024, f 9728, 36 layers, vocabulary 151,936."""
+    found = bytes_of(tmp_path, tokens=16384, tensor_model_parallel_size="2", sequence_parallel=None)
+    local = (151936 * 2560 + 36 * (2 * 2560 * 5120 + 256 + 2 * 2560 + 3 * 2560 * 9728)) / 2 + 2560
+    assert found["weights"] == pytest.approx(2 * local)
+    assert found["gradients"] == pytest.approx(4 * local)
+    assert found["optimizer"] == pytest.approx(12 * local)
+    values = (4 * 2560 + 4 * 4096 + 3 * 1024 + 3 * 9728) / 2
+    statistics = 4 * 32 / 2 + 4 * (32 + 8) / 2
+    assert found["activations"] == pytest.approx(16384 * 36 * (2 * values + statistics))
+    assert found["logits"] == pytest.approx(16384 * 151936 / 2 * 2 * 2 + 5 * (64 << 20))
+    held = found["weights"] + found["gradients"] + found["optimizer"]
+    assert found["peak"] == pytest.approx(held + found["activations"] + found["logits"])
+
+
+def test_the_distributed_optimizer_is_a_share(tmp_path):
+    whole = bytes_of(tmp_path)
+    shared = bytes_of(tmp_path, use_distributed_optimizer=None)
+    assert shared["optimizer"] == pytest.approx(whole["optimizer"] / 8)
+    assert shared["gradients"] == whole["gradients"]
+
+
+def test_experts_follow_their_own_layout(tmp_path):
+    """Qwen3-30B-A3B: 48 layers of 128 experts of 3 x 2048 x 768."""
+    one = bytes_of(tmp_path, name="qwen3-30B-A3B")
+    four = bytes_of(tmp_path, name="qwen3-30B-A3B", expert_model_parallel_size="4")
+    routed = 48 * 128 * 3 * 2048 * 768
+    assert one["weights"] - four["weights"] == pytest.approx(2 * routed * 3 / 4)
+    shared = {"expert_model_parallel_size": "4", "use_distributed_optimizer": None}
+    dense = one["weights"] / 2 - routed
+    optimizer = bytes_of(tmp_path, name="qwen3-30B-A3B", **shared)["optimizer"]
+    assert optimizer == pytest.approx(12 * (dense / 8 + routed / 4 / 2))
+
+
+def flags(changes: dict) -> dict:
+    return {name.lstrip("-").replace("-", "_"): value for name, value in changes.items()}
+
+
+def test_recomputing_keeps_inputs_only(tmp_path):
+    none = bytes_of(tmp_path, tokens=65536)["activations"]
+    full = bytes_of(tmp_path, tokens=65536, **flags(FULL))["activations"]
+    block = bytes_of(tmp_path, tokens=65536, **flags(BLOCK))["activations"]
+    assert full == 65536 * 36 * 2 * 2560
+    assert block == pytest.approx(9 / 36 * full + 27 / 36 * none)
+
+
+def test_what_recomputation_brings_back_can_be_the_peak(tmp_path):
+    """36 layers recomputed at once need what they save."""
+    at_once = FULL | {"--recompute-num-layers": "36"}
+    found = bytes_of(tmp_path, tokens=16384, **flags(at_once))
+    none = bytes_of(tmp_path, tokens=16384)
+    assert found["phase"] == "the backward of recomputed layers"
+    assert found["recomputed"] > none["activations"]
+
+
+def test_an_early_stage_holds_more_micro_batches(tmp_path):
+    one = bytes_of(tmp_path, tokens=16384)
+    four = bytes_of(tmp_path, tokens=16384, pipeline_model_parallel_size="4")
+    assert four["activations"] == pytest.approx(one["activations"])  # a quarter of it, four times
+
+
+def test_a_small_micro_batch_leaves_the_peak_to_the_optimizer(tmp_path):
+    found = bytes_of(tmp_path, tokens=256)
+    assert found["phase"] == "the optimizer's step"
+    assert found["temporary"] == pytest.approx(found["optimizer"] / 3)
+
+
+def test_the_most_tokens_that_fit_do_fit(tmp_path):
+    cfg, shape = planned(tmp_path, tokens=65536)
+    room = 120 * 2**30
+    tokens = largest_tokens(cfg, shape, 2, room)
+    assert tokens % 256 == 0
+    assert 1024 < tokens < 65536
+    assert trainer_memory(cfg, shape, 2, tokens).peak <= room
+    assert trainer_memory(cfg, shape, 2, tokens + 256).peak > room
+    assert largest_tokens(cfg, shape, 2, 1 << 30) == 0
+
+
+def test_an_engine_holds_weights_and_cache(tmp_path):
+    cfg, shape = planned(tmp_path)
+    weights, cache = engine_parts(cfg, shape, 2)
+    assert weights.num_bytes == 2 * shape.parameters
+    assert cache.num_bytes == 2 * 36 * 8 * 128 * 2 * (256 / 8) * 100  # 256 responses on 8 engines

@@ -1,0 +1,288 @@
+"""Memory of a trainer's and an engine's GPU by component, each figure beside its formula.
+
+Names in the formulas: P parameters on this GPU, b bytes of a weight, T tokens of a micro-batch on
+one GPU, V vocabulary, h hidden size, t tensor parallel size. `benchmarks/memory.py` compares the
+estimate with a GPU's own count.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vime.config import Config
+from vime.config.rules import hf_config
+from vime.config.shape import Shape
+
+CHUNK_BYTES = 64 << 20  # float32 logits of one chunk of tokens (backends/megatron/logprobs.py)
+CHUNKS = 5  # of them at a time
+LOGITS_COPIES = 2  # the logits and their gradient
+ROUND = 256  # a suggested number of tokens is a multiple of it
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One component: bytes on one GPU and how they were counted."""
+
+    name: str
+    num_bytes: float
+    formula: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerMemory:
+    """held: there all the time. phases: {name: what comes on top, at most one phase at a time}."""
+
+    held: list[Part]
+    phases: dict[str, list[Part]]
+
+    @property
+    def phase(self) -> str:
+        """The one that needs most."""
+        return max(self.phases, key=lambda name: total(self.phases[name]))
+
+    @property
+    def passing(self) -> list[Part]:
+        return self.phases[self.phase]
+
+    @property
+    def peak(self) -> float:
+        return total(self.held) + total(self.passing)
+
+
+def total(parts: list[Part]) -> float:
+    return sum(part.num_bytes for part in parts)
+
+
+def trainer_memory(
+    cfg: Config, shape: Shape, num_bytes: int, tokens: int | None = None
+) -> TrainerMemory:
+    """Of one trainer GPU, on the fullest pipeline stage.
+
+    num_bytes  of one weight
+    tokens     of a micro-batch on one GPU (default: what the flags allow)
+    """
+    stages = range(cfg.parallel.pp)
+    found = [_Stage(cfg, shape, num_bytes, stage, tokens).memory() for stage in stages]
+    return max(found, key=lambda memory: memory.peak)
+
+
+class _Stage:
+    """The estimate of one pipeline stage."""
+
+    def __init__(
+        self, cfg: Config, shape: Shape, num_bytes: int, stage: int, tokens: int | None
+    ) -> None:
+        self.cfg, self.shape, self.b, self.p = cfg, shape, num_bytes, cfg.parallel
+        self.T = tokens or tokens_per_micro_batch(cfg)
+        self.layers = -(-shape.layers // self.p.pp)
+        first = stage * self.layers
+        self.dense = max(0, min(shape.dense_layers - first, self.layers))
+        self.is_first, self.is_last = stage == 0, stage == self.p.pp - 1
+        self.s = self.p.tp if self.p.sequence_parallel else 1
+        ahead, vpp = self.p.pp - 1 - stage, self.p.vpp
+        # 1F1B: forward passes whose backward has not begun, in units of this stage's layers
+        self.in_flight = 1 + ahead
+        if vpp is not None:
+            self.in_flight = (2 * ahead + (vpp - 1) * self.p.pp + 1) / vpp
+
+        sparse = self.layers - self.dense
+        ends = self.is_first + (self.is_last and (not shape.tied or self.p.pp > 1))
+        layers = self.dense * shape.dense_layer + sparse * shape.expert_layer
+        dense = (ends * shape.matrix + layers) / self.p.tp + self.is_last * shape.hidden
+        routed = sparse * shape.routed / (self.p.ep * self.p.etp)
+        self.parameters = dense + routed
+        self.optimized = self.parameters  # those whose optimizer state is here
+        if self.p.use_distributed_optimizer:
+            expert_ranks = cfg.cluster.trainer_gpus // (self.p.etp * self.p.ep * self.p.pp)
+            self.optimized = dense / (cfg.dp * self.p.cp) + routed / max(1, expert_ranks)
+
+    def memory(self) -> TrainerMemory:
+        return TrainerMemory(list(self._held()), dict(self._phases()))
+
+    def _held(self) -> Iterator[Part]:
+        here, b = self.parameters, self.b
+        yield Part("weights", here * b, f"P = {here:,.0f} parameters here x b = {b}")
+        gradient = 4 if self.cfg.optimizer.accumulate_fp32 else b
+        yield Part("gradients", here * gradient, f"P x {gradient}")
+        is_adam = self.cfg.optimizer.optimizer == "adam"
+        state, counted = (8, "8 for two moments") if is_adam else (4, "4 for the momentum")
+        if b < 4:
+            state, counted = state + 4, f"{counted} + 4 for float32 weights"
+        shards = f", of {self.optimized:,.0f}" if self.optimized < here else ""
+        yield Part("optimizer", self.optimized * state, f"P x ({counted}){shards}")
+
+    def _phases(self) -> Iterator[tuple[str, list[Part]]]:
+        kept, one_unit, counted = self._activations()
+        activations = Part("activations", self.in_flight * self.T * kept, counted)
+        if self.is_last:
+            yield "the log-probabilities' backward", [activations, self._logits()]
+            forward = forward_tokens(self.cfg)
+            if forward > self.T:
+                yield "a forward-only pass", [self._forward_logits(forward)]
+        else:
+            yield "a layer's backward", [activations]
+        if one_unit:
+            again = Part(
+                "recomputed",
+                self.T * (one_unit + self._layer_gradients()),
+                "T x what the recomputed layers keep, and the gradients in one",
+            )
+            yield "the backward of recomputed layers", [activations, again, *self._tied_gradient()]
+        yield "the optimizer's step", list(self._step())
+
+    def _activations(self) -> tuple[float, float, str]:
+        """Bytes a token: kept for the backward; recomputed at a time; and how they are counted."""
+        p, layers = self.p, self.layers
+        dense, sparse = self._layer(experts=False), self._layer(experts=True)
+        every = self.dense * dense + (layers - self.dense) * sparse
+        largest = max(dense if self.dense else 0, sparse if self.dense < layers else 0)
+        entry = self.b * self.shape.hidden / self.s
+        shown = f"{every / layers:,.0f}"
+        if p.recompute_granularity != "full":
+            return every, 0.0, f"T = {self.T:,} x {layers} layers x {shown} B"
+        num = min(p.recompute_num_layers or 1, layers)
+        if p.recompute_method == "block":
+            kept = num * entry + every * (layers - num) / layers
+            counted = f"{layers - num} layers x {shown} B + {num} inputs x {entry:,.0f} B"
+            return kept, largest, f"T = {self.T:,} x ({counted})"
+        inputs = -(-layers // num)
+        return inputs * entry, num * largest, f"T = {self.T:,} x {inputs} inputs x {entry:,.0f} B"
+
+    def _layer(self, *, experts: bool) -> float:
+        """Bytes a token that one layer keeps for its backward.
+
+        The residual stream before each norm and the norms' results (hidden channels each); the
+        projection before its split, the queries' copy before their norm, rotated queries and keys,
+        attention's result; the MLP's first product (2 ffn) and what its activation makes of it.
+        """
+        shape, tp, s = self.shape, self.p.tp, self.s
+        whole = (6 if shape.sandwich else 4) * shape.hidden
+        mlp = 3 * (shape.shared_ffn if experts else shape.ffn)
+        modules = ()
+        if self.p.recompute_granularity == "selective":
+            modules = getattr(self.p, "recompute_modules", None) or ()
+        if "layernorm" in modules:
+            whole -= 2 * shape.hidden
+        if "mlp" in modules and not experts:
+            mlp = 0
+        if "mlp_act" in modules:
+            mlp *= 2 / 3
+        routed = 0.0
+        if experts:
+            routed = shape.top_k * 3 * (shape.hidden + shape.expert_ffn)
+        statistics = (
+            4 * shape.heads / tp + (4 * (shape.heads + shape.kv_heads) / tp) * shape.qk_norm
+        )
+        return self.b * ((whole + routed) / s + (self._attention() + mlp) / tp) + statistics
+
+    def _layer_gradients(self) -> float:
+        """Bytes a token of what the backward of an MLP has at a time: of its products and ends."""
+        ffn = self.shape.ffn if self.dense else self.shape.shared_ffn
+        return self.b * (3 * ffn / self.p.tp + 2 * self.shape.hidden)
+
+    def _attention(self) -> float:
+        """Values a token that one attention keeps over all its heads."""
+        shape, m, cp = self.shape, self.shape.latent, self.p.cp
+        if m is None:
+            gathered = 2 * shape.kv * cp if cp > 1 else 0
+            return (3 + shape.qk_norm) * shape.q + 3 * shape.kv + gathered
+        key = shape.heads * (m.nope + m.rope)
+        reduced = 2 * m.q_rank + 2 * m.kv_rank + m.rope
+        return reduced + key + shape.heads * (m.nope + m.value) + 4 * key + shape.heads * m.value
+
+    def _logits(self) -> Part:
+        columns = self.shape.vocab / self.p.tp
+        size = LOGITS_COPIES * self.T * columns * self.b + self._chunks(self.T)
+        return Part(
+            "logits",
+            size,
+            f"T x V / t x b x {LOGITS_COPIES} + {CHUNKS} float32 chunks, V = {self.shape.vocab:,}",
+        )
+
+    def _chunks(self, tokens: int) -> float:
+        return CHUNKS * min(CHUNK_BYTES, 4 * tokens * self.shape.vocab / self.p.tp)
+
+    def _forward_logits(self, tokens: int) -> Part:
+        columns = self.shape.vocab / self.p.tp
+        size = tokens * columns * self.b + self._chunks(tokens)
+        return Part("logits", size, f"{tokens:,} tokens x V / t x b + {CHUNKS} float32 chunks")
+
+    def _tied_gradient(self) -> Iterator[Part]:
+        """The output's share of a tied matrix's gradient waits for the embedding's."""
+        if self.shape.tied and self.p.pp == 1:
+            yield Part("tied matrix", self.shape.matrix / self.p.tp * self.b, "V x h / t x b")
+
+    def _step(self) -> Iterator[Part]:
+        """AdamW over lists of tensors makes one float32 list; bfloat16 gradients are widened."""
+        size, counted = 4, "4 for a square root"
+        if self.b < 4 and not self.cfg.optimizer.accumulate_fp32:
+            size, counted = size + 4, counted + " + 4 for float32 gradients"
+        yield Part("temporary", size * self.optimized, f"P x ({counted})")
+
+
+def largest_tokens(cfg: Config, shape: Shape, num_bytes: int, room: float) -> int:
+    """The most tokens of a micro-batch whose peak fits into `room` bytes; 0 if none do."""
+
+    def fits(units: int) -> bool:
+        return trainer_memory(cfg, shape, num_bytes, units * ROUND).peak <= room
+
+    units = range(1, 1 << 16)
+    return bisect(units, False, key=lambda n: not fits(n)) * ROUND
+
+
+def engine_parts(cfg: Config, shape: Shape, num_bytes: int) -> list[Part]:
+    """Memory of one engine GPU: weights, and the KV cache of all responses at full length."""
+    tp = cfg.cluster.gpus_per_engine
+    running, length = responses_per_engine(cfg), _longest(cfg)
+    if shape.latent is not None:
+        values, counted = shape.latent.kv_rank + shape.latent.rope, "latent"
+    else:
+        values = 2 * max(1, shape.kv_heads / tp) * shape.head_dim
+        counted = "2 x KV heads x head size"
+    per_token = shape.layers * values * num_bytes
+    return [
+        Part("weights", shape.parameters * num_bytes / tp, "all parameters x b / engine's GPUs"),
+        Part(
+            "KV cache, full",
+            per_token * running * length,
+            f"layers x {counted} x b = {per_token:,.0f} a token x {running} "
+            f"responses x {length:,} tokens",
+        ),
+    ]
+
+
+def tokens_per_micro_batch(cfg: Config) -> int:
+    """T, on one GPU. A longer sample is a pack of its own and exceeds it."""
+    if cfg.batch.dynamic and cfg.batch.max_tokens_per_gpu is not None:
+        return cfg.batch.max_tokens_per_gpu
+    return -(-cfg.batch.micro_batch_size * _longest(cfg) // cfg.parallel.cp)
+
+
+def forward_tokens(cfg: Config) -> int:
+    """The same in passes that only compute log-probabilities."""
+    given = cfg.batch.log_probs_max_tokens_per_gpu
+    return given if cfg.batch.dynamic and given else tokens_per_micro_batch(cfg)
+
+
+def responses_per_engine(cfg: Config) -> int:
+    """Requests that one engine holds at a time, at most."""
+    prompts = max(cfg.batch.prompts, cfg.rollout.over_sampling or 0)
+    shared = -(-prompts * cfg.batch.samples_per_prompt // max(1, cfg.cluster.num_engines))
+    return min(cfg.rollout.concurrency, shared)
+
+
+def shape_of(cfg: Config) -> Shape | None:
+    """None for an architecture whose `config.json` names its sizes otherwise."""
+    try:
+        return Shape.of(hf_config(cfg))
+    except KeyError:
+        return None
+
+
+def _longest(cfg: Config) -> int:
+    """Tokens of a prompt and its response, where the flags bound them."""
+    return cfg.rollout.max_context_len or (
+        (cfg.rollout.max_prompt_len or 0) + cfg.rollout.max_response_len
+    )

@@ -1,0 +1,130 @@
+"""A decoder's sizes, read from `config.json` alone, and its parameters by where they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+QK_NORM = ("qwen3", "qwen3_moe")  # model types that normalise queries and keys
+SANDWICH = ("glm4",)  # that also normalise what attention and MLP give back
+QKV_BIAS = ("qwen2",)  # that do not say so in config.json
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """Sizes of multi-head latent attention (arXiv:2405.04434); q_rank 0: queries are whole."""
+
+    q_rank: int
+    kv_rank: int
+    nope: int
+    rope: int
+    value: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Sizes are channels, counts are parameters. Every layer is dense, or those after the first."""
+
+    hidden: int
+    layers: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    tied: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    sandwich: bool = False
+    latent: Latent | None = None
+    dense_layers: int
+    experts: int = 0
+    top_k: int = 0
+    expert_ffn: int = 0
+    shared_ffn: int = 0
+
+    @property
+    def q(self) -> int:
+        """Channels of all query heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def matrix(self) -> int:
+        """Parameters of one vocabulary matrix: embedding or output."""
+        return self.vocab * self.hidden
+
+    @property
+    def attention(self) -> int:
+        h, m = self.hidden, self.latent
+        if m is None:
+            bias = self.q + 2 * self.kv if self.qkv_bias else 0
+            norms = 2 * self.head_dim if self.qk_norm else 0
+            return 2 * h * (self.q + self.kv) + bias + norms
+        key = m.nope + m.rope
+        reduced = h * m.q_rank + m.q_rank + m.q_rank * self.heads * key
+        query = reduced if m.q_rank else h * self.heads * key
+        latent = h * (m.kv_rank + m.rope) + m.kv_rank
+        return query + latent + self.heads * (m.kv_rank * (m.nope + m.value) + m.value * h)
+
+    @property
+    def norms(self) -> int:
+        return (4 if self.sandwich else 2) * self.hidden
+
+    @property
+    def dense_layer(self) -> int:
+        return self.attention + self.norms + 3 * self.hidden * self.ffn
+
+    @property
+    def expert_layer(self) -> int:
+        """All but the routed experts: those are in `routed`."""
+        router = self.hidden * self.experts
+        return self.attention + self.norms + router + 3 * self.hidden * self.shared_ffn
+
+    @property
+    def routed(self) -> int:
+        """All routed experts of one layer."""
+        return 3 * self.hidden * self.expert_ffn * self.experts
+
+    @property
+    def parameters(self) -> int:
+        dense, sparse = self.dense_layers, self.layers - self.dense_layers
+        layers = dense * self.dense_layer + sparse * (self.expert_layer + self.routed)
+        return layers + self.hidden + self.matrix * (1 if self.tied else 2)
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Shape:
+        """From a decoder's `config.json`. Raises KeyError where that lacks a usual key."""
+        hidden, layers, heads = (
+            config[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        )
+        kind = config.get("model_type", "")
+        latent = None
+        if config.get("kv_lora_rank"):
+            sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+            latent = Latent(config.get("q_lora_rank") or 0, *(config[k] for k in sizes))
+        known = ("num_experts", "num_local_experts", "n_routed_experts")
+        experts = next((config[k] for k in known if config.get(k)), 0)
+        expert_ffn = config.get("moe_intermediate_size") or config.get("intermediate_size", 0)
+        return cls(
+            hidden=hidden,
+            layers=layers,
+            vocab=config["vocab_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            ffn=config["intermediate_size"],
+            tied=bool(config.get("tie_word_embeddings")),
+            qk_norm=kind in QK_NORM,
+            qkv_bias=bool(config.get("attention_bias", kind in QKV_BIAS)),
+            sandwich=kind in SANDWICH,
+            latent=latent,
+            dense_layers=config.get("first_k_dense_replace", 0) if experts else layers,
+            experts=experts,
+            top_k=config.get("num_experts_per_tok", 0) if experts else 0,
+            expert_ffn=expert_ffn if experts else 0,
+            shared_ffn=(config.get("n_shared_experts") or 0) * expert_ffn if experts else 0,
+        )

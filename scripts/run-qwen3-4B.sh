@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# GRPO on Qwen3-4B, one node of 8 GPUs shared by training and generation.
+# GRPO on Qwen3-4B, one node of 8 GPUs.
 #
-#   bash scripts/run-qwen3-4B.sh                        plain: train.py starts and stops its own Ray
+#   bash scripts/run-qwen3-4B.sh                        all 8 train and generate, in turn (train.py)
+#   MODE=decoupled bash scripts/run-qwen3-4B.sh         2 train, 6 generate, in turn
+#   MODE=async bash scripts/run-qwen3-4B.sh             they work at once (train_async.py)
 #   LAUNCH=ray-job bash scripts/run-qwen3-4B.sh         as a job of the Ray cluster at RAY_ADDRESS
 #   bash scripts/run-qwen3-4B.sh --dry-run              what these flags mean; starts nothing
 #
@@ -18,14 +20,15 @@ SAVE="${SAVE:-${ROOT}/Qwen3-4B_vime}"
 LOAD="${LOAD:-${SAVE}}"
 PROMPT_DATA="${PROMPT_DATA:-${ROOT}/dapo-math-17k/dapo-math-17k.jsonl}"
 EVAL_DATA="${EVAL_DATA:-${ROOT}/aime-2024/aime-2024.jsonl}"
-PYTHON="${PYTHON:-python3}"
-LAUNCH="${LAUNCH:-python}"
-RAY_ADDRESS="${RAY_ADDRESS:-}"
+MODE="${MODE:-colocated}"
 NUM_NODES="${NUM_NODES:-1}"
 GPUS_PER_NODE="${GPUS_PER_NODE:-8}"
+TRAIN_GPUS="${TRAIN_GPUS:-2}"     # of them, where they are not shared
+ROLLOUT_GPUS="${ROLLOUT_GPUS:-6}"
 
 # The architecture. Optional: it is compared with the checkpoint's config.json.
 source "${SCRIPT_DIR}/models/qwen3-4B.sh"
+source "${SCRIPT_DIR}/launch.sh"
 
 CKPT_ARGS=(
    # what vLLM starts from; the tokenizer is read from here too
@@ -105,35 +108,26 @@ VLLM_ARGS=(
    --vllm-gpu-memory-utilization 0.7
 )
 
-CLUSTER_ARGS=(
-   --actor-num-nodes "${NUM_NODES}"
-   --actor-num-gpus-per-node "${GPUS_PER_NODE}"
-   # to generate on GPUs of their own: drop --colocate, add --rollout-num-gpus
-   --colocate
-)
-
-TRAIN=(
-   "${PYTHON}" "${REPO}/train.py"
-   "${CLUSTER_ARGS[@]}" "${MODEL_ARGS[@]}" "${CKPT_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${EVAL_ARGS[@]}"
-   "${PERF_ARGS[@]}" "${GRPO_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${VLLM_ARGS[@]}" "$@"
-)
-
-case "${LAUNCH}" in
-   python)
-      exec "${TRAIN[@]}"
+CLUSTER_ARGS=(--actor-num-nodes "${NUM_NODES}")
+ENTRY=train.py
+case "${MODE}" in
+   colocated)
+      CLUSTER_ARGS+=(--actor-num-gpus-per-node "${GPUS_PER_NODE}" --colocate)
       ;;
-   ray-job)
-      [[ -n "${RAY_ADDRESS}" ]] || {
-         echo "LAUNCH=ray-job needs RAY_ADDRESS, for example http://127.0.0.1:8265" >&2
-         exit 2
-      }
-      export RAY_ADDRESS
-      job="vime-$(date +%Y%m%d-%H%M%S)-$$"
-      trap 'ray job stop "${job}"' INT TERM
-      ray job submit --submission-id "${job}" -- "${TRAIN[@]}"
+   decoupled | async)
+      CLUSTER_ARGS+=(--actor-num-gpus-per-node "${TRAIN_GPUS}" --rollout-num-gpus "${ROLLOUT_GPUS}")
       ;;
    *)
-      echo "LAUNCH=${LAUNCH} is neither python nor ray-job" >&2
+      echo "MODE=${MODE} is none of colocated, decoupled and async" >&2
       exit 2
       ;;
 esac
+if [[ "${MODE}" == async ]]; then
+   ENTRY=train_async.py
+   # a batch is one update older than the weights that train on it
+   GRPO_ARGS+=(--use-rollout-logprobs)
+fi
+
+launch "${ENTRY}" \
+   "${CLUSTER_ARGS[@]}" "${MODEL_ARGS[@]}" "${CKPT_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${EVAL_ARGS[@]}" \
+   "${PERF_ARGS[@]}" "${GRPO_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${VLLM_ARGS[@]}" "$@"

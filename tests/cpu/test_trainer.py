@@ -52,6 +52,7 @@ def every_case(rank: int, world: int, port: int, folder: Path, out: str) -> None
         a_penalty_needs_and_gets_the_old_log_probabilities,
         sft_learns_the_demonstrations,
         what_is_not_finite_changes_nothing,
+        memory_that_ran_out_names_the_flags,
         the_old_policy_may_be_the_engines,
         the_reference_follows_the_actor,
         users_functions_take_part,
@@ -162,6 +163,20 @@ def what_is_not_finite_changes_nothing(trainer: Any, out: Path) -> None:
         RuntimeError, match="5 optimizer steps in a row were not finite.*samples 0, 1, 2,.*--lr"
     ):
         t.train(broken)
+    t.close()
+
+
+def memory_that_ran_out_names_the_flags(trainer: Any, out: Path) -> None:
+    t = trainer()
+
+    def too_much(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.25 GiB.")
+
+    t.objective = too_much
+    with pytest.raises(
+        ConfigError, match=r"--max-tokens-per-gpu 512 -> \d+ \(est(.|\n)*Tried to allocate 9.25 GiB"
+    ):
+        t.train(batch_of(t))
     t.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 
@@ -115,3 +116,24 @@ def test_importing_our_rooms_does_not_import_vllm():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+def test_vllm_still_says_how_much_memory_it_lacks():
+    """`engine_remedy` reads these sentences."""
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    folder = Path(find_spec("vllm").origin).parent / "v1"
+    source = "".join((folder / name).read_text() for name in MEMORY_SPEAKERS)
+    said = "".join(part for part in re.split(r'"\n\s*f?"', source))
+    for sentence in (
+        "GiB) on startup is less than desired GPU memory utilization (",
+        "No available memory for the cache blocks",
+        "To serve at least one request with the model's max seq len ",
+        "GiB KV cache is needed, which is larger than the available KV cache memory (",
+        "the estimated maximum model length is {",
+    ):
+        assert sentence in said
+
+
+MEMORY_SPEAKERS = ("worker/utils.py", "core/kv_cache_utils.py")

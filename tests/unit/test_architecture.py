@@ -28,6 +28,7 @@ HEIGHT = {
     "backends.vllm": 6,
     "backends.megatron": 7,
     "ray": 8,
+    "__main__": 9,
 }
 FORBIDDEN = {  # further than height says
     "observe": {"platform"},

@@ -69,7 +69,8 @@ def config_for(script: Path) -> dict:
 
 
 def test_there_are_recipes_and_models():
-    assert {r.name for r in RECIPES} >= {"run-qwen3-4B.sh", "run-tiny-cpu.sh"}
+    ours = {f"run-{name}.sh" for name in ("qwen3-4B", "qwen3-0.6B-1gpu", "qwen3-0.6B-2gpu")}
+    assert {r.name for r in RECIPES} >= ours | {"run-tiny-cpu.sh"}
     assert {m.stem for m in MODELS} == set(CONFIGS)
 
 
@@ -77,7 +78,7 @@ def test_there_are_recipes_and_models():
 def test_a_recipe_parses(script, tmp_path):
     _, argv = recipe_argv(script, tmp_path, config_for(script))
     cfg = parse_config(argv, checks=[check_model_args])
-    assert cfg.cluster.colocate
+    assert cfg.cluster.colocate == ("2gpu" not in script.name)
     assert cfg.batch.samples == 256
     assert cfg.algorithm.clip_high == 0.28
     assert cfg.checkpoint.load == cfg.checkpoint.save
@@ -96,13 +97,47 @@ def test_flags_given_to_a_recipe_come_last_and_win(script, tmp_path):
     assert argv[-2:] == ["--num-rollout", "7"]
 
 
-def test_the_tiny_recipe_runs_decoupled_too(tmp_path):
-    script = SCRIPTS / "run-tiny-cpu.sh"
-    entry, argv = recipe_argv(script, tmp_path, QWEN3_TINY, MODE="async", NUM_ROLLOUT="2")
+@pytest.mark.parametrize("name", ["run-tiny-cpu.sh", "run-qwen3-0.6B-2gpu.sh"])
+def test_a_decoupled_recipe_may_generate_while_it_trains(name, tmp_path):
+    script = SCRIPTS / name
+    entry, argv = recipe_argv(script, tmp_path, config_for(script), MODE="async")
+    argv += ["--num-rollout", "2"]
     cfg = parse_config(argv, checks=[check_model_args])
     assert entry == "train_async.py"
     assert not cfg.cluster.colocate
     assert (cfg.cluster.total_gpus, cfg.batch.num_rollout) == (2, 2)
+    assert cfg.algorithm.use_rollout_logprobs
+
+
+EIGHT_GPUS = {
+    "colocated": ("train.py", "engines: 4 of 2 GPUs each, the trainer's, in turn", 8),
+    "decoupled": ("train.py", "engines: 3 of 2 GPUs each, their own", 2),
+    "async": ("train_async.py", "engines: 3 of 2 GPUs each, their own", 2),
+}
+
+
+@pytest.mark.parametrize("mode", EIGHT_GPUS)
+def test_the_founding_recipe_is_planned_for_eight_gpus(mode, tmp_path, capsys):
+    """On a machine without any: layout, batch and a peak that 80 GB hold."""
+    wanted, engines, trainers = EIGHT_GPUS[mode]
+    script = SCRIPTS / "run-qwen3-4B.sh"
+    entry, argv = recipe_argv(script, tmp_path, CONFIGS["qwen3-4B"], MODE=mode)
+    assert entry == wanted
+    argv += ["--dry-run", "--plan-gpu-memory", "80"]
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(argv, checks=[check_model_args])
+    assert stopped.value.code == 0
+    plan = capsys.readouterr().out
+    for line in (
+        f"trainer: {trainers} GPUs = TP 2 x PP 1 x CP 1 x DP {trainers // 2}",
+        engines,
+        "together: 8 GPUs (cuda)",
+        f"256 samples / {trainers // 2} data-parallel rank",
+        "parameters, bfloat16",
+        "a GPU of 80.0 GiB leaves ",
+        "--vllm-gpu-memory-utilization 0.7 takes 56.0 GiB of 80.0",
+    ):
+        assert line in plan
 
 
 def test_the_recipe_can_be_a_ray_job(tmp_path):
@@ -150,6 +185,6 @@ def test_model_args_are_those_derived_from_the_config(script, tmp_path):
 
 @pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.name)
 def test_a_recipe_ends_nothing_that_it_did_not_start(script):
-    text = script.read_text()
+    text = script.read_text() + (SCRIPTS / "launch.sh").read_text()
     for word in ("pkill", "killall", "ray stop", "kill -9"):
         assert word not in text

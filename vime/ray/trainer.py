@@ -29,10 +29,11 @@ class TrainerRank:
 
     def start(self, cfg: Config, world_size: int, address: str, port: int, timeout_s: float) -> int:
         """Builds the trainer and loads its checkpoint. Returns the rollout to start with."""
+        from vime.backends.megatron.memory import memory_remedy
         from vime.backends.megatron.trainer import MegatronTrainer
         from vime.rollout.training_hooks import training_hooks
 
-        with stacks_if_longer_than(timeout_s):
+        with stacks_if_longer_than(timeout_s), memory_remedy(cfg):
             # Ray shows each actor its own GPU only, so the local rank is always 0.
             self.trainer = MegatronTrainer(
                 cfg, self.rank, world_size, 0, address, port, hooks=training_hooks(cfg)

@@ -19,6 +19,7 @@ from vime.algorithms.hooks import TrainingHooks, user_correction, user_loss
 from vime.algorithms.objective import PolicyObjective
 from vime.algorithms.off_policy import Mismatch
 from vime.algorithms.policy import TokenLoss
+from vime.backends.megatron.memory import memory_remedy
 from vime.backends.megatron.offload import (
     Offload,
     gradients_of,
@@ -112,8 +113,14 @@ class MegatronTrainer:
         """Every optimizer step of one rollout. Returns its metrics, the same on every rank.
 
         Raises RuntimeError when MAX_SKIPPED_STEPS steps in a row had a loss or gradient that is not
-        finite; such a step changes nothing and is counted in `train/skipped_steps`.
+        finite; such a step changes nothing and is counted in `train/skipped_steps`. ConfigError
+        when GPU memory runs out, with the flags that help.
         """
+        longest = max(s.length for s in batch.sequences)
+        with memory_remedy(self.cfg, longest):
+            return self._train(batch)
+
+    def _train(self, batch: TrainBatch) -> dict[str, float]:
         from vime.backends.megatron.rollout_columns import RolloutColumns
 
         clock = _Clock()

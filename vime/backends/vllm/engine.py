@@ -14,6 +14,7 @@ from vime.backends.vllm import server
 from vime.backends.vllm.client import EngineClient
 from vime.backends.vllm.process import GuardedProcess, free_port
 from vime.config import Config
+from vime.config.out_of_memory import engine_remedy
 from vime.errors import EngineError
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,10 @@ class VLLMEngine:
                 self._launch()
                 break
             except EngineError as error:
+                log_text = self.process.output() if self.process else ""
                 self.stop()
+                if remedy := engine_remedy(self.cfg, log_text):
+                    raise EngineError(f"vLLM engine {self.index}: {remedy}. {error}") from None
                 if PORT_TAKEN not in str(error).lower() or attempt == PORT_ATTEMPTS - 1:
                     raise
         self.start_s = time.monotonic() - began

@@ -33,6 +33,7 @@ class GuardedProcess:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as out:
+            self.begin = out.tell()  # earlier runs' lines come before
             self.guard = subprocess.Popen(
                 [sys.executable, "-S", "-E", guard.__file__, *command],
                 stdin=subprocess.PIPE,  # closes when we die
@@ -50,6 +51,12 @@ class GuardedProcess:
         """The end of the log, and where the rest is."""
         lines = self.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
         return "\n".join([f"last lines of {self.log}:", *lines])
+
+    def output(self) -> str:
+        """All that this process wrote."""
+        with self.log.open("rb") as written:
+            written.seek(self.begin)
+            return written.read().decode(errors="replace")
 
     def check(self) -> None:
         """Raises EngineError when the process has ended."""

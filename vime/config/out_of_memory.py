@@ -1,0 +1,137 @@
+"""What to change when GPU memory ran out, and by how much."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from vime.config import Config
+from vime.config.memory import largest_tokens, shape_of, tokens_per_micro_batch, trainer_memory
+from vime.config.shape import Shape
+
+GIB = 1 << 30
+SPARE = 0.95  # a remedy aims at so much of the room
+FULL = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+
+
+def trainer_remedy(cfg: Config, num_bytes: int, *, longest: int, limit: float | None = None) -> str:
+    """The flags that help a trainer that ran out of memory, each with its estimated peak.
+
+    num_bytes  of one weight
+    longest    tokens on one GPU of the longest sequence: alone it may exceed --max-tokens-per-gpu
+    limit      bytes that the trainer could have had; None: not known
+    """
+    shape = shape_of(cfg)
+    if shape is None:
+        return "Lower --max-tokens-per-gpu, or add --recompute-granularity full."
+    asked = max(tokens_per_micro_batch(cfg), longest)
+    expected = trainer_memory(cfg, shape, num_bytes, asked)
+    # Where the estimate was too low, the limit alone would not teach anything.
+    room = SPARE * min(expected.peak, expected.peak if limit is None else limit)
+    had = "" if limit is None else f" of {limit / GIB:.1f} GiB"
+    lines = [
+        f"GPU memory ran out{had}, estimated peak {expected.peak / GIB:.1f} GiB (in "
+        f"{expected.phase}, micro-batches of up to {asked:,} tokens). One of these helps:"
+    ]
+    lines += _fewer_tokens(cfg, shape, num_bytes, room, longest)
+    for words, other in _other_layouts(cfg):
+        peak = trainer_memory(other, shape, num_bytes, asked).peak
+        if peak < room:
+            lines.append(f"{words} (estimated peak {peak / GIB:.1f} GiB)")
+    if len(lines) == 1:
+        lines.append("more GPUs: --actor-num-gpus-per-node and --tensor-model-parallel-size")
+    return "\n  - ".join(lines)
+
+
+def _fewer_tokens(
+    cfg: Config, shape: Shape, num_bytes: int, room: float, longest: int
+) -> Iterator[str]:
+    tokens = largest_tokens(cfg, shape, num_bytes, room)
+    if not tokens:
+        return
+    peak = trainer_memory(cfg, shape, num_bytes, tokens).peak / GIB
+    if tokens < longest:
+        cp = 2 * cfg.parallel.cp
+        yield (
+            f"a sequence of {longest:,} tokens on one GPU is more than the {tokens:,} that fit: "
+            f"--context-parallel-size {cfg.parallel.cp} -> {cp}, or lower "
+            f"--rollout-max-response-len {cfg.rollout.max_response_len}"
+        )
+    elif cfg.batch.dynamic:
+        was = cfg.batch.max_tokens_per_gpu
+        yield f"--max-tokens-per-gpu {was} -> {tokens} (estimated peak {peak:.1f} GiB)"
+    else:
+        was = cfg.batch.micro_batch_size
+        yield (
+            f"--micro-batch-size {was} -> --use-dynamic-batch-size --max-tokens-per-gpu {tokens} "
+            f"(estimated peak {peak:.1f} GiB)"
+        )
+
+
+def _other_layouts(cfg: Config) -> Iterator[tuple[str, Config]]:
+    p = cfg.parallel
+
+    def having(**changes: Any) -> Config:
+        return replace(cfg, parallel=replace(p, **changes))
+
+    if p.recompute_granularity != "full":
+        words = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+        yield words, having(**FULL)
+    if not p.use_distributed_optimizer and cfg.dp * p.cp > 1:
+        yield "--use-distributed-optimizer", having(use_distributed_optimizer=True)
+    if cfg.dp % 2 == 0:
+        words = f"--tensor-model-parallel-size {p.tp} -> {2 * p.tp} with --sequence-parallel"
+        yield words, having(tp=2 * p.tp, sequence_parallel=True)
+
+
+# What vLLM writes before it gives up, with the figures that say by how much.
+FREE_IS_LESS = re.compile(
+    r"\(([\d.]+)/([\d.]+) GiB\) on startup is less than desired GPU memory utilization \(([\d.]+)"
+)
+NO_CACHE = "No available memory for the cache blocks"
+ONE_REQUEST = re.compile(
+    r"To serve at least one request .*?\(([\d.]+) GiB KV cache is needed, which is larger than the "
+    r"available KV cache memory \(([\d.]+) GiB\)"
+)
+LONGEST = re.compile(r"estimated maximum model length is (\d+)")
+OUT = ("CUDA out of memory", "OutOfMemoryError")
+SHARE = "--vllm-gpu-memory-utilization"
+
+
+def engine_remedy(cfg: Config, log: str) -> str | None:
+    """What to change where an engine's log tells of memory; None where it does not."""
+    share = f"{SHARE} {cfg.engine.vllm_args.get('gpu_memory_utilization', '(the default)')}"
+    if found := FREE_IS_LESS.search(log):
+        free, total = float(found[1]), float(found[2])
+        fits = math.floor(98 * free / total) / 100
+        whose = "the trainer keeps some" if cfg.cluster.colocate else "something else has the rest"
+        return (
+            f"{free:.1f} of the GPU's {total:.1f} GiB are free ({whose}), and the engine wants a "
+            f"share of {found[3]}: {SHARE} {found[3]} -> {fits}"
+        )
+    if found := ONE_REQUEST.search(log):
+        more = float(found[1]) - float(found[2])
+        remedy = (
+            f"one full sequence needs {more:.1f} GiB more KV cache than there is: raise {share}"
+        )
+        longest = LONGEST.search(log)
+        return remedy + (f", or --vllm-max-model-len {longest[1]}" if longest else "")
+    if NO_CACHE in log:
+        size = cfg.cluster.gpus_per_engine
+        return (
+            f"the weights leave no room for a KV cache: raise {share}, or "
+            f"--rollout-num-gpus-per-engine {size} -> {2 * size}"
+        )
+    if any(word in log for word in OUT):
+        return (
+            f"GPU memory ran out while the engine started: lower {share}, --vllm-max-num-seqs or "
+            "--vllm-max-num-batched-tokens"
+        )
+    return None

@@ -69,7 +69,7 @@ def test_a_plan_may_be_for_gpus_that_are_not_here(capsys, tmp_path):
     for line in (
         "together: 8 GPUs (cuda)",
         "parameters, bfloat16",
-        "a GPU of 80.0 GiB leaves ",
+        "a GPU of 80.0 GiB, less --train-memory-margin-bytes (1.0 GiB), leaves ",
         "--vllm-gpu-memory-utilization 0.5 takes 40.0 GiB of 80.0",
     ):
         assert line in text
@@ -78,7 +78,7 @@ def test_a_plan_may_be_for_gpus_that_are_not_here(capsys, tmp_path):
 def test_a_plan_that_does_not_fit_says_by_how_much(capsys, tmp_path):
     with pytest.raises(SystemExit):
         parse_config(words(tmp_path, {"--dry-run": None, "--plan-gpu-memory": "0.01"}))
-    assert "a GPU of 0.0 GiB needs " in capsys.readouterr().out
+    assert "(1.0 GiB), lacks 1." in capsys.readouterr().out
 
 
 def test_planning_is_not_running(capsys, tmp_path):

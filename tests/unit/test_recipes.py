@@ -134,7 +134,7 @@ def test_the_founding_recipe_is_planned_for_eight_gpus(mode, tmp_path, capsys):
         "together: 8 GPUs (cuda)",
         f"256 samples / {trainers // 2} data-parallel rank",
         "parameters, bfloat16",
-        "a GPU of 80.0 GiB leaves ",
+        "a GPU of 80.0 GiB, less --train-memory-margin-bytes (1.0 GiB), leaves ",
         "--vllm-gpu-memory-utilization 0.7 takes 56.0 GiB of 80.0",
     ):
         assert line in plan

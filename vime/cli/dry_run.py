@@ -136,9 +136,11 @@ def _trainer(cfg: Config, shape: Shape, num_bytes: int) -> Iterator[str]:
     have = gpu_gib(cfg)
     if have is None:
         return
-    left = have - memory.peak / GIB
-    verdict = f"leaves {left:.1f} GiB" if left > 0 else f"needs {-left:.1f} GiB more"
-    yield f"  a GPU of {have:.1f} GiB {verdict}"
+    margin = cfg.cluster.train_memory_margin_bytes / GIB
+    left = have - margin - memory.peak / GIB
+    verdict = f"leaves {left:.1f} GiB" if left > 0 else f"lacks {-left:.1f} GiB"
+    less = f"less --train-memory-margin-bytes ({margin:.1f} GiB)"
+    yield f"  a GPU of {have:.1f} GiB, {less}, {verdict}"
 
 
 def _engine(cfg: Config, shape: Shape, num_bytes: int) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Memory of a trainer's and an engine's GPU by component, each figure beside its formula.
 
 Names in the formulas: P parameters on this GPU, b bytes of a weight, T tokens of a micro-batch on
-one GPU, V vocabulary, h hidden size, t tensor parallel size. `benchmarks/memory.py` compares the
-estimate with a GPU's own count.
+one GPU, V vocabulary, h hidden size, t tensor parallel size. The kernels are those of a CUDA GPU.
+`benchmarks/memory.py` compares the estimate with a GPU's own count.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from vime.config import Config
 from vime.config.rules import hf_config
 from vime.config.shape import Shape
 
-CHUNK_BYTES = 64 << 20  # float32 logits of one chunk of tokens (backends/megatron/logprobs.py)
-CHUNKS = 5  # of them at a time
-LOGITS_COPIES = 2  # the logits and their gradient
 ROUND = 256  # a suggested number of tokens is a multiple of it
 
 
@@ -117,7 +114,7 @@ class _Stage:
         kept, one_unit, counted = self._activations()
         activations = Part("activations", self.in_flight * self.T * kept, counted)
         if self.is_last:
-            yield "the log-probabilities' backward", [activations, self._logits()]
+            yield "the log-probabilities' backward", [activations, *self._logits()]
             forward = forward_tokens(self.cfg)
             if forward > self.T:
                 yield "a forward-only pass", [self._forward_logits(forward)]
@@ -154,27 +151,24 @@ class _Stage:
         """Bytes a token that one layer keeps for its backward.
 
         The residual stream before each norm and the norms' results (hidden channels each); the
-        projection before its split, the queries' copy before their norm, rotated queries and keys,
-        attention's result; the MLP's first product (2 ffn) and what its activation makes of it.
+        projection before its split, rotated queries and keys, attention's result; the MLP's first
+        product (2 ffn) and what its activation makes of it (ffn). Float32: each norm's scale and
+        attention's log-sum per head.
         """
         shape, tp, s = self.shape, self.p.tp, self.s
-        whole = (6 if shape.sandwich else 4) * shape.hidden
-        mlp = 3 * (shape.shared_ffn if experts else shape.ffn)
-        modules = ()
-        if self.p.recompute_granularity == "selective":
-            modules = getattr(self.p, "recompute_modules", None) or ()
-        if "layernorm" in modules:
-            whole -= 2 * shape.hidden
-        if "mlp" in modules and not experts:
-            mlp = 0
-        if "mlp_act" in modules:
-            mlp *= 2 / 3
-        routed = 0.0
-        if experts:
-            routed = shape.top_k * 3 * (shape.hidden + shape.expert_ffn)
-        statistics = (
-            4 * shape.heads / tp + (4 * (shape.heads + shape.kv_heads) / tp) * shape.qk_norm
+        again = (
+            self.p.recompute_modules or () if self.p.recompute_granularity == "selective" else ()
         )
+        whole = (6 if shape.sandwich else 4) * shape.hidden
+        if "layernorm" in again:
+            whole -= 2 * shape.hidden
+        mlp = (2 if "mlp_act" in again else 3) * (shape.shared_ffn if experts else shape.ffn)
+        if ("shared_experts" if experts else "mlp") in again:
+            mlp = 0
+        routed = 0.0
+        if experts and "moe" not in again:
+            routed = shape.top_k * 3 * (shape.hidden + shape.expert_ffn)
+        statistics = 4 * (shape.heads / tp + 2 / s)
         return self.b * ((whole + routed) / s + (self._attention() + mlp) / tp) + statistics
 
     def _layer_gradients(self) -> float:
@@ -187,32 +181,29 @@ class _Stage:
         shape, m, cp = self.shape, self.shape.latent, self.p.cp
         if m is None:
             gathered = 2 * shape.kv * cp if cp > 1 else 0
-            return (3 + shape.qk_norm) * shape.q + 3 * shape.kv + gathered
+            return 3 * shape.q + 3 * shape.kv + gathered
         key = shape.heads * (m.nope + m.rope)
         reduced = 2 * m.q_rank + 2 * m.kv_rank + m.rope
         return reduced + key + shape.heads * (m.nope + m.value) + 4 * key + shape.heads * m.value
 
-    def _logits(self) -> Part:
-        columns = self.shape.vocab / self.p.tp
-        size = LOGITS_COPIES * self.T * columns * self.b + self._chunks(self.T)
-        return Part(
-            "logits",
-            size,
-            f"T x V / t x b x {LOGITS_COPIES} + {CHUNKS} float32 chunks, V = {self.shape.vocab:,}",
-        )
-
-    def _chunks(self, tokens: int) -> float:
-        return CHUNKS * min(CHUNK_BYTES, 4 * tokens * self.shape.vocab / self.p.tp)
+    def _logits(self) -> list[Part]:
+        """The gradient is written over the logits; then the output's matrix gets its own."""
+        shape, tp = self.shape, self.p.tp
+        size = self.T * (shape.vocab / tp + shape.hidden) * self.b
+        return [
+            Part("logits", size, f"T x (V / t + h) x b, V = {shape.vocab:,}"),
+            Part("output matrix", shape.matrix / tp * self.b, "its gradient: V x h / t x b"),
+        ]
 
     def _forward_logits(self, tokens: int) -> Part:
-        columns = self.shape.vocab / self.p.tp
-        size = tokens * columns * self.b + self._chunks(tokens)
-        return Part("logits", size, f"{tokens:,} tokens x V / t x b + {CHUNKS} float32 chunks")
+        size = tokens * self.shape.vocab / self.p.tp * self.b
+        return Part("logits", size, f"{tokens:,} tokens x V / t x b, V = {self.shape.vocab:,}")
 
     def _tied_gradient(self) -> Iterator[Part]:
         """The output's share of a tied matrix's gradient waits for the embedding's."""
         if self.shape.tied and self.p.pp == 1:
-            yield Part("tied matrix", self.shape.matrix / self.p.tp * self.b, "V x h / t x b")
+            size = self.shape.matrix / self.p.tp * self.b
+            yield Part("output matrix", size, "its gradient: V x h / t x b")
 
     def _step(self) -> Iterator[Part]:
         """AdamW over lists of tensors makes one float32 list; bfloat16 gradients are widened."""

@@ -25,7 +25,8 @@ def memory_remedy(cfg: Config, longest: int = 0) -> Iterator[None]:
         here = platform.current()
         limit = None
         if here.is_cuda:
-            limit = float(torch.cuda.memory_reserved() + torch.cuda.mem_get_info()[0])
+            free = torch.cuda.mem_get_info()[0] - cfg.cluster.train_memory_margin_bytes
+            limit = float(torch.cuda.memory_reserved() + max(0, free))
         num_bytes = here.dtype(cfg.model.dtype).itemsize
         on_one_gpu = -(-longest // cfg.parallel.cp)
         remedy = trainer_remedy(cfg, num_bytes, longest=on_one_gpu, limit=limit)

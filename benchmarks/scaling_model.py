@@ -1,0 +1,219 @@
+"""A GRPO step of the founding recipe on 1 to 8 GPUs, reckoned from figures of one and two.
+
+    python benchmarks/scaling_model.py                     Qwen3-4B, 256 samples, mean 2,048 tokens
+    python benchmarks/scaling_model.py --mean 4096 --longest 8192
+
+Reads what other benchmarks left in benchmarks/results (train_mfu_4b, weight_update_colocated_4b_s,
+weight_update_nccl_4b_s, sleep_wake_4b_s, rollout_http_ratio_4b); where a file is missing, the value
+below stands in and the table says so. docs/performance.md explains the formulas. A prediction to be
+checked: no run of 8 GPUs is behind it. Writes benchmarks/results/scaling_model.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from vime.config.shape import Shape  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results"
+SAMPLES, PROMPT = 256, 256
+QWEN3_4B = Shape.of(
+    {
+        "model_type": "qwen3",
+        "hidden_size": 2560,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 9728,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A figure and where it is from: a result file's field, or an assumption."""
+
+    value: float
+    source: str
+    measured: bool
+
+
+# name: (result file, field, value without it, what it is)
+FIGURES = {
+    "train_tok_s": ("train_mfu_4b", "tok_per_s", 12_800.0, "trained tokens/s of one GPU"),
+    "rollout_tok_s": (
+        "rollout_http_ratio_4b",
+        "tok_per_s",
+        13_400.0,
+        "sampled tokens/s of one GPU",
+    ),
+    "update_s": ("weight_update_colocated_4b_s", "value", 0.25, "weight update over CUDA IPC, s"),
+    "nccl_s": ("weight_update_nccl_4b_s", "value", 0.20, "weight update over NCCL, s"),
+    "sleep_wake_s": ("sleep_wake_4b_s", "value", 1.5, "an engine's sleep and wake, s"),
+}
+ASSUMED = {
+    "nvlink_B_s": (300e9, "a collective's rate over NVLink, B/s each way"),
+    "hbm_B_s": (2.5e12, "memory rate of the optimizer, B/s"),
+    "pcie_B_s": (40e9, "pinned memory to and from a GPU, B/s"),
+    "tp_engine": (0.85, "of two GPUs' rate that one engine of TP 2 keeps"),
+    "token_s": (0.005, "seconds a token of the last, longest response"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """trainers: TP x DP; engines: how many of how many GPUs each."""
+
+    name: str
+    tp: int
+    dp: int
+    engines: int
+    engine_gpus: int
+    colocated: bool = True
+    overlapped: bool = False
+
+    @property
+    def gpus(self) -> int:
+        generating = self.engines * self.engine_gpus
+        return self.tp * self.dp if self.colocated else self.tp * self.dp + generating
+
+
+LAYOUTS = (
+    Layout("1, colocated", 1, 1, 1, 1),
+    Layout("2, colocated", 2, 1, 1, 2),
+    Layout("2, decoupled 1 + 1", 1, 1, 1, 1, colocated=False),
+    Layout("8, colocated", 2, 4, 4, 2),
+    Layout("8, decoupled 2 + 6", 2, 1, 3, 2, colocated=False),
+    Layout("8, async 2 + 6", 2, 1, 3, 2, colocated=False, overlapped=True),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mean", type=int, default=2048, help="tokens of a response, on average")
+    parser.add_argument("--longest", type=int, default=8192, help="of the longest response")
+    parser.add_argument("--recompute", action="store_true", help="full: a forward pass more")
+    parser.add_argument("--reference", action="store_true", help="a pass of the reference model")
+    parser.add_argument("--output", type=Path, default=RESULTS / "scaling_model.json")
+    args = parser.parse_args()
+    known = figures(RESULTS)
+    print("from")
+    for name, k in known.items():
+        print(f"  {name:<14}{k.value:>14,.4g}  {k.source}")
+    rows = {layout.name: step(layout, known, args) for layout in LAYOUTS}
+    show(rows)
+    record = {
+        "name": "scaling_model",
+        "value": round(
+            rows["8, colocated"]["tokens/s/GPU"] / rows["1, colocated"]["tokens/s/GPU"], 4
+        ),
+        "unit": "tokens/s/GPU on 8 over 1, predicted",
+        "peer": {"name": "perfect scaling", "value": 1.0},
+        "device": "none: reckoned",
+        "versions": {},
+        "spread": None,
+        "inputs": {name: {"value": k.value, "source": k.source} for name, k in known.items()},
+        "rows": {name: {k: round(v, 4) for k, v in row.items()} for name, row in rows.items()},
+    }
+    args.output.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"written to {args.output}")
+    return 0
+
+
+def figures(folder: Path) -> dict[str, Known]:
+    found = {}
+    for name, (file, field, otherwise, what) in FIGURES.items():
+        path = folder / f"{file}.json"
+        record = json.loads(path.read_text()) if path.exists() else {}
+        if isinstance(record.get(field), (int, float)):
+            source = f"{what}: {file}.json, {record.get('device', '')}"
+            found[name] = Known(float(record[field]), source, True)
+        else:
+            found[name] = Known(otherwise, f"{what}: ASSUMED, no {field} in {file}.json", False)
+    for name, (value, what) in ASSUMED.items():
+        found[name] = Known(value, f"{what}: ASSUMED", False)
+    return found
+
+
+def step(layout: Layout, known: dict[str, Known], args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of one step by phase, and what follows from them."""
+    k = {name: figure.value for name, figure in known.items()}
+    shape, tp, dp = QWEN3_4B, layout.tp, layout.dp
+    sampled, trained = SAMPLES * args.mean, SAMPLES * (args.mean + PROMPT)
+    weights = 2.0 * shape.parameters  # bytes, bfloat16
+
+    keeps = 1.0 if layout.engine_gpus == 1 else k["tp_engine"]
+    rate = layout.engines * layout.engine_gpus * keeps * k["rollout_tok_s"]
+    sampling = sampled / rate
+    rollout = max(sampling, args.longest * k["token_s"])
+
+    passes = 4 / 3 if args.recompute else 1.0
+    compute = passes * trained / (tp * dp * k["train_tok_s"])
+    tensor = tp_bytes(shape, tp, trained / dp, args.recompute) / k["nvlink_B_s"]
+    data = dp_bytes(shape, tp, dp) / k["nvlink_B_s"]
+    optimizer = 28 * shape.parameters / (tp * dp) / k["hbm_B_s"]
+    reference = trained / (3 * tp * dp * k["train_tok_s"]) if args.reference else 0.0
+    train = compute + tensor + data + optimizer
+
+    if layout.colocated:
+        update = k["update_s"] + weights * (tp - 1) / tp / k["nvlink_B_s"]
+        state = 16.0 * shape.parameters / (tp * dp)  # weights are counted by the update
+        turns = k["sleep_wake_s"] / layout.engine_gpus + 2 * state / k["pcie_B_s"]
+    else:
+        update, turns = k["nccl_s"] + weights * (tp - 1) / tp / k["nvlink_B_s"], 0.0
+    busy = train + reference
+    whole = update + (max(rollout, busy) if layout.overlapped else rollout + busy + turns)
+    trainers, engines = tp * dp, layout.engines * layout.engine_gpus
+    used = busy * trainers + sampling * engines
+    return {
+        "rollout": rollout,
+        "reference": reference,
+        "train": train,
+        "of it TP": tensor,
+        "of it DP": data,
+        "update": update,
+        "sleep, offload": turns,
+        "step": whole,
+        "tokens/s/GPU": trained / whole / layout.gpus,
+        "idle share": max(0.0, 1 - used / (whole * layout.gpus)),
+    }
+
+
+def tp_bytes(shape: Shape, tp: int, tokens: float, recompute: bool) -> float:
+    """Bytes that a GPU sends for sequence parallelism, for `tokens` of its tensor parallel group.
+
+    A layer gathers and scatters its stream twice forward, twice backward, and gathers twice more
+    for the weights' gradients; recomputation repeats the forward pass.
+    """
+    collectives = 10 + (4 if recompute else 0)
+    return collectives * shape.layers * 2 * shape.hidden * tokens * (tp - 1) / tp
+
+
+def dp_bytes(shape: Shape, tp: int, dp: int) -> float:
+    """A reduce-scatter of float32 gradients and a gather of bfloat16 weights, once a step."""
+    return (4 + 2) * shape.parameters / tp * (dp - 1) / dp
+
+
+def show(rows: dict[str, dict[str, float]]) -> None:
+    names = list(next(iter(rows.values())))
+    print("\n| GPUs | " + " | ".join(names) + " |\n|---" * 1 + "|---" * len(names) + "|")
+    for layout, row in rows.items():
+        cells = [
+            f"{v:,.0f}" if n == "tokens/s/GPU" else f"{v:.0%}" if n == "idle share" else f"{v:.2f}"
+            for n, v in row.items()
+        ]
+        print(f"| {layout} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

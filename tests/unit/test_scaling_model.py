@@ -1,0 +1,51 @@
+"""The scaling model's arithmetic, redone by hand, and where its inputs are from."""
+
+import argparse
+import json
+
+import pytest
+
+from benchmarks.scaling_model import LAYOUTS, QWEN3_4B, Known, dp_bytes, figures, step, tp_bytes
+
+ARGS = argparse.Namespace(mean=2048, longest=0, recompute=False, reference=False)
+
+
+def known(folder, **values) -> dict[str, Known]:
+    return figures(folder) | {k: Known(v, "given", True) for k, v in values.items()}
+
+
+def layout(name: str):
+    return next(x for x in LAYOUTS if x.name == name)
+
+
+def test_bytes_of_sequence_and_data_parallelism():
+    assert tp_bytes(QWEN3_4B, 2, 1000, recompute=False) == 10 * 36 * 2 * 2560 * 1000 / 2
+    assert tp_bytes(QWEN3_4B, 1, 1000, recompute=True) == 0
+    assert dp_bytes(QWEN3_4B, 2, 4) == pytest.approx(6 * QWEN3_4B.parameters / 2 * 3 / 4)
+
+
+def test_with_free_communication_and_no_straggler_work_divides(tmp_path):
+    free = {"nvlink_B_s": 1e30, "hbm_B_s": 1e30, "pcie_B_s": 1e30, "tp_engine": 1.0}
+    free |= {"update_s": 0.0, "sleep_wake_s": 0.0}
+    rates = known(tmp_path, train_tok_s=10_000.0, rollout_tok_s=10_000.0, **free)
+    one, eight = (step(layout(name), rates, ARGS) for name in ("1, colocated", "8, colocated"))
+    assert one["rollout"] == 256 * 2048 / 10_000
+    assert one["train"] == 256 * (2048 + 256) / 10_000
+    assert eight["step"] == pytest.approx(one["step"] / 8)
+    assert eight["idle share"] == pytest.approx(0)
+
+
+def test_the_longest_response_bounds_a_rollout(tmp_path):
+    args = argparse.Namespace(**{**vars(ARGS), "longest": 100_000})
+    slow = step(layout("8, colocated"), known(tmp_path, token_s=0.01), args)
+    assert slow["rollout"] == 1000
+    assert slow["idle share"] > 0.9
+
+
+def test_a_measurement_takes_the_place_of_an_assumption(tmp_path):
+    assert "ASSUMED" in figures(tmp_path)["train_tok_s"].source
+    record = {"tok_per_s": 15_000, "device": "NVIDIA H200"}
+    (tmp_path / "train_mfu_4b.json").write_text(json.dumps(record))
+    found = figures(tmp_path)["train_tok_s"]
+    assert (found.value, found.measured) == (15_000, True)
+    assert "NVIDIA H200" in found.source

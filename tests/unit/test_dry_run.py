@@ -71,6 +71,7 @@ def test_a_plan_may_be_for_gpus_that_are_not_here(capsys, tmp_path):
         "parameters, bfloat16",
         "a GPU of 80.0 GiB, less --train-memory-margin-bytes (1.0 GiB), leaves ",
         "--vllm-gpu-memory-utilization 0.5 takes 40.0 GiB of 80.0",
+        "the trainer's weights and optimizer wait in host memory",
     ):
         assert line in text
 
@@ -85,3 +86,10 @@ def test_planning_is_not_running(capsys, tmp_path):
     (problem,) = refused(capsys, tmp_path, {"--plan-gpu-memory": "80"})
     assert problem.startswith("--plan-gpu-memory 80.0 is for a plan")
     assert "Add --dry-run" in problem
+
+
+def test_a_trainer_that_stays_is_told(capsys, tmp_path):
+    changes = {"--dry-run": None, "--colocate": None, "--no-offload-train": None}
+    with pytest.raises(SystemExit):
+        parse_config(words(tmp_path, changes))
+    assert "While engines generate, the trainer keeps " in capsys.readouterr().out

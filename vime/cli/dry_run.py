@@ -120,6 +120,8 @@ def _memory(cfg: Config) -> Iterator[str]:
         yield from _trainer(cfg, shape, dtype.itemsize)
     if not cfg.debug.no_engines:
         yield from _engine(cfg, shape, dtype.itemsize)
+    if cfg.cluster.colocate and not (cfg.debug.rollout_only or cfg.debug.no_engines):
+        yield from _sharing(cfg, shape, dtype.itemsize)
     yield "Not counted: CUDA context, collectives' buffers, fragmentation, kernels' workspaces."
     if cfg.algorithm.needs_reference:
         copy = shape.parameters * dtype.itemsize / (cfg.parallel.tp * cfg.parallel.pp)
@@ -155,6 +157,18 @@ def _engine(cfg: Config, shape: Shape, num_bytes: int) -> Iterator[str]:
             f"  --vllm-gpu-memory-utilization {share} takes {taken:.1f} GiB of {have:.1f}: "
             f"about {max(0.0, cache):.1f} GiB of KV cache, {_percent(cache, parts[1])} of full"
         )
+
+
+def _sharing(cfg: Config, shape: Shape, num_bytes: int) -> Iterator[str]:
+    held = trainer_memory(cfg, shape, num_bytes).held
+    if cfg.cluster.offload_train:
+        state = total([p for p in held if p.name != "gradients"]) / GIB
+        yield (
+            f"While engines generate, the trainer's weights and optimizer wait in host memory: "
+            f"{state:.3f} GiB, pinned, for each GPU."
+        )
+    else:
+        yield f"While engines generate, the trainer keeps {total(held) / GIB:.3f} GiB of each GPU."
 
 
 def _percent(cache_gib: float, full: Part) -> str:

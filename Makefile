@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 SEED ?= 0
 TESTS ?= tests/unit tests/cpu tests/gpu
 
-.PHONY: help install quickstart clean-quickstart test test-unit lint format bench bench-rollout bench-grading bench-packing bench-logprob-memory bench-train-mfu bench-memory bench-eight-ranks bench-scaling-model lock lock-gpu lint-docker
+.PHONY: help install quickstart clean-quickstart test test-unit lint format bench bench-rollout bench-grading bench-packing bench-logprob-memory bench-train-mfu bench-memory bench-eight-ranks bench-founding-recipe bench-scaling-model lock lock-gpu lint-docker
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -58,6 +58,9 @@ bench-memory:  ## the memory that --dry-run foretells against what a GPU counts
 
 bench-eight-ranks: install  ## the founding recipe's placement on eight CPU slots, three modes (24 GB)
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/eight_ranks.py
+
+bench-founding-recipe:  ## the founding recipe on 8 GPUs (or 4) with random weights, three modes
+	$(PYTHON) benchmarks/founding_recipe.py
 
 bench-scaling-model: install  ## a step on 1 to 8 GPUs, reckoned from what the GPU benchmarks left
 	$(PYTHON) benchmarks/scaling_model.py

@@ -1,0 +1,153 @@
+"""scripts/run-qwen3-4B.sh as it is, on 8 GPUs of one host (or 4), with random weights, by phase.
+
+    python benchmarks/founding_recipe.py                        10 steps of each of the three modes
+    python benchmarks/founding_recipe.py async --steps 5 --response 2048
+    python benchmarks/founding_recipe.py --gpus 4               decoupled: 2 train, 2 generate
+
+The recipe's own flags, less checkpoints and evaluation, on a model with random weights in
+Qwen3-4B shapes, which answers nearly always to the full length. Prints each mode's median step by
+phase and writes benchmarks/results/founding_recipe.json; training's share is model FLOPs over the
+matrix rate that train_mfu_4b.json holds, where that is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.gpu_assets import write_model, write_prompts  # noqa: E402
+from benchmarks.gpu_step import MISMATCH, PHASES, WARM_UP, device, summarize  # noqa: E402
+from benchmarks.scaling_model import PROMPT, QWEN3_4B, SAMPLES  # noqa: E402
+from vime.observe import read_metrics  # noqa: E402
+
+SCRIPT = ROOT / "scripts/run-qwen3-4B.sh"
+RESULTS = ROOT / "benchmarks/results"
+MODES = ("colocated", "decoupled", "async")
+TRAIN_GPUS = 2
+LEFT_OUT = ("--save", "--load", "--eval-", "--n-samples-per-eval-prompt", "--rm-type")
+PACKAGES = ("torch", "vllm", "megatron-core", "ray")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("modes", nargs="*", metavar="MODE", help=f"of {', '.join(MODES)}")
+    parser.add_argument("--gpus", type=int, default=8, choices=(4, 8))
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--response", type=int, default=8192)
+    parser.add_argument("--work-dir", type=Path, default=Path("/tmp/vime-founding-recipe"))
+    parser.add_argument("--print", action="store_true", help="only print the commands")
+    args = parser.parse_args()
+    if unknown := set(args.modes) - set(MODES):
+        parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(MODES)}")
+    prompts = write_prompts(args.work_dir / "prompts.jsonl")
+    model = args.work_dir / "qwen3-4B"
+    if not args.print:
+        write_model(model, "4B")
+    rows = []
+    for mode in args.modes or MODES:
+        run_dir = args.work_dir / mode
+        command = command_of(mode, args, model, prompts, run_dir)
+        if args.print:
+            print(" ".join(command))
+            continue
+        env = {**os.environ, "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+        subprocess.run(command, check=True, env=env, cwd=ROOT)
+        rows.append(row_of(mode, args, run_dir))
+        show(rows[-1])
+    if rows:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / "founding_recipe.json").write_text(json.dumps(rows, indent=2) + "\n")
+    return 0
+
+
+def command_of(
+    mode: str, args: argparse.Namespace, model: Path, prompts: Path, run_dir: Path
+) -> list[str]:
+    """The recipe's command line for a mode, with this benchmark's model, prompts and lengths."""
+    printer = args.work_dir / "printer"
+    printer.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    printer.chmod(0o755)
+    variables = {
+        "PYTHON": printer,
+        "LAUNCH": "python",
+        "MODE": mode,
+        "HF_CHECKPOINT": model,
+        "REF_LOAD": model,
+        "PROMPT_DATA": prompts,
+        "EVAL_DATA": prompts,
+        "GPUS_PER_NODE": args.gpus,
+        "TRAIN_GPUS": TRAIN_GPUS,
+        "ROLLOUT_GPUS": args.gpus - TRAIN_GPUS,
+    }
+    env = os.environ | {name: str(value) for name, value in variables.items()}
+    said = subprocess.run(
+        ["bash", str(SCRIPT)], env=env, check=True, capture_output=True, text=True
+    )
+    entry, *words = said.stdout.splitlines()
+    changed = ["--num-rollout", str(args.steps), "--rollout-max-response-len", str(args.response)]
+    changed += ["--rm-type", "random", "--run-dir", str(run_dir), "--progress", "plain"]
+    return [sys.executable, entry, *without(words, LEFT_OUT), *changed]
+
+
+def without(words: list[str], names: tuple[str, ...]) -> list[str]:
+    """The words less every flag that begins with one of the names, and its values."""
+    kept, dropping = [], False
+    for word in words:
+        if word.startswith("--"):
+            dropping = word.startswith(names)
+        if not dropping:
+            kept.append(word)
+    return kept
+
+
+def row_of(mode: str, args: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
+    records = [r for r in read_metrics(run_dir / "metrics.jsonl") if "perf/step_time" in r]
+    figures = summarize(records)
+    trained = SAMPLES * (args.response + PROMPT)  # about: an answer may end early
+    step, train = figures["step"]["value"], figures["train"]["value"]
+    trainers = args.gpus if mode == "colocated" else TRAIN_GPUS
+    return {
+        "name": f"founding_recipe/{mode}_{args.gpus}_gpus",
+        **figures["step"],
+        "unit": "s",
+        "peer": None,
+        "device": device(),
+        "versions": {p: version(p) for p in PACKAGES},
+        "phases": {name: figures[name] for name in PHASES},
+        "framework_share": figures["framework_share"],
+        "tokens_per_s_per_gpu": round(trained / step / args.gpus, 1),
+        "train_share_of_matrix_rate": train_share(args.response, trained / train / trainers),
+        "logprob_diff": [r[MISMATCH] for r in records[WARM_UP:] if MISMATCH in r],
+    }
+
+
+def train_share(response: int, tok_per_s: float) -> float | None:
+    """Model FLOPs as benchmarks/train_mfu.py counts them, over its matrix rate."""
+    path = RESULTS / "train_mfu_4b.json"
+    if not path.exists():
+        return None
+    attention = 6 * QWEN3_4B.layers * QWEN3_4B.q * (response + PROMPT)
+    rate = json.loads(path.read_text())["peer"]["value"] * 1e12
+    return round((6 * QWEN3_4B.parameters + attention) * tok_per_s / rate, 4)
+
+
+def show(row: dict[str, Any]) -> None:
+    print(f"\n{row['name']} on {row['device']}")
+    for name, figure in row["phases"].items():
+        print(f"  {name:16}{figure['value']:9.2f} s  {figure['value'] / row['value']:6.1%}")
+    for name in ("tokens_per_s_per_gpu", "train_share_of_matrix_rate"):
+        print(f"  {name}: {row[name]}")
+    print(f"  {MISMATCH}: {' '.join(f'{m:.4f}' for m in row['logprob_diff'])}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,8 +6,9 @@
 As in scripts/run-qwen3-4B.sh, trainers run TP 2 with sequence parallelism and engines span two
 slots: colocated 8 of each in turn (DP 4, 4 engines), decoupled 2 + 6 (3 engines), async the same
 with train_async.py. Real Ray, Megatron over gloo, vLLM; it shows that the layout works, not how
-fast GPUs would be. Rewards are random, so that every step moves the weights. Wants 24 GB of memory. Writes benchmarks/results/eight_ranks.json: the largest
-difference between an engine's and the trainer's log-probability, and the median step by phase.
+fast GPUs would be. Rewards are random, so that every step moves the weights. Wants 24 GB of memory
+and minutes for each mode. Writes benchmarks/results/eight_ranks.json: the largest mean difference
+between engine's and trainer's log-probability in a step, and the median step by phase.
 """
 
 from __future__ import annotations

@@ -258,6 +258,19 @@ def _spread(tensors: dict[str, Any], buffer: Any) -> None:
                 first += length
 
 
+def _many_tensors() -> None:
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    from vime.backends.megatron import many_tensors
+
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = many_tensors.l2_norm
+    for module in (clip_grads, optimizer):
+        if module.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
+            module.multi_tensor_scale_impl = many_tensors.scale
+
+
 _DISTOPT = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
 
 PATCHES = (
@@ -302,6 +315,22 @@ PATCHES = (
             f"{_DISTOPT}.get_parameter_state_dp_zero",
         ),
         _bucket_padding,
+    ),
+    Patch(
+        "many tensors",
+        "without apex the gradient norm waits for the device once per parameter, and clipping and "
+        "the copy of main parameters take two kernels and a temporary each",
+        "Megatron's fallbacks use torch._foreach_*",
+        (
+            "megatron.core.optimizer.clip_grads.l2_norm_impl",
+            "megatron.core.optimizer.clip_grads.multi_tensor_scale_impl",
+            "megatron.core.optimizer.optimizer.multi_tensor_scale_impl",
+            "megatron.core.utils.local_multi_tensor_l2_norm",
+            "megatron.core.utils.local_multi_tensor_scale",
+            "torch._foreach_norm",
+            "torch._foreach_copy_",
+        ),
+        _many_tensors,
     ),
 )
 

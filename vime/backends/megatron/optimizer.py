@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from megatron.core import optimizer as mcore_optimizer
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -67,7 +68,25 @@ def build_optimizer(
     )
     overrides = mcore_optimizer.get_standard_config_overrides(config)
     optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
+    if platform.current().is_cuda:
+        _fuse(optimizer)
     return optimizer, _scheduler(cfg, optimizer)
+
+
+def _fuse(optimizer: Any) -> None:
+    """Has torch's Adam update every parameter in a few kernels that read each tensor once."""
+
+    def counters_on_device(inner: torch.optim.Optimizer, *_: Any) -> None:
+        for parameter, state in inner.state.items():  # a checkpoint brings them on the host
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].to(parameter.device, torch.float32)
+
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        if isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)):
+            for group in inner.param_groups:
+                group["fused"], group["foreach"] = True, False
+            inner.register_step_pre_hook(counters_on_device)
 
 
 def apply_flags_again(cfg: Config, optimizer: Any, scheduler: OptimizerParamScheduler) -> None:

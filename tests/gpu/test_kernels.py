@@ -154,3 +154,17 @@ def test_attention(name: str, heads: int, groups: int) -> None:
     found = with_gradients(lambda *t: attend(name, *t, starts, bounds, None), q, k, v)
     expected = with_gradients(dense, q.float(), k.float(), v.float())
     assert_near(found, expected, 2e-2)
+
+
+@pytest.mark.parametrize("buffer", [torch.float32, torch.bfloat16])
+def test_weight_gradients_are_added_to_the_buffer(buffer: torch.dtype) -> None:
+    from vime.backends.megatron import weight_gradient
+
+    inputs, grad = (rand(4096, n, dtype=torch.bfloat16) for n in (320, 192))
+    main_grad = 10 * rand(192, 320, dtype=buffer)
+    expected = main_grad.double() + grad.double().t() @ inputs.double()
+    add = weight_gradient.wgrad_gemm_accum_fp32
+    if buffer == torch.bfloat16:
+        add = weight_gradient.wgrad_gemm_accum_fp16
+    add(inputs, grad, main_grad)
+    assert_near([main_grad], [expected], 1e-5 if buffer == torch.float32 else 1e-2)

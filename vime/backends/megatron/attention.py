@@ -50,7 +50,7 @@ class PackedAttention(MegatronModule):
         bounds = bounds_of(packed_seq_params)
         if self.cp_group.size() > 1:
             out = self._across_ranks(query, key, value, packed_seq_params)
-        elif query.is_cuda:
+        elif query.is_cuda and query.dtype.itemsize == 2:
             from vime.backends.megatron.kernels.attention import attend
 
             starts, kernel = starts_of(packed_seq_params), chosen().attention

@@ -271,6 +271,16 @@ def _many_tensors() -> None:
             module.multi_tensor_scale_impl = many_tensors.scale
 
 
+def _weight_gradients() -> None:
+    from megatron.core.tensor_parallel import layers
+
+    from vime.backends.megatron import weight_gradient
+
+    if not layers._grad_accum_fusion_available:
+        layers.fused_weight_gradient_mlp_cuda = weight_gradient
+        layers._grad_accum_fusion_available = True
+
+
 _DISTOPT = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
 
 PATCHES = (
@@ -331,6 +341,16 @@ PATCHES = (
             "torch._foreach_copy_",
         ),
         _many_tensors,
+    ),
+    Patch(
+        "weight gradients",
+        "--gradient-accumulation-fusion calls an extension module of apex",
+        "Megatron accumulates by torch.addmm(out_dtype=...)",
+        (
+            "megatron.core.tensor_parallel.layers._grad_accum_fusion_available",
+            "megatron.core.tensor_parallel.layers.LinearWithGradAccumulationAndAsyncCommunication",
+        ),
+        _weight_gradients,
     ),
 )
 

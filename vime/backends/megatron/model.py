@@ -113,7 +113,7 @@ def transformer_config(cfg: Config, args: dict[str, Any]) -> TransformerConfig:
         "moe_token_dispatcher_type": "alltoall",  # asked for by the line above, dense or not
         "moe_grouped_gemm": False,
         "moe_permute_fusion": False,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": here.is_cuda and not chosen().plain,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         "apply_rope_fusion": False,

@@ -14,14 +14,11 @@ import importlib.util
 import inspect
 from collections.abc import Sequence
 from functools import cache
-from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-MAX_RUNS = 8  # cuDNN: launches a layer, and plans to build, that a pack may cost
 
 
 def missing(name: str) -> str | None:
@@ -61,34 +58,11 @@ def attend(
     if name == "fa4":
         return _fa4_varlen(q, k, v, starts, longest, scale)
     if name == "cudnn":
-        runs = runs_of(bounds)
-        if len(runs) <= MAX_RUNS:
-            return _cudnn(q, k, v, runs, scale)
+        from vime.backends.megatron.kernels import cudnn
+
+        if len(cudnn.runs_of(bounds)) <= cudnn.MAX_CALLS:
+            return cudnn.attend(q, k, v, bounds, scale)
     return _varlen(q, k, v, starts, longest, scale)
-
-
-def runs_of(bounds: Sequence[int]) -> list[tuple[int, int]]:
-    """(length, how many) of consecutive sequences of one length."""
-    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
-    return [(length, len(list(same))) for length, same in groupby(lengths)]
-
-
-def _cudnn(
-    q: Tensor, k: Tensor, v: Tensor, runs: Sequence[tuple[int, int]], scale: float | None
-) -> Tensor:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    sizes = [length * count for length, count in runs]
-    parts = zip(runs, *(t.split(sizes) for t in (q, k, v)), strict=True)
-    outs = []
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        for (length, count), *qkv in parts:
-            batch = [t.unflatten(0, (count, length)).transpose(1, 2) for t in qkv]
-            out = F.scaled_dot_product_attention(
-                *batch, is_causal=True, scale=scale, enable_gqa=True
-            )
-            outs.append(out.transpose(1, 2).flatten(0, 1))
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def _fa3(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: Any) -> Tensor:

@@ -43,6 +43,7 @@ RECOMPUTE = {
     "recompute_method": "uniform",
     "recompute_num_layers": 1,
 }
+MEMORY = {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp_act"]}
 Case = tuple[dict[str, Any], dict[str, Any]]
 LAYOUTS: dict[int, list[Case]] = {
     1: [({}, PACKED), ({}, ONE_BY_ONE), ({}, {"dynamic": True, "max_tokens_per_gpu": 9216})],
@@ -53,6 +54,7 @@ LAYOUTS: dict[int, list[Case]] = {
         (SHARDED | {"overlap_grad_reduce": True, "overlap_param_gather": True}, PACKED),
         (TP2, PACKED),
         (TP2 | RECOMPUTE, ONE_BY_ONE),
+        (TP2 | MEMORY, PACKED),
         ({"pp": 2}, BALANCED),
         ({"pp": 2, "vpp": 2}, PACKED),
         ({"cp": 2}, PACKED),

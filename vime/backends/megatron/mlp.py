@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from vime.backends.megatron.kernels import swiglu
-from vime.backends.megatron.recompute import remade, remakeable
+from vime.backends.megatron.recompute import forget, remakeable
 
 
 class GatedMLP(MLP):
@@ -22,10 +23,11 @@ class GatedMLP(MLP):
         plain = config.gated_linear_unit and self.activation_func is F.silu
         if args or not plain or kwargs.get("per_token_scale") is not None or config.add_bias_linear:
             return super().forward(hidden_states, *args, **kwargs)
-        with remade(hidden_states):
-            projected, _ = self.linear_fc1(hidden_states)
+        projected, _ = self.linear_fc1(hidden_states)
+        forget(hidden_states, projected)
         active = swiglu(projected)
-        if config.recompute_mlp_act and self.training:
+        if config.recompute_mlp_act and torch.is_grad_enabled():
             remakeable(active, partial(swiglu, projected))
-        with remade(active):
-            return self.linear_fc2(active)
+        output, bias = self.linear_fc2(active)
+        forget(active, output)
+        return output, bias

@@ -1,14 +1,13 @@
 """Activations that are made again in the backward pass instead of kept: `--recompute-modules`.
 
 Megatron's own way for norms (up to 0.19) needs TransformerEngine, saves random states and copies
-the result. Norm and SwiGLU draw nothing: what a projection would keep of its input is replaced by
-how to make it, from what the norm or the SwiGLU keeps anyway.
+the result. Norm and SwiGLU draw nothing: what a projection keeps of its input is freed after its
+forward pass, and made again, from what the norm or the SwiGLU keeps anyway, before its backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,28 +23,25 @@ def note(config: Any, modules: Sequence[str] | None) -> None:
 
 
 def remakeable(output: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """`output`, with a note for `remade`. `make` must give the same values."""
+    """`output`, with a note for `forget`. `make` must give the same values."""
     output.remake = make  # type: ignore[attr-defined]
     return output
 
 
-@contextmanager
-def remade(output: Tensor) -> Iterator[None]:
-    """Inside, autograd keeps of `output`, if it is remakeable, only how to make it."""
-    make = getattr(output, "remake", None)
-    if make is None:
-        yield
+def forget(used: Tensor, result: Tensor) -> None:
+    """Frees `used`, if it is remakeable, until the gradient of `result` is known.
+
+    result  the only one that was computed from `used`. A tensor is emptied and filled in place, and
+            not replaced by hooks on what autograd saves: these hand back weights without the
+            attributes by which Megatron finds their gradient buffers.
+    """
+    make = getattr(used, "remake", None)
+    if make is None or not result.requires_grad:
         return
-    where, shape = output.data_ptr(), output.shape
 
-    def pack(saved: Tensor) -> Tensor | None:
-        return None if saved.data_ptr() == where and saved.shape == shape else saved
-
-    def unpack(kept: Tensor | None) -> Tensor:
-        if kept is not None:
-            return kept
+    def fill(_: Tensor) -> None:
         with torch.no_grad():
-            return make()
+            used.data = make()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+    result.register_hook(fill)
+    used.data = used.new_empty(0)

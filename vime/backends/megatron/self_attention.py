@@ -15,7 +15,7 @@ from torch import Tensor
 from vime.backends.megatron.kernels import split_qkv
 from vime.backends.megatron.norm import RMSNorm
 from vime.backends.megatron.pack import positions_of, remembered
-from vime.backends.megatron.recompute import remade
+from vime.backends.megatron.recompute import forget
 
 
 class PackedSelfAttention(SelfAttention):
@@ -40,8 +40,8 @@ class PackedSelfAttention(SelfAttention):
                 packed_seq_params=packed_seq_params,
                 **kwargs,
             )
-        with remade(hidden_states):
-            mixed, _ = self.linear_qkv(hidden_states)
+        mixed, _ = self.linear_qkv(hidden_states)
+        forget(hidden_states, mixed)
         query, key, value = self._split(mixed.squeeze(1), rotary_pos_emb, packed_seq_params)
         attend = self.core_attention
         if self.checkpoint_core_attention and self.training:

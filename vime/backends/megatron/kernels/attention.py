@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import logging
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -20,21 +21,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+TRIAL_TOLERANCE = 0.02  # relative, of bfloat16 results
 
+
+@cache
 def missing(name: str) -> str | None:
-    """Why this attention cannot run here, or None."""
+    """Why this attention cannot run here, or None. One that is there is tried on a small pack."""
     major = torch.cuda.get_device_capability()[0]
-    if name == "fa3":
-        if importlib.util.find_spec("flash_attn_interface") is None:
-            return "flash_attn_interface is not installed"
-        return None if major == 9 else "FlashAttention 3 needs a Hopper GPU"
-    if name == "fa4":
-        if _fa4() is None:
-            return "neither flash_attn.cute nor vLLM's copy with nvidia-cutlass-dsl can be imported"
-        return None if major >= 9 else "FlashAttention 4 needs a Hopper GPU or a later one"
-    if name == "cudnn":
-        return None if major >= 9 else "cuDNN's attention is no faster than varlen before Hopper"
-    return None
+    if name == "varlen":
+        return None
+    if major < 9 or (name == "fa3" and major > 9):
+        return f"not for a GPU of compute capability {major}.x"
+    if name == "fa3" and importlib.util.find_spec("flash_attn_interface") is None:
+        return "flash_attn_interface is not installed"
+    if name == "fa4" and _fa4() is None:
+        return "neither flash_attn.cute nor vLLM's copy with nvidia-cutlass-dsl can be imported"
+    if problem := _trial(name):
+        logging.getLogger(__name__).warning("attention %s is not used: it %s", name, problem)
+    return problem
+
+
+def _trial(name: str) -> str | None:
+    """What goes wrong when it computes a small pack forward and backward, or None."""
+    bounds = [0, 300, 340, 468]
+    starts = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(bounds[-1], heads, 128) for heads in (4, 2, 2, 4)]
+    *qkv, grad = (torch.randn(s, generator=generator, device="cuda").bfloat16() for s in shapes)
+
+    def results(kernel: str) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in qkv]
+        out = attend(kernel, *leaves, starts, bounds, None)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    try:
+        with torch.enable_grad():
+            pairs = zip(results(name), results("varlen"), strict=True)
+        worst = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
+    except Exception as error:  # noqa: BLE001 - a library that fails is one that is not used
+        return f"failed on a small pack: {type(error).__name__}: {error}"[:300]
+    return None if worst < TRIAL_TOLERANCE else f"off by {worst:.1%} on a small pack"
 
 
 def attend(

@@ -37,7 +37,7 @@ def missing(name: str) -> str | None:
     if name == "fa4" and _fa4() is None:
         return "neither flash_attn.cute nor vLLM's copy with nvidia-cutlass-dsl can be imported"
     if problem := _trial(name):
-        logging.getLogger(__name__).warning("attention %s is not used: it %s", name, problem)
+        logging.getLogger(__name__).warning("attention %s is not used: %s", name, problem)
     return problem
 
 

@@ -21,9 +21,9 @@ def train_async(cfg: Config) -> None:
             if step + 1 < run.num_rollouts:
                 upcoming = run.start_generating(step + 1)
             run.train(batch)
-            if run.due(cfg.checkpoint.save_interval, step):
-                run.save(step)
             run.finish(upcoming)  # one rollout has one set of weights: none changes under way
+            if run.due(cfg.checkpoint.save_interval, step):
+                run.save(step)  # with the upcoming rollout: a run that resumes trains on it
             run.sync_weights(version=step + 1)
             if run.due(cfg.eval.interval, step):
                 run.evaluate(step)

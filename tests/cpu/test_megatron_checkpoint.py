@@ -191,6 +191,8 @@ def one_rank(rank: int, world: int, port: int, folder: Path, out: str) -> dict[s
     here = Trainee(folder, {})
     here.step()
     whole = f"{out}/whole"
+    Path(whole, "rollout").mkdir(parents=True)
+    Path(whole, "rollout", "state_0.pt").write_bytes(b"data")
     saved = here.save(whole, 0)
     draw = torch.rand(3)
     here.step()
@@ -213,8 +215,11 @@ def one_rank(rank: int, world: int, port: int, folder: Path, out: str) -> dict[s
         "missing": lambda p: next(p.glob("*.distcp")).unlink(),
         "cut": lambda p: (p / data.name).write_bytes(data.read_bytes()[:-100]),
         "metadata": lambda p: (p / ".metadata").write_bytes(b"nonsense"),
-        "common": lambda p: (p / "common.pt").write_bytes(b"nonsense"),
+        "common": lambda p: (p / "common.pt").write_bytes(bytes((p / "common.pt").stat().st_size)),
         "incomplete": lambda p: (p / "metadata.json").unlink(),
+        "manifest": lambda p: (p / "manifest.json").write_bytes(b"nonsense"),
+        "data cut": lambda p: (p.parent / "rollout" / "state_0.pt").write_bytes(b"dat"),
+        "data gone": lambda p: (p.parent / "rollout" / "state_0.pt").unlink(),
         "gone": shutil.rmtree,
     }
     for name, damage in damages.items():
@@ -278,6 +283,57 @@ def test_a_full_disk_leaves_the_previous_checkpoint_in_force(folder: Path, tmp_p
     assert seen["after"] == 2
 
 
+def save_behind_training(
+    rank: int, world: int, port: int, folder: Path, out: str
+) -> dict[str, Any]:
+    """The writing of iteration 1 is held up while training goes on; then it may end, or fails."""
+    import resource
+    import threading
+
+    from vime.backends.megatron import checkpoint, torch_dist
+    from vime.backends.megatron.async_save import BackgroundSaves
+
+    start_ranks(rank, world, port, folder)
+    here, saves = Trainee(folder, {**TP2, "use_distributed_optimizer": True}), BackgroundSaves()
+    here.step()
+    here.save(out, 0)
+    saved, go = here.weights(), threading.Event()
+    real = torch_dist.dcp.save
+    torch_dist.dcp.save = lambda *args, **kw: (go.wait(60), real(*args, **kw))
+    here.step()
+    state = here.weights()
+    here.save(out, 1, background=saves)
+    here.step()  # other weights, in the same memory, and collectives, before anything is written
+    after = here.weights()
+    tracker = Path(out, checkpoint.TRACKER)
+    seen: dict[str, Any] = {"early": tracker.read_text()}
+    torch.distributed.barrier()
+    seen["killed"] = (here.load(out)[0], differing(here.weights(), saved))
+    go.set()
+    saves.finish()
+    seen["late"] = (tracker.read_text(), here.load(out)[0], differing(here.weights(), state))
+    here.step()
+    seen["next"] = differing(here.weights(), after)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    here.save(out, 2, background=saves)
+    seen["full disk"] = failure(saves.finish)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    seen["still"] = tracker.read_text()
+    return seen
+
+
+def test_an_async_save_commits_what_was_there_when_it_began_once_all_is_on_disk(
+    folder: Path, tmp_path: Path
+) -> None:
+    for seen in run_ranks(save_behind_training, 2, folder=folder, out=str(tmp_path)):
+        assert (seen["early"], seen["killed"]) == ("0", (1, []))
+        assert seen["late"] == ("1", 2, [])
+        assert seen["next"] == [], "optimizer and scheduler were of the same moment"
+        for words in ("iter_0000002", "stays in force", "File too large"):
+            assert words in seen["full disk"]
+        assert seen["still"] == "1"
+
+
 def failure(action: Any) -> str:
     try:
         action()
@@ -298,6 +354,9 @@ def test_a_checkpoint_is_whole_or_its_error_names_the_file(folder: Path, tmp_pat
         "metadata": (".metadata is damaged",),
         "common": ("common.pt is damaged",),
         "incomplete": ("metadata.json is missing",),
+        "manifest": ("manifest.json is damaged", "--ckpt-step"),
+        "data cut": ("state_0.pt has 3 bytes, not 4",),
+        "data gone": ("state_0.pt is missing",),
         "gone": ("iter_0000000, which does not exist", "iter_0000001"),
         "garbled": ("latest_checkpointed_iteration.txt holds 'soon'",),
         "other model": ("release", "config.json"),

@@ -16,6 +16,7 @@ from vime.data.chat import load_tokenizer
 from vime.ray.placement_group import Placement
 from vime.ray.wait import stacks_if_longer_than, wait_all
 from vime.rollout import debug_data
+from vime.rollout.ahead import Ahead, load_ahead, save_ahead
 from vime.rollout.plugins import load_function
 from vime.rollout.train_data import eval_metrics, make_train_batch, rollout_metrics
 from vime.types import RolloutFnEvalOutput, RolloutFnTrainOutput, TrainBatch
@@ -31,6 +32,8 @@ class RolloutManager:
         # The data source's state right after each rollout was generated: with rollouts generated
         # ahead, a checkpoint of rollout i must not contain what rollout i+1 consumed.
         self.states: dict[int, Any] = {}
+        self.latest: Ahead | None = None  # the newest rollout, in case it is ahead of a checkpoint
+        self.restored: Ahead | None = None  # the one that came with the checkpoint
 
     def start(self, placement: Placement | None) -> list[str]:
         """Starts engines (none without a placement), router, data source. Gives the engine urls."""
@@ -56,6 +59,7 @@ class RolloutManager:
     def load(self, rollout_id: int) -> None:
         """Continues with the data state that was saved with `rollout_id`."""
         self.data_source.load(rollout_id)
+        self.restored = load_ahead(self.cfg, rollout_id)
 
     def _start_engines(self, placement: Placement) -> list[ray.ObjectRef]:
         per_engine = self.cfg.cluster.gpus_per_engine
@@ -74,14 +78,11 @@ class RolloutManager:
     def generate(self, rollout_id: int) -> tuple[TrainBatch, dict[str, float]]:
         """One rollout, batched for the trainer, and its metrics."""
         started = time.perf_counter()
-        args = self._args_now()
-        with stacks_if_longer_than(self.cfg.engine.request_timeout_s):
-            output = self.rollout_fn(args, rollout_id, self.data_source)
-        if not isinstance(output, RolloutFnTrainOutput):
-            output = RolloutFnTrainOutput(output)
+        output = self._samples_of(rollout_id)
         rollout_s = time.perf_counter() - started
         if hasattr(self.data_source, "state_dict"):  # a user's own source may have none
             self.states[rollout_id] = self.data_source.state_dict()
+            self.latest = Ahead(rollout_id, output, self.states[rollout_id])
         if path := self.cfg.debug.save_rollout_data:
             debug_data.save_rollout(path, rollout_id, output.samples, output.metrics)
         batch = make_train_batch(self.args, output.samples, rollout_id)
@@ -103,6 +104,18 @@ class RolloutManager:
             return self.args
         return ArgsView(self.cfg, **self.runtime, weight_version=client.weight_versions()[0])
 
+    def _samples_of(self, rollout_id: int) -> RolloutFnTrainOutput:
+        restored, self.restored = self.restored, None
+        if restored is not None and restored.rollout_id == rollout_id:
+            self.data_source.load_state_dict(restored.data_state)
+            return restored.output
+        args = self._args_now()
+        with stacks_if_longer_than(self.cfg.engine.request_timeout_s):
+            output = self.rollout_fn(args, rollout_id, self.data_source)
+        if not isinstance(output, RolloutFnTrainOutput):
+            output = RolloutFnTrainOutput(output)
+        return output
+
     def evaluate(self, rollout_id: int) -> dict[str, float]:
         """Runs the evaluation function; its metrics are named eval/{dataset}..."""
         started = time.perf_counter()
@@ -121,6 +134,7 @@ class RolloutManager:
             self.data_source.save(rollout_id, state=self.states[rollout_id])
         else:
             self.data_source.save(rollout_id)
+        save_ahead(self.cfg, rollout_id, self.latest)
         self.states = {i: s for i, s in self.states.items() if i > rollout_id}
 
     def stop(self) -> None:

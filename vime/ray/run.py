@@ -95,6 +95,9 @@ class Run:
             self.metrics |= {"perf/step_time": step_s, **self.timers.take()}
             self.metrics["perf/wait_time_ratio"] = self.metrics["perf/train_wait_time"] / step_s
             self._log(step + 1)
+        if self.trainer is not None and self.cfg.checkpoint.async_save:
+            self.log.phase("save")
+            self._train("finish_saves")
 
     def _log(self, num_trained: int) -> None:
         self.log.step(num_trained, self.metrics)
@@ -150,16 +153,16 @@ class Run:
         self.metrics |= self._ask(self.manager.evaluate.remote(step), "the evaluation")
 
     def save(self, step: int) -> None:
-        """Commits a checkpoint: the data state first, then weights; the tracker file comes last."""
+        """Commits a checkpoint: exports and data state, then weights; the tracker comes last."""
         if self.trainer is None:
             return
         self.log.phase("save")
         with self.timers("save"):
+            if self.cfg.checkpoint.save_hf:
+                self._train("save_hf", self.cfg.checkpoint.save_hf.format(rollout_id=step))
             if self.cfg.checkpoint.save:
                 self._ask(self.manager.save.remote(step), "the data state to be saved")
                 self._train("save", step)
-            if self.cfg.checkpoint.save_hf:
-                self._train("save_hf", self.cfg.checkpoint.save_hf.format(rollout_id=step))
 
     def stop(self) -> None:
         self._ask(self.manager.stop.remote(), "engines and router to stop", _STOP_TIMEOUT_S)

@@ -1,6 +1,8 @@
 """Megatron's `torch_dist` checkpoints: saved from and loaded into any layout.
 
     FOLDER/iter_0000019/                        one directory per saved rollout
+    FOLDER/iter_0000019/manifest.json           every file of the commit in bytes, the data's too
+    FOLDER/rollout/*_19.pt                      data cursor and buffer; a rollout generated ahead
     FOLDER/release/                             converted weights, no training state
     FOLDER/latest_checkpointed_iteration.txt    "19" or "release"; written last: the commit point
 
@@ -21,11 +23,14 @@ import torch.distributed as dist
 from torch import nn
 
 from vime.backends.megatron import compat
+from vime.backends.megatron.async_save import BackgroundSaves
 from vime.backends.megatron.hf import load_hf_weights, model_args
 from vime.backends.megatron.start import (
+    MANIFEST,
     RELEASE,
     TRACKER,
     Start,
+    check_manifest,
     commit_checkpoint,
     delete_old_checkpoints,
     iteration_folder,
@@ -58,17 +63,21 @@ def save_checkpoint(
     extra: dict[str, Any] | None = None,
     *,
     commit: bool = True,
+    background: BackgroundSaves | None = None,
 ) -> Path:
     """Writes everything that continuing needs, then (with `commit`) the tracker. A collective.
 
     iteration  the rollout just trained; None writes `release/`: weights alone
     optimizer  left out when None (--no-save-optim)
     extra      JSON-able values that `load_checkpoint` gives back; the same on every rank
+    background copies the state, returns, and writes and commits while training goes on
     Returns the directory. Raises CheckpointError when it cannot be written; the previous checkpoint
     then stays in force.
     """
     from vime.backends.megatron import torch_dist
 
+    if background is not None:
+        background.finish()  # one at a time: the newest commit is the newest checkpoint
     target = iteration_folder(folder, iteration)
     refused = (
         f"{target}: cannot write the checkpoint; the one before it stays in force. "
@@ -77,6 +86,7 @@ def save_checkpoint(
     with _agreed(refused):
         if dist.get_rank() == 0:
             target.mkdir(parents=True, exist_ok=True)
+            (target / MANIFEST).unlink(missing_ok=True)  # of an earlier attempt
     with _named(refused):
         with_rng = iteration is not None
         state = _sharded_state(chunks, optimizer, scheduler, with_rng=with_rng, loading=False)
@@ -92,12 +102,22 @@ def save_checkpoint(
                 "extra": json.dumps(extra or {}),
             },
         }
-        torch_dist.save(state, target)
-    if commit:
-        with _agreed(f"{target}: cannot commit the checkpoint"):
-            if dist.get_rank() == 0:
-                commit_checkpoint(folder, iteration)
-                delete_old_checkpoints(folder, cfg.checkpoint.keep_last)
+        if background is not None:
+            write = torch_dist.stage(state, target)
+        else:
+            torch_dist.save(state, target)
+
+    def finish() -> None:
+        if commit:
+            commit_checkpoint(folder, iteration)
+            delete_old_checkpoints(folder, cfg.checkpoint.keep_last)
+
+    if background is not None:
+        background.begin(write, finish, refused)
+        return target
+    with _agreed(f"{target}: cannot commit the checkpoint"):
+        if dist.get_rank() == 0:
+            finish()
     return target
 
 
@@ -126,6 +146,7 @@ def load_checkpoint(
 
     with _agreed(f"{start.folder}: cannot load"):
         torch_dist.check_files(start.folder)
+        check_manifest(start)
     with _agreed(f"{start.folder / 'common.pt'} is damaged"):
         common = dist_checkpointing.load_common_state_dict(str(start.folder))
     saved = common.get(_STATE, {"optimizer": "optimizer" in common})
@@ -151,6 +172,7 @@ def load_checkpoint(
         elif optimizer is not None:
             optimizer.reload_model_params()
         if scheduler is not None:
+            scheduler.num_steps = 0  # Megatron adds the saved ones to it
             scheduler.load_state_dict(state["opt_param_scheduler"])
         if with_rng:
             from vime.backends.megatron.rng import restore_rng_state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -12,6 +13,7 @@ from vime.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
+MANIFEST = "manifest.json"  # of an iter_* or release directory: every file of the commit, in bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +103,66 @@ def iteration_folder(folder: str | Path, iteration: int | None) -> Path:
 
 
 def commit_checkpoint(folder: str | Path, iteration: int | None) -> None:
-    """Names the iteration (None: release) in the tracker, atomically. Call it on one rank."""
-    tracker = Path(folder) / TRACKER
-    partial = tracker.with_name(f".{TRACKER}.partial")
+    """Writes the manifest, then names the iteration (None: release) in the tracker, atomically.
+
+    Call it on one rank, once everything else is on disk.
+    """
+    of_data = [] if iteration is None else data_files(folder, iteration)
+    files = [*iteration_folder(folder, iteration).iterdir(), *of_data]
+    manifest = {
+        "iteration": iteration,
+        "files": {
+            os.path.relpath(p, folder): p.stat().st_size
+            for p in sorted(files)
+            if p.name != MANIFEST
+        },
+    }
+    _write(iteration_folder(folder, iteration) / MANIFEST, json.dumps(manifest, indent=1))
+    _write(Path(folder) / TRACKER, RELEASE if iteration is None else str(iteration))
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
     with partial.open("w") as f:
-        f.write(RELEASE if iteration is None else str(iteration))
+        f.write(text)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(partial, tracker)
+    os.replace(partial, path)
+
+
+def data_files(folder: str | Path, iteration: int) -> list[Path]:
+    """What the data source and the rollout manager keep with this iteration's weights."""
+    return list((Path(folder) / "rollout").glob(f"*[!0-9]{iteration}.pt"))
+
+
+def check_manifest(start: Start) -> None:
+    """Every file that the commit names is there in its size; the data's only where a run resumes.
+
+    Raises CheckpointError naming the file. A checkpoint of another program has no manifest.
+    """
+    path = start.folder / MANIFEST
+    if not path.is_file():
+        return
+    try:
+        files = json.loads(path.read_text())["files"]
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}). {_REMEDY}") from None
+    for name, size in files.items():
+        file = start.folder.parent / name
+        if not start.resume and file.parent.name == "rollout":
+            continue
+        if file.parent.name != "rollout":
+            file = start.folder / file.name  # the directory itself may have been renamed
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing: the checkpoint is incomplete. {_REMEDY}")
+        if file.stat().st_size != size:
+            raise CheckpointError(
+                f"{file} has {file.stat().st_size} bytes, not {size}: it was cut off or "
+                f"overwritten. {_REMEDY}"
+            )
+
+
+_REMEDY = "Copy the checkpoint again, or choose an earlier one with --ckpt-step."
 
 
 def delete_old_checkpoints(folder: str | Path, keep_last: int | None) -> None:
@@ -130,6 +184,8 @@ def delete_old_checkpoints(folder: str | Path, keep_last: int | None) -> None:
         try:
             os.replace(found[iteration], doomed)  # at once: --ckpt-step never meets half of it
             shutil.rmtree(doomed)
+            for path in data_files(folder, iteration):
+                path.unlink()
         except OSError as error:
             logging.getLogger(__name__).warning(
                 "--keep-last %d: cannot delete %s (%s)", keep_last, found[iteration], error

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -27,14 +29,23 @@ class InProcessSave(TorchDistSaveShardedStrategy):
 
     Megatron's writer forks a process per file and keeps a spawned manager, which neither Ray actors
     nor scripts without a `__main__` guard survive; the bytes it writes are the same.
+
+    staged  copy the tensors to memory and leave `write(process_group=...)` to the caller
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, staged: bool = False) -> None:
         super().__init__("torch_dist", 1)
+        self.staged = staged
+        self.write: Callable[..., Any] | None = None
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        dcp.save(
+        if self.staged:
+            for part in (part for parts in by_key.values() for part in parts):
+                if isinstance(part, ShardedTensor):
+                    part.data = part.data.detach().to("cpu", copy=True)
+        self.write = partial(
+            dcp.save,
             mcore_to_pyt_state_dict(by_key, False),
             storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
             planner=MCoreSavePlanner(
@@ -43,12 +54,28 @@ class InProcessSave(TorchDistSaveShardedStrategy):
                 flatten_sharded_tensors=False,
             ),
         )
+        if not self.staged:
+            self.write()
 
 
 def save(state: dict[str, Any], folder: Path) -> None:
     """Writes a sharded state dict. A collective."""
     with _quiet():
         dist_checkpointing.save(state, str(folder), InProcessSave())
+
+
+def stage(state: dict[str, Any], folder: Path) -> Callable[[Any], None]:
+    """Copies the state to memory; what comes back writes it, over the group given. Collectives."""
+    strategy = InProcessSave(staged=True)
+    with _quiet():
+        dist_checkpointing.save(state, str(folder), strategy)
+
+    def write(group: Any) -> None:
+        assert strategy.write is not None
+        with _named_failures():
+            strategy.write(process_group=group)
+
+    return write
 
 
 def load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -60,13 +87,18 @@ def load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without torch's notices that megatron-core uses ShardedTensor and `load_state_dict`."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _named_failures():
         warnings.simplefilter("ignore", FutureWarning)
-        try:
-            yield
-        except CheckpointException as error:  # a BaseException that quotes every rank's traceback
-            rank, (cause, _) = next(iter(error.failures.items()))
-            raise RuntimeError(f"rank {rank}: {cause}") from cause
+        yield
+
+
+@contextmanager
+def _named_failures() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointException as error:  # a BaseException that quotes every rank's traceback
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise RuntimeError(f"rank {rank}: {cause}") from cause
 
 
 def check_files(folder: Path) -> None:

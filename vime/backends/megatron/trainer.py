@@ -27,6 +27,7 @@ from vime.backends.megatron.offload import (
     optimizer_state_of,
     weights_of,
 )
+from vime.backends.megatron.async_save import BackgroundSaves
 from vime.backends.megatron.parallel import initialize_parallel, shutdown_parallel
 from vime.backends.megatron.reference import WeightCopy
 from vime.config import AlgorithmConfig, Config
@@ -78,6 +79,7 @@ class MegatronTrainer:
         self.mpu = mpu
         self.sender: Any = None
         self.away = Offload()
+        self.saves: BackgroundSaves | None = None
         self.skipped_in_a_row = 0
         self.lr = 0.0  # of the latest step
 
@@ -312,16 +314,25 @@ class MegatronTrainer:
         }
 
     def save(self, rollout_id: int) -> None:
-        """A checkpoint of everything that continuing needs, under --save."""
+        """A checkpoint of everything that continuing needs, under --save.
+
+        With --async-save it is copied here, and written and committed while training goes on.
+        """
         from vime.backends.megatron.checkpoint import save_checkpoint
 
         self._wait_for_weights()
         files = self.cfg.checkpoint
         optimizer = self.optimizer if files.save_optim else None
         extra = {"rollout_id": rollout_id}
-        save_checkpoint(
-            self.cfg, files.save, rollout_id, self.chunks, optimizer, self.scheduler, extra
-        )
+        if files.async_save and self.saves is None:
+            self.saves = BackgroundSaves()
+        state = (self.chunks, optimizer, self.scheduler, extra)
+        save_checkpoint(self.cfg, files.save, rollout_id, *state, background=self.saves)
+
+    def finish_saves(self) -> None:
+        """Waits until the checkpoint under way is committed. CheckpointError if it failed."""
+        if self.saves is not None:
+            self.saves.finish()
 
     def save_hf(self, path: str) -> None:
         """The weights as a Hugging Face folder that stands alone."""

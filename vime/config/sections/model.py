@@ -52,6 +52,11 @@ class CheckpointConfig(Section):
         default=None,
         at_least=1,
     )
+    async_save: bool = flag(
+        "--async-save",
+        "write checkpoints while training goes on, from a copy in memory",
+        default=False,
+    )
     save_optim: bool = flag(
         "--save-optim", "save the optimizer state", default=True, negated="--no-save-optim"
     )

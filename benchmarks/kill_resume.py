@@ -1,0 +1,208 @@
+"""Kill -9 at random moments, saving included, and resume: is anything lost, repeated or different?
+
+    make bench-kill-resume                       20 kills of train.py, 10 of train_async.py
+    python -m benchmarks.kill_resume --kills 3 --loop sync
+
+For each loop one run goes through undisturbed and one is killed and resumed until it is done; both
+are real: Ray, vLLM, Megatron, float32, a seed for each sample. Every second kill takes the whole
+run at once, as a power cut does; the others take the driver, whose death the rest must notice.
+Afterwards the two runs are compared: samples of every rollout (prompts, responses, order), how
+often each sample was trained, the metrics of every step, the exported weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.kill_resume_report import compare, write_figure, write_result, write_table
+from tests.cpu.launching import Job, alive, descendants
+
+LOOPS = {"sync": "train.py", "async": "train_async.py"}
+KILLS = {"sync": 20, "async": 10}
+ROLLOUTS_PER_KILL = 4  # more than are done between two kills: a run must outlive its kills
+SAVE_EVERY = 2
+START_S = 120.0  # the longest wait for the first sign of a run
+SIGNS = ("anywhere", "training", "saving")  # what the moments of the kills are drawn from
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """One kill, and what it left on disk. Iterations are None where there is none."""
+
+    drawn_from: str
+    whole_run: bool
+    after_s: float  # since the process was started
+    step: int | None  # the latest one logged
+    committed: int | None  # by the tracker
+    unfinished: list[str]  # what the next checkpoint had got to
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--loop", choices=[*LOOPS, "both"], default="both")
+    parser.add_argument("--kills", type=int, help="of each loop (default: 20 sync, 10 async)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument(
+        "--flags", nargs="*", default=[], help="further switches, such as async-save"
+    )
+    parser.add_argument("--write", action="store_true", help="update docs/checkpoints.md, results")
+    parser.add_argument("--folder", type=Path, help="keep everything here")
+    given = parser.parse_args()
+    root = given.folder or Path(tempfile.mkdtemp(prefix="vime-kills-"))
+    good = True
+    for loop in LOOPS if given.loop == "both" else [given.loop]:
+        num_kills, rng = given.kills or KILLS[loop], random.Random(given.seed)
+        kills, verdict = examine(loop, num_kills, root / loop, rng, given.flags)
+        write_table(loop, kills, verdict, sys.stdout)
+        good = good and verdict.is_good
+        if given.write:
+            write_result(loop, kills, verdict)
+            write_figure()
+    if not given.folder:
+        shutil.rmtree(root)
+    return int(not good)
+
+
+def examine(loop: str, num_kills: int, root: Path, rng: random.Random, flags: list[str]):
+    """(kills, verdict) of one loop."""
+    make_assets(root)
+    num_rollouts = ROLLOUTS_PER_KILL * num_kills
+    straight = make_job(root, "straight", loop, num_rollouts, flags)
+    say(loop, f"undisturbed run of {num_rollouts} rollouts")
+    straight.run(timeout_s=60 + 6 * num_rollouts)
+    killed = make_job(root, "killed", loop, num_rollouts, flags)
+    kills, ended = [], []
+    for number in range(num_kills):
+        kill, pids = start_and_kill(killed, number, rng)
+        kills.append(kill)
+        ended += pids
+        say(loop, f"kill {number + 1} of {num_kills}: {json.dumps(asdict(kill))}")
+    killed.run(timeout_s=60 + 6 * num_rollouts)
+    wait_until_gone(ended, timeout_s=120)  # Ray's own agents need a minute
+    return kills, compare(straight, killed)
+
+
+def say(loop: str, line: str) -> None:
+    print(f"[{loop}] {line}", flush=True)
+
+
+def make_assets(root: Path) -> None:
+    from scripts.quickstart.data import write_data
+    from scripts.quickstart.model import write_checkpoint
+
+    root.mkdir(parents=True, exist_ok=True)
+    write_data(root, seed=0)
+    write_checkpoint(root / "model", seed=0)
+
+
+def make_job(root: Path, name: str, loop: str, num_rollouts: int, flags: list[str]) -> Job:
+    folder = root / name
+    save = str(folder / "ckpt")
+    chosen: dict[str, str | None] = {
+        "--num-rollout": str(num_rollouts),
+        "--rollout-batch-size": "4",
+        "--lr": "3e-4",
+        "--save": save,
+        "--load": save,
+        "--save-interval": str(SAVE_EVERY),
+        "--save-hf": str(folder / "hf" / "{rollout_id}"),
+        "--save-debug-rollout-data": str(folder / "rollouts" / "{rollout_id}.pt"),
+        "--vllm-enable-deterministic-inference": None,
+    }
+    if loop == "async":
+        chosen |= {"--colocate": "", "--rollout-num-gpus": "1", "--use-rollout-logprobs": None}
+    chosen |= {f"--{flag}": None for flag in flags}
+    env = {"OMP_NUM_THREADS": "1", "PROMPT_LOG": str(folder / "prompts.tsv")}
+    return Job(folder, root / "model", root / "train.jsonl", LOOPS[loop], chosen, env)
+
+
+def start_and_kill(job: Job, number: int, rng: random.Random) -> tuple[Kill, list[int]]:
+    """The kill, and the processes that there were."""
+    drawn_from, whole_run = SIGNS[number % len(SIGNS)], number % 2 == 0
+    process, started = job.start(), time.monotonic()
+    if drawn_from == "anywhere":
+        time.sleep(rng.uniform(0, 40))
+    else:
+        log = job.folder / "metrics.jsonl"
+        before = log.stat().st_mtime_ns if log.exists() else 0
+        wait_for(process, lambda: log.exists() and log.stat().st_mtime_ns > before)
+        if drawn_from == "training":
+            time.sleep(rng.uniform(0, 3))
+        else:
+            present = checkpoint_files(job)
+            wait_for(process, lambda: checkpoint_files(job) - present)
+            time.sleep(rng.uniform(0, 0.3))
+    if process.poll() is not None:
+        sys.exit(f"the run ended before kill {number + 1}; see {job.log}")
+    pids = descendants(process.pid)
+    os.killpg(process.pid, signal.SIGKILL)  # a group of its own: see Job.start
+    if whole_run:
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+    process.wait(30)
+    after_s = time.monotonic() - started
+    wait_until_gone(pids, timeout_s=60, besides="agent")
+    return Kill(drawn_from, whole_run, round(after_s, 2), *state_of(job)), pids
+
+
+def checkpoint_files(job: Job) -> set[str]:
+    """What the saving of the next checkpoint adds to, file by file."""
+    folders = (job.folder / "hf", job.folder / "ckpt")
+    return {str(p) for folder in folders for p in folder.rglob("*")}
+
+
+def state_of(job: Job) -> tuple[int | None, int | None, list[str]]:
+    """(latest step logged, iteration committed, parts of a later checkpoint)"""
+    try:
+        lines = (job.folder / "metrics.jsonl").read_text().splitlines()
+        step = json.loads(lines[-1])["step"]
+    except (OSError, IndexError, json.JSONDecodeError):
+        step = None
+    tracker = job.folder / "ckpt" / "latest_checkpointed_iteration.txt"
+    committed = int(tracker.read_text()) if tracker.exists() else None
+    later = range((-1 if committed is None else committed) + 1, 10_000)
+    names = {
+        "export": [int(p.name) for p in (job.folder / "hf").glob("*")],
+        "data state": [
+            int(p.stem.rsplit("_", 1)[1])
+            for p in (job.folder / "ckpt" / "rollout").glob("global_dataset_state_dict_*.pt")
+        ],
+        "weights": [int(p.name[5:]) for p in (job.folder / "ckpt").glob("iter_*")],
+    }
+    return step, committed, [name for name, ids in names.items() if any(i in later for i in ids)]
+
+
+def wait_for(process, happened, timeout_s: float = START_S) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        if process.poll() is not None:
+            sys.exit("the run ended before its kill: raise ROLLOUTS_PER_KILL, or see its log")
+        if time.monotonic() > deadline:
+            sys.exit(f"no sign of life of the run in {timeout_s:.0f} s")
+        time.sleep(0.002)
+
+
+def wait_until_gone(pids: list[int], timeout_s: float, besides: str = "\0") -> None:
+    """Fails when processes of a killed run stay; those with `besides` in their command may."""
+    deadline = time.monotonic() + timeout_s
+    while left := [line for line in alive(pids) if besides not in line]:
+        if time.monotonic() > deadline:
+            sys.exit("still alive after the kill:\n" + "\n".join(left))
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

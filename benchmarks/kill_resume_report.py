@@ -1,0 +1,179 @@
+"""What an undisturbed and a killed run have in common, as a verdict, a table and a figure."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from benchmarks.cpu_step import PACKAGES, cpu_name
+from tests.cpu.launching import Job
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks/results/kill_resume.json"
+FIGURE = ROOT / "docs/kill_resume.svg"
+BOUND = 1e-5
+CURVES = ("train/loss", "train/kl_loss", "train/grad_norm", "rollout/raw_reward")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Counts and largest differences of a killed run against the undisturbed one."""
+
+    rollouts: int
+    rollouts_with_other_samples: int  # another prompt, response or order
+    attempts_with_other_prompts: int  # of rollouts that were begun, killed and done again
+    samples_lost: int
+    samples_twice: int
+    steps_missing_or_twice: int
+    loss: float  # largest difference of train/loss
+    curves: float  # of the other curves
+    weights: float  # of the last export
+    losses: tuple[list[float], list[float]]  # undisturbed, killed
+
+    @property
+    def is_good(self) -> bool:
+        counts = (
+            self.rollouts_with_other_samples,
+            self.attempts_with_other_prompts,
+            self.samples_lost,
+            self.samples_twice,
+            self.steps_missing_or_twice,
+        )
+        return not any(counts) and max(self.loss, self.curves, self.weights) <= BOUND
+
+
+def compare(straight: Job, killed: Job) -> Verdict:
+    """The verdict on two finished runs."""
+    ours, theirs = samples_of(straight), samples_of(killed)
+    trained = Counter(index for rollout in theirs.values() for index, _ in rollout)
+    wanted = {index for rollout in ours.values() for index, _ in rollout}
+    steps = [
+        {m["step"]: m for m in job.metrics() if "train/loss" in m} for job in (straight, killed)
+    ]
+    numbers = Counter(m["step"] for m in killed.metrics() if "train/loss" in m)
+    shared = sorted(steps[0].keys() & steps[1].keys())
+
+    def apart(name: str) -> float:
+        return max(abs(steps[0][s][name] - steps[1][s][name]) for s in shared)
+
+    return Verdict(
+        rollouts=len(ours),
+        rollouts_with_other_samples=sum(theirs.get(r) != ours[r] for r in ours),
+        attempts_with_other_prompts=other_attempts(straight, killed),
+        samples_lost=len(wanted - trained.keys()),
+        samples_twice=sum(count > 1 for count in trained.values()),
+        steps_missing_or_twice=len(steps[0].keys() ^ steps[1].keys())
+        + sum(count > 1 for count in numbers.values()),
+        loss=apart("train/loss"),
+        curves=max(map(apart, CURVES[1:])),
+        weights=weights_apart(straight, killed),
+        losses=tuple([by_step[s]["train/loss"] for s in shared] for by_step in steps),
+    )
+
+
+def samples_of(job: Job) -> dict[int, list[tuple[int, list[int]]]]:
+    """{rollout: [(index, tokens)] in the order of training}"""
+    found = {}
+    for path in (job.folder / "rollouts").glob("*.pt"):
+        content = torch.load(path, weights_only=True)
+        found[content["rollout_id"]] = [
+            (sample["index"], list(sample["tokens"]))
+            for group in content["groups"]
+            for sample in group
+        ]
+    return found
+
+
+def other_attempts(straight: Job, killed: Job) -> int:
+    """Prompts graded in any attempt at a rollout that the undisturbed run has not got there."""
+
+    def graded(job: Job) -> list[tuple[str, ...]]:
+        lines = (job.folder / "prompts.tsv").read_text().splitlines()
+        return [tuple(line.split("\t")) for line in lines]
+
+    return len(set(graded(killed)) - set(graded(straight)))
+
+
+def weights_apart(straight: Job, killed: Job) -> float:
+    from safetensors.torch import load_file
+
+    last = max((straight.folder / "hf").iterdir(), key=lambda p: int(p.name)).name
+    ours, theirs = (
+        load_file(job.folder / "hf" / last / "model.safetensors") for job in (straight, killed)
+    )
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+def write_table(loop: str, kills: list[Any], verdict: Verdict, out: IO[str]) -> None:
+    """Markdown."""
+    caught = Counter(", ".join(k.unfinished) or "nothing of the next checkpoint" for k in kills)
+    out.write(f"\n{loop}: {len(kills)} kills. On disk beside the last commit:\n")
+    for what, count in caught.most_common():
+        out.write(f"  {count:3d} x {what}\n")
+    out.write("\n| compared with the undisturbed run | |\n|---|---|\n")
+    for field in fields(verdict):
+        if field.name != "losses":
+            value = getattr(verdict, field.name)
+            text = f"{value:.1e}" if isinstance(value, float) and value else f"{value:g}"
+            out.write(f"| {field.name.replace('_', ' ')} | {text} |\n")
+
+
+def write_result(loop: str, kills: list[Any], verdict: Verdict) -> None:
+    """Into the result file, where the figures of the other loop stay."""
+    common = {
+        "num_kills": len(kills),
+        "peer": "the same run undisturbed",
+        "spread": None,
+        "device": f"{cpu_name()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+    }
+    mine = f"kill_resume/{loop}/"
+    figures = []
+    for name, value in asdict(verdict).items():
+        if name == "losses":
+            continue
+        unit, bound = ("1", {"target": BOUND}) if isinstance(value, float) else ("count", {})
+        figures.append({"name": mine + name, "value": value, "unit": unit, **bound, **common})
+    undisturbed, killed = verdict.losses
+    figures.append(
+        {"name": mine + "kills", "value": len(kills), "unit": "count", **common}
+        | {"kills": [asdict(k) for k in kills]}
+        | {"train/loss": {"undisturbed": undisturbed, "killed": killed}}
+    )
+    others = json.loads(RESULT.read_text()) if RESULT.exists() else []
+    figures += [f for f in others if not f["name"].startswith(mine)]
+    RESULT.write_text(json.dumps(sorted(figures, key=lambda f: f["name"]), indent=1) + "\n")
+
+
+def write_figure() -> None:
+    """Both loss curves of each loop, one on the other, and where the kills were."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    found = [f for f in json.loads(RESULT.read_text()) if "kills" in f]
+    figure = Figure(figsize=(8, 2.6 * len(found)), layout="constrained")
+    FigureCanvasSVG(figure)
+    for axes, entry in zip(figure.subplots(len(found), squeeze=False)[:, 0], found, strict=True):
+        curves = entry["train/loss"]
+        label: str | None = f"{len(entry['kills'])} kills"
+        for kill in entry["kills"]:
+            x = kill["step"] or 0
+            axes.axvline(x, color="#b44d12", linewidth=0.8, alpha=0.6, label=label)
+            label = None
+        steps = range(1, len(curves["killed"]) + 1)
+        axes.plot(steps, curves["undisturbed"], color="#9fb3c8", linewidth=4, label="undisturbed")
+        axes.plot(steps, curves["killed"], color="#1f2933", linewidth=1, label="killed, resumed")
+        axes.set_title(entry["name"].split("/")[1], loc="left", fontsize=10)
+        axes.set_ylabel("train/loss")
+        axes.legend(fontsize=8, frameon=False, ncols=3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("rollouts trained")
+    figure.savefig(FIGURE, metadata={"Date": None})

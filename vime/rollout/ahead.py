@@ -1,0 +1,94 @@
+"""A rollout generated ahead of training, kept with the checkpoint of the rollout before it.
+
+The asynchronous loop generates rollout i+1 with the weights from before rollout i. A run that
+continues after i has newer weights: were i+1 generated again, its samples would differ from those
+that the uninterrupted run trained on, and finished work would be lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vime.config import Config
+from vime.errors import CheckpointError
+from vime.types import RolloutFnTrainOutput, Sample
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """A finished rollout, and the data source's state right after it."""
+
+    rollout_id: int
+    output: RolloutFnTrainOutput
+    data_state: Any
+
+
+def ahead_path(root: str, rollout_id: int) -> Path:
+    """Beside the data state of the checkpoint after `rollout_id`."""
+    return Path(root) / "rollout" / f"ahead_of_{rollout_id}.pt"
+
+
+def save_ahead(cfg: Config, rollout_id: int, latest: Ahead | None) -> None:
+    """Writes `latest` with the checkpoint of `rollout_id`, whole or not; nothing if not ahead."""
+    path = ahead_path(str(cfg.checkpoint.save), rollout_id)
+    if latest is None or latest.rollout_id <= rollout_id:
+        path.unlink(missing_ok=True)  # of an earlier attempt
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with part.open("wb") as file:
+        content = {
+            "rollout_id": latest.rollout_id,
+            "asked_for": _asked_for(cfg),
+            "groups": [[sample.to_dict() for sample in group] for group in latest.output.samples],
+            "metrics": {
+                name: float(value) for name, value in (latest.output.metrics or {}).items()
+            },
+            "data_state": latest.data_state,
+        }
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def load_ahead(cfg: Config, rollout_id: int) -> Ahead | None:
+    """The rollout kept with the checkpoint after `rollout_id`, if one was and its flags still hold.
+
+    Raises CheckpointError naming a file that cannot be read.
+    """
+    root = cfg.checkpoint.load or cfg.checkpoint.save
+    path = ahead_path(str(root), rollout_id)
+    if not path.is_file():
+        return None
+    try:
+        content = torch.load(path, weights_only=True)
+        groups = [[Sample.from_dict(sample) for sample in group] for group in content["groups"]]
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error}. Delete it: its rollout is then generated again."
+        ) from error
+    if content["asked_for"] != _asked_for(cfg):
+        logger.warning("%s was made with other sampling flags: it is generated again", path)
+        return None
+    output = RolloutFnTrainOutput(groups, content["metrics"])
+    return Ahead(content["rollout_id"], output, content["data_state"])
+
+
+def _asked_for(cfg: Config) -> dict[str, Any]:
+    """What decides a rollout besides weights and prompts."""
+    rollout = cfg.rollout
+    return {
+        "--rollout-batch-size": cfg.batch.prompts,
+        "--n-samples-per-prompt": cfg.batch.samples_per_prompt,
+        "--rollout-temperature": rollout.temperature,
+        "--rollout-max-response-len": rollout.max_response_len,
+    }

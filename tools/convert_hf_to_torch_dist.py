@@ -2,9 +2,10 @@
 
     python tools/convert_hf_to_torch_dist.py ${MODEL_ARGS[@]} --hf-checkpoint HF --save SAVE
 
-One process suffices, and any layout loads the result. A model too large for one device converts
-under torchrun with --tensor-model-parallel-size, --pipeline-model-parallel-size or
---expert-model-parallel-size. Weights keep the dtype of config.json, unless --dtype is given.
+One process suffices, and any layout loads the result. Weights pass through one at a time, so that
+memory holds the largest of them, not the model. Several processes share the work under torchrun
+with --tensor-model-parallel-size, --pipeline-model-parallel-size or --expert-model-parallel-size.
+Weights keep the dtype of config.json, unless --dtype is given.
 Exit codes: 2 for bad input, 1 when writing fails.
 """
 
@@ -16,10 +17,11 @@ import time
 from pathlib import Path
 
 from vime.backends.megatron import hf
-from vime.backends.megatron.start import RELEASE, TRACKER, Start
+from vime.backends.megatron.start import RELEASE, TRACKER
 from vime.cli import parse_convert_config
 from vime.config import Config
 from vime.errors import CheckpointError
+from vime.observe.bar import ByteBar
 
 
 def main() -> int:
@@ -34,24 +36,21 @@ def main() -> int:
             print(line, flush=True)
 
     say("starting Megatron")
-    from vime.backends.megatron import checkpoint  # takes seconds: after the checks
-    from vime.backends.megatron.model import build_model
+    from vime.backends.megatron.model import build_model  # takes seconds: after the checks
     from vime.backends.megatron.parallel import initialize_parallel, shutdown_parallel
+    from vime.backends.megatron.streaming import Conversion
 
     started = time.monotonic()
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "0")
     initialize_parallel(cfg, rank, world, int(os.environ.get("LOCAL_RANK", 0)), address, int(port))
     step = "reading"
     try:
-        say(f"1/3 building the model on {world} rank(s), {cfg.model.dtype}")
-        chunks = build_model(cfg)
-        size = sum(p.numel() for chunk in chunks for p in chunk.parameters())
-        say(f"2/3 reading {cfg.model.hf_checkpoint} ({size:,} parameters on this rank)")
-        start = Start(Path(cfg.model.hf_checkpoint), is_hf=True)
-        checkpoint.load_checkpoint(cfg, start, chunks)
-        step = "writing"
-        say(f"3/3 writing {cfg.checkpoint.save}")
-        target = checkpoint.save_checkpoint(cfg, str(cfg.checkpoint.save), None, chunks)
+        say(f"1/2 laying out the model on {world} rank(s), {cfg.model.dtype}")
+        conversion = Conversion(cfg, build_model(cfg))
+        step, size = "writing", conversion.num_bytes
+        say(f"2/2 {cfg.model.hf_checkpoint} -> {cfg.checkpoint.save}, {size / 1e9:.2f} GB a rank")
+        with ByteBar("converting", size, shown=rank == 0) as bar:
+            target = conversion.write(str(cfg.checkpoint.save), bar.add)
     except CheckpointError as error:
         if rank == 0:
             print(f"error while {step}: {error}", file=sys.stderr)

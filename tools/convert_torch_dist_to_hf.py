@@ -18,6 +18,7 @@ from vime.backends.megatron import hf
 from vime.backends.megatron.start import resolve
 from vime.cli import parse_convert_config
 from vime.errors import CheckpointError
+from vime.observe.bar import ByteBar
 
 
 def main() -> int:
@@ -49,7 +50,9 @@ def main() -> int:
         checkpoint.load_checkpoint(cfg, start, chunks)
         step = "writing"
         print(f"2/2 writing {output}", flush=True)
-        hf.save_hf(chunks, cfg, output)
+        size = sum(p.nbytes for chunk in chunks for p in chunk.parameters())
+        with ByteBar("writing", size) as bar:
+            hf.save_hf(chunks, cfg, output, bar.add)
     except CheckpointError as error:
         message = str(error).replace("--ref-load", "--input-dir")
         print(f"error while {step}: {message}", file=sys.stderr)

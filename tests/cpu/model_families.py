@@ -27,9 +27,9 @@ _SHAPE = {
     "tie_word_embeddings": False,
 }
 # Original context 8: over the 4 to 16 positions of the test every kind of frequency occurs.
-_LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
+_LLAMA3: dict[str, Any] = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
 _LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8}
-_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 0.7}
+_YARN: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 0.7}
 _YARN |= {"mscale_all_dim": 1.0, "original_max_position_embeddings": 8}
 _YARN |= {"beta_fast": 32, "beta_slow": 1}
 _LATENT = {
@@ -100,13 +100,13 @@ def cases(num_ranks: int) -> list[tuple[str, str]]:
     ]
 
 
-def write_model(folder: Path, model: str) -> None:
-    """The HF folder, with HF's own logits and gradient of the test data beside it."""
+def make_model(folder: Path, model: str, *, seed: int = 0, **other_shape: Any) -> None:
+    """The HF folder of a random model."""
     import transformers
 
     prefix, shape = MODELS[model]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{prefix}Config")(**_SHAPE | shape)
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{prefix}Config")(**_SHAPE | shape | other_shape)
     made = getattr(transformers, f"{prefix}ForCausalLM")(config)
     tensors = [*made.named_parameters(), *made.named_buffers()]
     with torch.no_grad():
@@ -116,6 +116,11 @@ def write_model(folder: Path, model: str) -> None:
             elif "inv_freq" not in name:
                 t.copy_(0.08 * torch.randn_like(t))
     made.save_pretrained(folder)
+
+
+def write_model(folder: Path, model: str) -> None:
+    """The HF folder, with HF's own logits and gradient of the test data beside it."""
+    make_model(folder, model)
     plain = hf_model(folder)
     with torch.no_grad():
         torch.save(

@@ -16,10 +16,10 @@ _WRITE_TIMEOUT_S = 7200.0
 
 
 class BackgroundSaves:
-    """Writes one staged checkpoint at a time in a thread of its own. Built by every rank together.
+    """Writes one staged checkpoint at a time, in a thread. Built by every rank together.
 
-    Its ranks speak over a gloo group that nothing else uses, so that they never meet the collectives
-    of training. The commit is the last thing that happens, once every rank has written.
+    Its ranks speak over a gloo group that nothing else uses, so that they never meet training's
+    collectives. The commit is the last thing that happens, once every rank has written.
     """
 
     def __init__(self) -> None:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from vime.backends.megatron import compat
 from vime.backends.megatron.async_save import BackgroundSaves
@@ -64,6 +64,7 @@ def save_checkpoint(
     *,
     commit: bool = True,
     background: BackgroundSaves | None = None,
+    fill: Callable[[Tensor], None] | None = None,
 ) -> Path:
     """Writes everything that continuing needs, then (with `commit`) the tracker. A collective.
 
@@ -71,6 +72,7 @@ def save_checkpoint(
     optimizer  left out when None (--no-save-optim)
     extra      JSON-able values that `load_checkpoint` gives back; the same on every rank
     background copies the state, returns, and writes and commits while training goes on
+    fill       called with each tensor, or part of one, right before it is written
     Returns the directory. Raises CheckpointError when it cannot be written; the previous checkpoint
     then stays in force.
     """
@@ -105,7 +107,7 @@ def save_checkpoint(
         if background is not None:
             write = torch_dist.stage(state, target)
         else:
-            torch_dist.save(state, target)
+            torch_dist.save(state, target, fill)
 
     def finish() -> None:
         if commit:

@@ -19,7 +19,9 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from vime.errors import CheckpointError
 
@@ -31,11 +33,14 @@ class InProcessSave(TorchDistSaveShardedStrategy):
     nor scripts without a `__main__` guard survive; the bytes it writes are the same.
 
     staged  copy the tensors to memory and leave `write(process_group=...)` to the caller
+    fill    called with each tensor right before it is written
     """
 
-    def __init__(self, *, staged: bool = False) -> None:
+    def __init__(
+        self, *, staged: bool = False, fill: Callable[[Tensor], None] | None = None
+    ) -> None:
         super().__init__("torch_dist", 1)
-        self.staged = staged
+        self.staged, self.fill = staged, fill
         self.write: Callable[..., Any] | None = None
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
@@ -47,8 +52,13 @@ class InProcessSave(TorchDistSaveShardedStrategy):
         self.write = partial(
             dcp.save,
             mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
-            planner=MCoreSavePlanner(
+            storage_writer=dcp.FileSystemWriter(
+                checkpoint_dir,
+                thread_count=1,
+                **({} if self.fill is None else {"per_thread_copy_ahead": 0}),
+            ),
+            planner=_Planner(
+                self.fill,
                 dedup_replicated_tensors=False,
                 flatten_state_dict=False,
                 flatten_sharded_tensors=False,
@@ -58,10 +68,26 @@ class InProcessSave(TorchDistSaveShardedStrategy):
             self.write()
 
 
-def save(state: dict[str, Any], folder: Path) -> None:
-    """Writes a sharded state dict. A collective."""
+class _Planner(MCoreSavePlanner):
+    """Has a tensor filled when its turn comes."""
+
+    def __init__(self, fill: Callable[[Tensor], None] | None, **options: Any) -> None:
+        super().__init__(**options)
+        self.fill = fill
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        if self.fill is not None and write_item.type is not WriteItemType.BYTE_IO:
+            self.fill(self.lookup_object(write_item.index))
+        return super().resolve_data(write_item)
+
+
+def save(state: dict[str, Any], folder: Path, fill: Callable[[Tensor], None] | None = None) -> None:
+    """Writes a sharded state dict. A collective.
+
+    fill  called with each tensor right before it is written; else they have their content already
+    """
     with _quiet():
-        dist_checkpointing.save(state, str(folder), InProcessSave())
+        dist_checkpointing.save(state, str(folder), InProcessSave(fill=fill))
 
 
 def stage(state: dict[str, Any], folder: Path) -> Callable[[Any], None]:

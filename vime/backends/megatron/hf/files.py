@@ -85,5 +85,9 @@ class HFFiles:
     def metadata(self, name: str) -> dict[str, str] | None:
         return self._file(name).metadata()
 
+    def forget(self) -> None:
+        """Unmaps what was read, so that it no longer counts as this process's memory."""
+        self._open.clear()
+
     def read(self, tensor: str) -> Tensor:
         return self._file(self.file_of[tensor]).get_tensor(tensor)

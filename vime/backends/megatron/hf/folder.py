@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,12 +23,17 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "
 _ONE_FILE = "model.safetensors"
 
 
-def save_hf(chunks: Iterable[nn.Module], cfg: Config, folder: str | Path) -> None:
+def save_hf(
+    chunks: Iterable[nn.Module],
+    cfg: Config,
+    folder: str | Path,
+    done: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
     """Writes the weights, and --hf-checkpoint's config, tokenizer and other small files.
 
     A collective. Names, dtypes, files and metadata are those of --hf-checkpoint, so weights that
-    did not change come back with the same bytes. Rank 0 writes; config.json appears last. Raises
-    CheckpointError on every rank when the disk refuses.
+    did not change come back with the same bytes. `done` gets each tensor's bytes. Rank 0 writes;
+    config.json appears last. Raises CheckpointError on every rank when the disk refuses.
     """
     writer = problem = None
     for step in _steps(chunks, cfg):
@@ -44,6 +49,8 @@ def save_hf(chunks: Iterable[nn.Module], cfg: Config, folder: str | Path) -> Non
                 )
             except CheckpointError as error:
                 problem = f"{folder}: cannot write the HF folder: {error}"
+        if step is not None:
+            done(step[1].nbytes)
     verdict = [problem]
     dist.broadcast_object_list(verdict, src=0)
     if verdict[0]:

@@ -12,40 +12,55 @@ from torch import Tensor, nn
 from vime.backends.megatron.hf.family import Family, Weight
 from vime.backends.megatron.hf.files import HFFiles, read_config
 from vime.backends.megatron.hf.layout import Dims, hf_shapes, shard
-from vime.backends.megatron.hf.ranks import Ranks
+from vime.backends.megatron.hf.ranks import Place, Ranks
 from vime.backends.megatron.hf.registry import family_for, model_args
 from vime.config import Config
 from vime.errors import CheckpointError
 
 
-def load_hf_weights(chunks: Iterable[nn.Module], hf_dir: str | Path, cfg: Config) -> None:
-    """Fills the chunks from a folder's safetensors, converted to each parameter's dtype.
+class HFWeights:
+    """This rank's shard of any weight, read from a folder's safetensors when it is asked for.
 
     Strict: a missing, unexpected or wrongly shaped tensor raises CheckpointError naming file and
-    tensor.
-    Not a collective; every rank reads what it needs.
+    tensor. Not a collective; every rank reads what it needs.
     """
-    args = model_args(cfg)
-    family = family_for(read_config(cfg.model.hf_checkpoint))
-    files = HFFiles(hf_dir)
-    weights = {w.mcore: w for w in family.weights(args)}
-    _check_names(files, family, weights.values(), args)
-    ranks, dims = Ranks.current(), Dims.of(args)
-    with torch.no_grad():
-        for name, parameter in named_weights(chunks, ranks, args):
-            weight = weights.get(name) or _tied(name, weights)
-            part = ranks.expert_tensor if weight.expert is not None else ranks.tensor
-            wanted = hf_shapes(weight.kind, parameter.shape, part.size, dims)
-            for hf_name, shape in zip(weight.hf, wanted, strict=True):
-                if files.shape(hf_name) != shape:
-                    raise CheckpointError(
-                        f"{files.path(hf_name)}: tensor {hf_name} has shape "
-                        f"{list(files.shape(hf_name))}, the model wants {list(shape)}. "
-                        "The weights and config.json (or MODEL_ARGS) belong to different models."
-                    )
-            tensors = [files.read(n) for n in weight.hf]
-            rows = parameter.shape[0]
-            parameter.copy_(shard(weight.kind, tensors, part.rank, part.size, dims, rows))
+
+    def __init__(self, hf_dir: str | Path, cfg: Config) -> None:
+        args = model_args(cfg)
+        family = family_for(read_config(cfg.model.hf_checkpoint))
+        self.files = HFFiles(hf_dir)
+        self.weights = {w.mcore: w for w in family.weights(args)}
+        _check_names(self.files, family, self.weights.values(), args)
+        self.ranks, self.dims = Ranks.current(), Dims.of(args)
+
+    def check(self, name: str, parameter: Tensor) -> tuple[Weight, Place]:
+        """What `parameter` is made of, once the files' shapes are known to fit."""
+        weight = self.weights.get(name) or _tied(name, self.weights)
+        part = self.ranks.expert_tensor if weight.expert is not None else self.ranks.tensor
+        wanted = hf_shapes(weight.kind, parameter.shape, part.size, self.dims)
+        for hf_name, shape in zip(weight.hf, wanted, strict=True):
+            if self.files.shape(hf_name) != shape:
+                raise CheckpointError(
+                    f"{self.files.path(hf_name)}: tensor {hf_name} has shape "
+                    f"{list(self.files.shape(hf_name))}, the model wants {list(shape)}. "
+                    "The weights and config.json (or MODEL_ARGS) belong to different models."
+                )
+        return weight, part
+
+    @torch.no_grad()
+    def fill(self, name: str, parameter: Tensor) -> None:
+        """Puts the weight of that Megatron name into `parameter`, converted to its dtype."""
+        weight, part = self.check(name, parameter)
+        tensors = [self.files.read(n) for n in weight.hf]
+        rows = parameter.shape[0]
+        parameter.copy_(shard(weight.kind, tensors, part.rank, part.size, self.dims, rows))
+
+
+def load_hf_weights(chunks: Iterable[nn.Module], hf_dir: str | Path, cfg: Config) -> None:
+    """Fills the chunks from a folder. Raises CheckpointError as `HFWeights` does."""
+    source = HFWeights(hf_dir, cfg)
+    for name, parameter in named_weights(chunks, source.ranks, model_args(cfg)):
+        source.fill(name, parameter)
 
 
 def named_weights(

@@ -1,0 +1,74 @@
+"""HF folder -> Megatron checkpoint, a weight at a time: memory holds one, not the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from vime.backends.megatron import checkpoint
+from vime.backends.megatron.hf.load import HFWeights, named_weights
+from vime.backends.megatron.hf.registry import model_args
+from vime.config import Config
+
+
+class Conversion:
+    """From --hf-checkpoint to a Megatron checkpoint, through chunks that nobody has touched.
+
+    Memory that was allocated and never written costs nothing, so the model's own parameters serve:
+    each is filled right before it is written and freed after. They are empty in the end. Raises
+    CheckpointError where the folder does not fit the model.
+    """
+
+    def __init__(self, cfg: Config, chunks: Sequence[nn.Module]) -> None:
+        self.cfg, self.chunks = cfg, chunks
+        self.source = HFWeights(cfg.model.hf_checkpoint, cfg)
+        named = named_weights(chunks, self.source.ranks, model_args(cfg))
+        for name, tensor in named:
+            self.source.check(name, tensor)
+        self.owners = {_memory_of(tensor): (name, tensor) for name, tensor in named}
+        self.sizes = {m: t.untyped_storage().nbytes() for m, (_, t) in self.owners.items()}
+        self.latest: int | None = None  # the one weight with content
+        self.seen: set[int] = set()
+
+    @property
+    def num_bytes(self) -> int:
+        """That this rank lays out; of what several ranks hold alike, one rank writes it."""
+        return sum(self.sizes.values())
+
+    def write(self, folder: str | Path, done: Callable[[int], None]) -> Path:
+        """Writes `folder`/release and returns it. A collective. Raises CheckpointError.
+
+        done  gets the bytes of each weight as its turn comes
+        """
+        self.done = done
+        target = checkpoint.save_checkpoint(self.cfg, folder, None, self.chunks, fill=self._fill)
+        self._free_latest()
+        return target
+
+    def _fill(self, part: Tensor) -> None:
+        """Called with all or a part of a weight, right before it is written."""
+        memory = _memory_of(part)
+        if memory == self.latest or memory not in self.owners:
+            return
+        self._free_latest()
+        name, whole = self.owners[memory]
+        if memory in self.seen:  # its parts do not follow each other
+            whole.untyped_storage().resize_(self.sizes[memory])
+        else:
+            self.seen.add(memory)
+            self.done(self.sizes[memory])
+        self.source.fill(name, whole)
+        self.source.files.forget()
+        self.latest = memory
+
+    def _free_latest(self) -> None:
+        if self.latest is not None:
+            self.owners[self.latest][1].untyped_storage().resize_(0)
+            self.latest = None
+
+
+def _memory_of(tensor: Tensor) -> int:
+    """The same for every view of a tensor, and after it was freed."""
+    return tensor.untyped_storage()._cdata

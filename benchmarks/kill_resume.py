@@ -19,6 +19,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -153,11 +154,7 @@ def start_and_kill(job: Job, number: int, rng: random.Random) -> tuple[Kill, lis
         if drawn_from == "anywhere":
             time.sleep(rng.uniform(0, 40))
             break
-        log = job.folder / "metrics.jsonl"
-        before = log.stat().st_mtime_ns if log.exists() else 0
-        wait_for(
-            lambda: process.poll() is not None or (log.exists() and log.stat().st_mtime_ns > before)
-        )
+        wait_for_a_step(job, process)
         if process.poll() is None:
             break
         say(job.entry, f"start {attempt + 1} failed; see {job.log}")
@@ -182,6 +179,18 @@ def start_and_kill(job: Job, number: int, rng: random.Random) -> tuple[Kill, lis
     after_s = time.monotonic() - started
     wait_until_gone(pids, timeout_s=60, besides="agent")
     return Kill(drawn_from, whole_run, round(after_s, 2), *state_of(job)), pids
+
+
+def wait_for_a_step(job: Job, process: subprocess.Popen) -> None:
+    """Until the run logs its first step, or ends."""
+    log = job.folder / "metrics.jsonl"
+    before = log.stat().st_mtime_ns if log.exists() else 0
+
+    def happened() -> bool:
+        stepped = log.exists() and log.stat().st_mtime_ns > before
+        return stepped or process.poll() is not None
+
+    wait_for(happened)
 
 
 def checkpoint_files(job: Job) -> set[str]:

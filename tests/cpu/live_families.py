@@ -56,11 +56,13 @@ def shape_for_engine(model: str) -> dict[str, Any]:
 
 def examine_live(root: Path, model: str) -> LiveFinding:
     """One engine start: 20 to 45 s on two cores."""
+    from scripts.quickstart.model import make_tokenizer
     from vime.backends.vllm.engine import VLLMEngine
 
     first, second = root / "first", root / "second"
     for seed, folder in enumerate((first, second)):
         make_model(folder, model, seed=seed, **shape_for_engine(model))
+        make_tokenizer().save_pretrained(folder)  # vLLM wants one, whatever it says
     cfg = config_of(first, root)
     engine = VLLMEngine(cfg, 0, [0])
     url = engine.start()

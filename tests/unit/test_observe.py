@@ -75,6 +75,22 @@ def test_a_new_run_in_an_old_folder_starts_an_empty_file(tmp_path):
     assert steps_in(tmp_path) == [0, 1]
 
 
+def test_a_run_killed_between_the_commit_and_the_line_of_a_step_has_that_line(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.log(1, {"train/loss": 0.5})
+        log.keep(2, {"train/loss": 0.25})  # then the checkpoint is committed, and the run is killed
+    with MetricsLog(tmp_path, start_step=2) as log:
+        log.log(3, {"train/loss": 0.125})
+    assert [(m["step"], m["train/loss"]) for m in read_metrics(tmp_path)] == [
+        (1, 0.5),
+        (2, 0.25),
+        (3, 0.125),
+    ]
+    with MetricsLog(tmp_path, start_step=1) as log:  # an older checkpoint: step 2 is done again
+        log.log(2, {"train/loss": 0.75})
+    assert [m["train/loss"] for m in read_metrics(tmp_path)] == [0.5, 0.75]
+
+
 def test_a_line_cut_short_by_a_crash_does_not_stop_a_resume(tmp_path):
     log_steps(tmp_path, range(0, 4))
     with (tmp_path / "metrics.jsonl").open("a") as file:

@@ -13,6 +13,7 @@ from typing import Any
 from vime.observe.trackers import Tracker
 
 FILE_NAME = "metrics.jsonl"
+NEXT = ".next"  # in place of .jsonl: the line of a step that is being committed
 
 
 class MetricsLog:
@@ -34,6 +35,8 @@ class MetricsLog:
         self.path = Path(run_dir) / FILE_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = _steps_until(self.path, start_step) if start_step else []
+        if start_step and (not kept or kept[-1]["step"] < start_step):
+            kept += [r for r in _read_next(self.path) if r["step"] == start_step]
         # A run that resumes may log its first step again (its first weight sync, an evaluation):
         # that line is held back and gains what it lacks.
         self._resumed = kept.pop() if kept and kept[-1]["step"] == start_step else None
@@ -63,6 +66,14 @@ class MetricsLog:
         for tracker in self._trackers:
             tracker.log(step, numbers)
         return record
+
+    def keep(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Sets aside what is known of a step before a checkpoint commits it.
+
+        A run that is killed between the commit and `log` resumes behind the step, and takes its
+        line from here.
+        """
+        _replace(self.path.with_suffix(NEXT), [as_record(step, metrics)])
 
     def _write(self, record: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
@@ -124,10 +135,18 @@ def _steps_until(path: Path, last_step: int) -> list[dict[str, Any]]:
     return [r for r in _read(path) if r["step"] <= last_step] if path.exists() else []
 
 
+def _read_next(path: Path) -> list[dict[str, Any]]:
+    following = path.with_suffix(NEXT)
+    return list(_read(following)) if following.exists() else []
+
+
 def _replace(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Rewrite the file in one move: a crash leaves the old file or the new one."""
     temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write("".join(json.dumps(r) + "\n" for r in records))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -70,6 +70,11 @@ class RunLog:
         if self._progress is not None:
             self._progress.phase(name)
 
+    def keep(self, num_trained: int, metrics: Mapping[str, Any]) -> None:
+        """Call it before a checkpoint commits a step: its metrics then survive a kill as well."""
+        if self._metrics is not None:
+            self._metrics.keep(num_trained, metrics)
+
     def step(self, num_trained: int, metrics: Mapping[str, Any]) -> None:
         """A step has ended; `num_trained` rollouts are trained. RuntimeError before `start`."""
         if self._metrics is None or self._progress is None:

@@ -161,6 +161,7 @@ class Run:
             if self.cfg.checkpoint.save_hf:
                 self._train("save_hf", self.cfg.checkpoint.save_hf.format(rollout_id=step))
             if self.cfg.checkpoint.save:
+                self.log.keep(step + 1, self.metrics)
                 self._ask(self.manager.save.remote(step), "the data state to be saved")
                 self._train("save", step)
 

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from vime.config import Config
 from vime.config.rules import hf_config
+from vime.data.bins import fewest_bins, first_fit, snug_fit
 from vime.types import StepPlan
 
 Bin = tuple[int, ...]  # positions of the sequences of one micro-batch
@@ -22,6 +21,8 @@ Bin = tuple[int, ...]  # positions of the sequences of one micro-batch
 # The sequence length at which causal attention costs as much as the rest of a layer, roughly
 # 12 x hidden size. It only steers balancing, so one figure serves all models.
 ATTENTION_EQUALS_REST = 32768
+
+SEARCH_UP_TO = 2048  # sequences: half a second; with more of them first fit is as good
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +73,7 @@ def plan_step(positions: Sequence[int], lengths: Sequence[int], rules: PackingRu
     lengths    their tokens, in the same order
     """
     size_of = {p: _round_up(n, rules.granularity) for p, n in zip(positions, lengths, strict=True)}
-    bins = _fill(positions, size_of, rules)
+    bins = _fill(positions, size_of, rules, rules.dp)
     share = math.ceil(max(1, len(bins)) / rules.dp)
     share = _round_up(share, rules.multiple)
     bins = _split_to(bins, share * rules.dp, size_of)
@@ -91,7 +92,7 @@ def repack(plans: Sequence[StepPlan], length_of: Sequence[int], rules: PackingRu
     for rank in range(rules.dp):
         mine = [p for plan in plans for b in plan.micro_batches[rank] for p in b]
         size_of = {p: _round_up(length_of[p], rules.granularity) for p in mine}
-        per_rank.append((_fill(mine, size_of, rules), size_of))
+        per_rank.append((_fill(mine, size_of, rules, 1), size_of))
     share = _round_up(max(1, *(len(bins) for bins, _ in per_rank)), rules.multiple)
     return StepPlan(
         micro_batches=tuple(tuple(_split_to(bins, share, size_of)) for bins, size_of in per_rank)
@@ -121,39 +122,6 @@ def attention_equals_rest(model: Mapping[str, Any]) -> float:
     return weights / (heads * head_dim)
 
 
-def first_fit(sizes: Sequence[int], cap: int) -> list[list[int]]:
-    """Indices into bins of at most `cap`: longest first, each into the first bin with room.
-
-    One larger than `cap` is alone in its bin.
-    """
-    sizes_S = np.asarray(sizes, dtype=np.int64)
-    order = np.argsort(-sizes_S, kind="stable").tolist()
-    alone = [[i] for i in order if sizes_S[i] > cap]
-    rest = order[len(alone) :]
-    # A tree over the bins that could be needed: leaves hold their room, parents the larger one of
-    # their children. Down the left side wherever that has room: the first bin that fits.
-    leaves = 1 << max(len(rest) - 1, 0).bit_length()
-    room = [cap] * (2 * leaves)
-    bins: list[list[int]] = []
-    for i, size in zip(rest, sizes_S[rest].tolist(), strict=True):
-        node = 1
-        while node < leaves:
-            node *= 2
-            if room[node] < size:
-                node += 1
-        if node - leaves == len(bins):
-            bins.append([])
-        bins[node - leaves].append(i)
-        room[node] -= size
-        while node > 1:
-            node //= 2
-            larger = max(room[2 * node], room[2 * node + 1])
-            if room[node] == larger:
-                break
-            room[node] = larger
-    return alone + bins
-
-
 def balanced_partition(costs: Sequence[float], num_parts: int) -> list[list[int]]:
     """Indices into `num_parts` parts of equal count and nearly equal sums; len(costs) must divide.
 
@@ -180,11 +148,20 @@ def balanced_partition(costs: Sequence[float], num_parts: int) -> list[list[int]
     return [sorted(items) for _, items in heap[0][2]]
 
 
-def _fill(positions: Sequence[int], size_of: dict[int, int], rules: PackingRules) -> list[Bin]:
+def _fill(
+    positions: Sequence[int], size_of: dict[int, int], rules: PackingRules, num_ranks: int
+) -> list[Bin]:
+    """Micro-batches for `num_ranks` ranks; the longer search only where it could save one each."""
     if rules.max_tokens is None:
         step = rules.micro_batch_size
         return [tuple(positions[i : i + step]) for i in range(0, len(positions), step)]
-    packed = first_fit([size_of[p] for p in positions], rules.max_tokens)
+    sizes, cap = [size_of[p] for p in positions], rules.max_tokens
+    packed = first_fit(sizes, cap)
+    if len(sizes) <= SEARCH_UP_TO:
+        unit = num_ranks * rules.multiple
+        fewest = _round_up(fewest_bins(sizes, cap), unit)
+        if _round_up(len(packed), unit) > fewest:
+            packed = min(packed, snug_fit(sizes, cap), key=len)
     return [tuple(positions[i] for i in sorted(members)) for members in packed]
 
 

@@ -1,0 +1,104 @@
+"""Sequences into bins of limited size. One larger than the limit is alone in its bin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def fewest_bins(sizes: Sequence[int], cap: int) -> int:
+    """No packing has fewer: what fits is at least its sum over `cap`, the oversize are alone."""
+    fits = [n for n in sizes if n <= cap]
+    return len(sizes) - len(fits) + -(-sum(fits) // cap)
+
+
+def first_fit(sizes: Sequence[int], cap: int) -> list[list[int]]:
+    """Indices into bins of at most `cap`: longest first, each into the first bin with room."""
+    sizes_S = np.asarray(sizes, dtype=np.int64)
+    order = np.argsort(-sizes_S, kind="stable").tolist()
+    alone = [[i] for i in order if sizes_S[i] > cap]
+    rest = order[len(alone) :]
+    # A tree over the bins that could be needed: leaves hold their room, parents the larger one of
+    # their children. Down the left side wherever that has room: the first bin that fits.
+    leaves = 1 << max(len(rest) - 1, 0).bit_length()
+    room = [cap] * (2 * leaves)
+    bins: list[list[int]] = []
+    for i, size in zip(rest, sizes_S[rest].tolist(), strict=True):
+        node = 1
+        while node < leaves:
+            node *= 2
+            if room[node] < size:
+                node += 1
+        if node - leaves == len(bins):
+            bins.append([])
+        bins[node - leaves].append(i)
+        room[node] -= size
+        while node > 1:
+            node //= 2
+            larger = max(room[2 * node], room[2 * node + 1])
+            if room[node] == larger:
+                break
+            room[node] = larger
+    return alone + bins
+
+
+def snug_fit(sizes: Sequence[int], cap: int) -> list[list[int]]:
+    """Indices into bins of at most `cap`, one bin after the other, often fewer than `first_fit`.
+
+    A bin starts with the longest sequence left and takes the one, two or three that fill its room
+    best, again and again while one fits: Gupta and Ho's minimum bin slack (1999), its search cut
+    at three. A bin is full enough when it wastes no more than the fewest bins would on average.
+    About 20 ms for 256 sequences; the time grows with the cube of their number.
+    """
+    sizes_S = np.asarray(sizes, dtype=np.int64)
+    left = np.argsort(-sizes_S, kind="stable")
+    num_alone = int((sizes_S > cap).sum())
+    bins = [[i] for i in left[:num_alone].tolist()]
+    left = left[num_alone:][::-1]  # shortest first
+    target = fewest_bins(sizes, cap)
+    spare = (target - num_alone) * cap - int(sizes_S[left].sum())
+    while len(left):
+        enough = max(spare, 0) // max(target - len(bins), 1)
+        members, room = [int(left[-1])], cap - int(sizes_S[left[-1]])
+        left = left[:-1]
+        while len(left) and sizes_S[left[0]] <= room:
+            taken = _best_three(sizes_S[left], room, enough)
+            members += left[taken].tolist()
+            room -= int(sizes_S[left[taken]].sum())
+            left = np.delete(left, taken)
+        spare -= room
+        bins.append(members)
+    return bins
+
+
+def _best_three(sizes_S: np.ndarray, room: int, enough: int) -> list[int]:
+    """Positions of up to three of the ascending sizes whose sum comes closest to `room` from below.
+
+    The first at least must fit. One that leaves at most `enough` ends the search.
+    """
+    sizes_S = sizes_S[: np.searchsorted(sizes_S, room, side="right")]
+    total, best = int(sizes_S[-1]), [len(sizes_S) - 1]
+    if room - total <= enough or len(sizes_S) < 2:
+        return best
+    pair_total, pair = _best_pair(sizes_S, room)
+    if pair_total > total:
+        total, best = pair_total, pair
+    for i in range(len(sizes_S) - 1, 1, -1):
+        size = int(sizes_S[i])
+        if room - total <= enough or 3 * size <= total:  # the other two are no larger than it
+            break
+        pair_total, pair = _best_pair(sizes_S[:i], room - size)
+        if pair and pair_total + size > total:
+            total, best = pair_total + size, [*pair, i]
+    return best
+
+
+def _best_pair(sizes_S: np.ndarray, room: int) -> tuple[int, list[int]]:
+    """The largest sum of two of the ascending sizes within `room`, and where they are; or 0, []."""
+    partner_S = np.searchsorted(sizes_S, room - sizes_S, side="right") - 1
+    partner_S = np.minimum(partner_S, np.arange(len(sizes_S)) - 1)
+    totals_S = np.where(partner_S >= 0, sizes_S + sizes_S[partner_S], 0)
+    larger = int(totals_S.argmax())
+    total = int(totals_S[larger])
+    return total, [int(partner_S[larger]), larger] if total else []

@@ -15,9 +15,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from tests.cpu.tiny import make_config
 from torch import Tensor
 
+from tests.cpu.tiny import make_config
 from vime.algorithms.hooks import TrainingHooks
 from vime.backends.megatron.trainer import objective_of
 from vime.data.batching import build_train_batch

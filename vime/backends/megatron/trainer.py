@@ -19,6 +19,7 @@ from vime.algorithms.hooks import TrainingHooks, user_correction, user_loss
 from vime.algorithms.objective import PolicyObjective
 from vime.algorithms.off_policy import Mismatch
 from vime.algorithms.policy import TokenLoss
+from vime.backends.megatron.async_save import BackgroundSaves
 from vime.backends.megatron.memory import memory_remedy
 from vime.backends.megatron.offload import (
     Offload,
@@ -27,7 +28,6 @@ from vime.backends.megatron.offload import (
     optimizer_state_of,
     weights_of,
 )
-from vime.backends.megatron.async_save import BackgroundSaves
 from vime.backends.megatron.parallel import initialize_parallel, shutdown_parallel
 from vime.backends.megatron.reference import WeightCopy
 from vime.config import AlgorithmConfig, Config

@@ -40,7 +40,7 @@ RESULT = ROOT / "benchmarks/results/memory_estimate.json"
 TARGET = 0.10  # the estimated peak may be off by so much
 GIB = 1 << 30
 CASE_TIMEOUT_S = 420
-PACKAGES = ("torch", "megatron-core", "liger-kernel")
+PACKAGES = ("torch", "megatron-core")
 
 QWEN3 = {
     "model_type": "qwen3",

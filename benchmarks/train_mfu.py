@@ -191,9 +191,9 @@ class Pass:
         initialize_parallel(cfg, 0, 1)
         from vime.algorithms.hooks import TrainingHooks
         from vime.backends.megatron.kernels import chosen
+        from vime.backends.megatron.losses import objective_of
         from vime.backends.megatron.model import build_model
         from vime.backends.megatron.optimizer import build_optimizer, wrap_for_training
-        from vime.backends.megatron.trainer import objective_of
 
         torch.manual_seed(0)
         self.cfg = cfg

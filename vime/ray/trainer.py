@@ -60,22 +60,17 @@ class TrainerGroup:
             for rank, bundle in enumerate(placement.trainer_bundles)
         ]
 
-    def begin_start(self) -> list[ray.ObjectRef]:
-        """Starts every rank; `finish_start` waits. Engines can start in between."""
+    def start(self) -> int:
+        """Starts every rank. The rollout that the loaded checkpoint continues with."""
         timeout_s = self.cfg.engine.start_timeout_s
         address, port = wait(
             self.ranks[0].address.remote(), what="trainer rank 0", timeout_s=timeout_s
         )
-        return [
+        refs = [
             r.start.remote(self.cfg, self.num_ranks, address, port, timeout_s) for r in self.ranks
         ]
-
-    def finish_start(self, refs: list[ray.ObjectRef]) -> int:
-        """The rollout that the loaded checkpoint continues with."""
-        timeout_s = self.cfg.engine.start_timeout_s
-        return wait_all(refs, what=f"{self.num_ranks} trainer ranks to start", timeout_s=timeout_s)[
-            0
-        ]
+        what = f"{self.num_ranks} trainer ranks to start"
+        return wait_all(refs, what=what, timeout_s=timeout_s)[0]
 
     def call(self, method: str, *args: Any, timeout_s: float) -> Any:
         """`MegatronTrainer.method(*args)` on every rank; rank 0's answer."""

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from vime import platform
-from vime.algorithms.advantages import ESTIMATORS
-from vime.algorithms.hooks import TrainingHooks, user_correction, user_loss
-from vime.algorithms.objective import PolicyObjective
-from vime.algorithms.off_policy import Mismatch
-from vime.algorithms.policy import TokenLoss
+from vime.algorithms.hooks import TrainingHooks
 from vime.backends.megatron.async_save import BackgroundSaves
+from vime.backends.megatron.losses import objective_of
 from vime.backends.megatron.memory import memory_remedy
 from vime.backends.megatron.offload import (
     Offload,
@@ -30,7 +23,8 @@ from vime.backends.megatron.offload import (
 )
 from vime.backends.megatron.parallel import initialize_parallel, shutdown_parallel
 from vime.backends.megatron.reference import WeightCopy
-from vime.config import AlgorithmConfig, Config
+from vime.backends.megatron.report import Clock, mean_of_steps, samples_of
+from vime.config import Config
 from vime.errors import ConfigError
 from vime.types import StepPlan, TrainBatch
 
@@ -125,7 +119,7 @@ class MegatronTrainer:
     def _train(self, batch: TrainBatch) -> dict[str, float]:
         from vime.backends.megatron.rollout_columns import RolloutColumns
 
-        clock = _Clock()
+        clock = Clock()
         self._wait_for_weights()
         is_sft = self.cfg.algorithm.loss_type == "sft_loss"
         columns = RolloutColumns(batch, self.cfg, self.device)
@@ -144,7 +138,7 @@ class MegatronTrainer:
         interval = self.cfg.algorithm.ref_update_interval
         if self.reference is not None and interval and (batch.rollout_id + 1) % interval == 0:
             self.reference = WeightCopy(self.chunks)
-        metrics = {**_mean_of_steps(steps), **clock.seconds}
+        metrics = {**mean_of_steps(steps), **clock.seconds}
         if not is_sft:
             metrics |= columns.metrics()
         tokens = sum(s.length for s in batch.sequences)
@@ -239,7 +233,7 @@ class MegatronTrainer:
         norm = float(self.optimizer.get_grad_norm())
         if overflow or not (math.isfinite(loss) and math.isfinite(norm)):
             self.skipped_in_a_row += 1
-            samples = _samples_of(batch, batch.steps[step_id])
+            samples = samples_of(batch, batch.steps[step_id])
             where = f"rollout {batch.rollout_id}, step {step_id} ({samples})"
             problem = f"{where}: loss {loss}, gradient norm {norm}"
             logging.getLogger(__name__).warning("skipped the optimizer step of %s", problem)
@@ -377,65 +371,3 @@ def _names_on_all_ranks(sums: dict[str, Tensor]) -> list[str]:
     found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, list(sums))
     return sorted({name for names in found for name in names})
-
-
-def objective_of(a: AlgorithmConfig, hooks: TrainingHooks) -> Callable[..., TokenLoss]:
-    """The policy loss that the flags ask for."""
-    if hooks.loss is not None:
-        return user_loss(hooks)
-    estimator = ESTIMATORS[a.advantage_estimator]
-    mismatch = Mismatch(low=a.tis_clip_low, high=a.tis_clip, level=a.tis_level, mode=a.tis_mode)
-    return PolicyObjective(
-        policy_loss=estimator.policy_loss,
-        sequence_ratio=estimator.sequence_ratio,
-        clip_low=a.clip_low,
-        clip_high=a.clip_high,
-        dual_clip=a.dual_clip,
-        mismatch=mismatch if a.use_tis else None,
-        correct=user_correction(hooks) if hooks.correct is not None else None,
-        opsm_delta=a.opsm_delta if a.use_opsm else None,
-        kl_coef=a.kl_loss_coef if a.use_kl_loss else 0.0,
-        kl_type=a.kl_loss_type,
-        unbiased_kl=a.unbiased_kl,
-        entropy_coef=a.entropy_coef,
-    )
-
-
-def _samples_of(batch: TrainBatch, plan: StepPlan) -> str:
-    """Which samples a step has; first those whose score or tokens' weights are not finite."""
-    members = sorted(p for owned in plan.micro_batches for b in owned for p in b)
-    found = [batch.sequences[p] for p in members]
-    bad = [s for s in found if not (math.isfinite(s.reward) and math.isfinite(s.weight.sum()))]
-    shown = ", ".join(str(s.index) for s in (bad or found)[:16])
-    more = ", ..." if len(bad or found) > 16 else ""
-    return f"samples {shown}{more}" + " have scores that are not finite" * bool(bad)
-
-
-def _mean_of_steps(steps: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each figure over the steps that have it; the count of skipped ones.
-
-    What can only differ from 0 once weights have moved is also given for the first step alone.
-    """
-    names = dict.fromkeys(name for step in steps for name in step)
-    metrics = {}
-    for name in names:
-        values = [step[name] for step in steps if name in step]
-        metrics[name] = sum(values) / len(values)
-    first = ("train/ppo_kl", "train/kl_loss")
-    metrics |= {f"{name}_first_step": steps[0][name] for name in first if name in steps[0]}
-    metrics["train/skipped_steps"] = sum(step["train/skipped_steps"] for step in steps)
-    return metrics
-
-
-class _Clock:
-    """Seconds by name, after the device has finished."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        torch.cuda.synchronize()
-        self.seconds[name] = time.perf_counter() - started

@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        cfg = make_config(Path(folder))
+        cfg = tiny_config(Path(folder))
         engine, router = VLLMEngine(cfg, 0, [0]), Router(cfg)
         peer = start_peer(cfg)
         try:
@@ -85,23 +85,43 @@ def main() -> int:
     return 0
 
 
-def make_config(folder: Path) -> Config:
+def tiny_config(folder: Path) -> Config:
     from scripts.quickstart.model import write_checkpoint
 
     write_checkpoint(folder / "model", seed=0)
     rows = [{"prompt": f"What is {100 + i}+{999 - i}?"} for i in range(PROMPTS)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return make_config(
+        folder,
+        model=folder / "model",
+        prompts=folder / "prompts.jsonl",
+        num_prompts=PROMPTS,
+        num_tokens=NUM_TOKENS,
+    )
+
+
+def make_config(
+    folder: Path,
+    *,
+    model: Path,
+    prompts: Path,
+    num_prompts: int,
+    num_tokens: int,
+    vllm_args: dict[str, Any] | None = None,
+) -> Config:
+    """One engine; rollouts of `num_prompts` x 8 answers, each of `num_tokens` tokens."""
     given: dict[str, dict[str, Any]] = {
-        "model": {"hf_checkpoint": str(folder / "model")},
+        "model": {"hf_checkpoint": str(model)},
         "cluster": {"actor_gpus_per_node": 1, "colocate": True},
-        "batch": {"prompts": PROMPTS, "samples_per_prompt": SAMPLES},
+        "engine": {"vllm_args": vllm_args or {}},
+        "batch": {"prompts": num_prompts, "samples_per_prompt": SAMPLES},
         "data": {
-            "prompt_data": str(folder / "prompts.jsonl"),
+            "prompt_data": str(prompts),
             "input_key": "prompt",
             "apply_chat_template": True,
         },
         "rollout": {
-            "max_response_len": NUM_TOKENS,
+            "max_response_len": num_tokens,
             "custom_generate_path": "benchmarks.rollout.fixed_length",
         },
         "reward": {"custom_rm_path": "benchmarks.rollout.no_reward"},
@@ -120,7 +140,14 @@ def start_peer(cfg: Config) -> subprocess.Popen:
             sys.executable,
             str(ROOT / "benchmarks/rollout_peer.py"),
             cfg.model.hf_checkpoint,
-            str(server.cpu_kv_cache_bytes(cfg)),
+            json.dumps(
+                {
+                    "dtype": "float32",
+                    "enforce_eager": True,
+                    "max_num_seqs": server.MAX_NUM_SEQS,
+                    "kv_cache_memory_bytes": server.cpu_kv_cache_bytes(cfg),
+                }
+            ),
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,7 +1,8 @@
-"""The peer of `benchmarks/rollout.py`: the same engine called in process, without any HTTP.
+"""The peer of `benchmarks/rollout.py` and `gpu_rollout.py`: the engine in process, without HTTP.
 
-`python benchmarks/rollout_peer.py MODEL`: prints "ready", then for each JSON line
-{"prompts": [token ids, ..], "max_tokens": n} the seconds and the CPU seconds that it took.
+`python benchmarks/rollout_peer.py MODEL ENGINE_ARGS`, the second in JSON: prints "ready", then for
+each JSON line {"prompts": [token ids, ..], "max_tokens": n} the seconds and the CPU seconds that it
+took.
 """
 
 from __future__ import annotations
@@ -19,13 +20,10 @@ def main() -> None:
 
     llm = LLM(
         model=sys.argv[1],
-        dtype="float32",
-        enforce_eager=True,
         disable_log_stats=True,
         logprobs_mode="processed_logprobs",
-        max_num_seqs=256,
-        kv_cache_memory_bytes=int(sys.argv[2]),
         enable_prefix_caching=True,
+        **json.loads(sys.argv[2]),
     )
     print("ready", file=answers, flush=True)
     for line in sys.stdin:

@@ -11,7 +11,7 @@ import requests
 from tests.cpu.rollout_setting import hf, router, setting  # noqa: F401, fixtures
 from tests.unit.fake_engine import write_prompts
 from vime.rollout.vllm_rollout import generate_rollout
-from vime.rollout.wire import PATH
+from vime.rollout.wire import PACKED, PATH, build_request, parse_response
 from vime.types import Status
 
 
@@ -143,3 +143,43 @@ def test_a_deterministic_rollout_repeats_itself_though_prompts_are_split(setting
     assert rollout(1) == first
     other = rollout(2)
     assert sum(a != b for a, b in zip(first, other, strict=True)) > 80
+
+
+def ask(url, packed, token_ids=(5, 6, 7), **params):
+    given = {"temperature": 0.0, "max_tokens": 8} | params
+    return requests.post(
+        url + PATH,
+        data=build_request(list(token_ids), given),
+        headers={"Content-Type": "application/json"} | ({PACKED: "1"} if packed else {}),
+        timeout=60,
+    )
+
+
+def test_a_packed_answer_says_what_the_engines_own_says(router):
+    packed, stock = ask(router, True), ask(router, False)
+    assert "choices" in stock.json()
+    assert "choices" not in packed.json()
+    found, expected = parse_response(packed.content), parse_response(stock.content)
+    assert len(found.token_ids) == 8
+    assert found.token_ids == expected.token_ids
+    assert found.log_probs == pytest.approx(expected.log_probs, abs=1e-6)
+    assert found.status is expected.status is Status.TRUNCATED
+    assert found.weight_versions == expected.weight_versions
+    ended = parse_response(ask(router, True, stop_token_ids=found.token_ids[:1]).content)
+    assert ended.status is Status.COMPLETED
+    assert ended.token_ids == found.token_ids[:1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"temprature": 1.0}, "vLLM has no sampling parameter temprature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": -1.0}, "temperature must be non-negative"),
+        ({"token_ids": range(5000)}, "5000"),
+    ],
+)
+def test_a_request_that_the_engine_cannot_take_is_refused_with_a_reason(router, wrong, words):
+    answer = ask(router, True, **wrong)
+    assert answer.status_code == 400, answer.text
+    assert words in answer.text

@@ -37,6 +37,28 @@ def test_vllm_finds_the_plugin():
     assert found["vime_weights"] == "vime.backends.vllm.plugin:register"
 
 
+def test_the_packed_route_finds_what_it_uses():
+    from vllm.logprobs import FlatLogprobs
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from vime.backends.vllm.plugin_route import client_errors, parse
+
+    fields = {"flat_logprobs", "skip_clone", "output_kind", "logprobs", "detokenize"}
+    assert fields <= set(SamplingParams.__struct_fields__)
+    assert {"logprobs", "start_indices"} <= set(FlatLogprobs.__dataclass_fields__)
+    assert [*inspect.signature(AsyncLLM.generate).parameters][1:4] == [
+        "prompt",
+        "sampling_params",
+        "request_id",
+    ]
+    prompt, params = parse(b'{"token_ids": [1, 2], "sampling_params": {"top_k": 3}, "stream": 0}')
+    assert prompt["prompt_token_ids"] == [1, 2]
+    assert params.top_k == 3
+    assert params.output_kind is RequestOutputKind.FINAL_ONLY
+    assert all(issubclass(error, Exception) for error in client_errors())
+
+
 def test_layerwise_reload_and_the_cpu_repack_are_there():
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.model_loader.reload import (

@@ -1,5 +1,7 @@
 import json
+from base64 import b64encode
 
+import numpy as np
 import pytest
 
 from vime.rollout import wire
@@ -24,6 +26,31 @@ def test_both_engine_versions_answers_are_read():
         answer(entry=lambda i: {"token": f"token_id:{i}", "logprob": -0.5 * i}), known_version=9
     )
     assert old == wire.Generation([0, 1, 2], [0.0, -0.5, -1.0], [9, 9, 9], Status.COMPLETED)
+
+
+def packed(tokens=(7, 8, 70_000), log_probs=(-0.5, -1.5, 0.0), reason="stop", spans=None):
+    return json.dumps(
+        {
+            "finish_reason": reason,
+            "token_ids": b64encode(np.array(tokens, np.int32)).decode(),
+            "log_probs": b64encode(np.array(log_probs, np.float32)).decode(),
+            "weight_versions": spans,
+        }
+    ).encode()
+
+
+def test_a_packed_answer_is_read_like_any_other():
+    spans = [{"version": "4", "start": 0, "end": 2}, {"version": "5", "start": 2, "end": 3}]
+    assert wire.parse_response(packed(spans=spans)) == wire.Generation(
+        [7, 8, 70_000], [-0.5, -1.5, 0.0], [4, 4, 5], Status.COMPLETED
+    )
+    assert wire.parse_response(packed(), known_version=3).weight_versions == [3, 3, 3]
+    assert wire.parse_response(packed((), (), "abort")) == wire.Generation()
+
+
+def test_client_and_engine_mean_the_same_route():
+    route = pytest.importorskip("vime.backends.vllm.plugin_route", reason="needs msgspec")
+    assert (route.PATH, route.PACKED) == (wire.PATH, wire.PACKED)
 
 
 def test_a_version_that_nobody_named_is_marked_unknown():
@@ -52,6 +79,10 @@ def test_an_abort_before_the_first_token_is_an_empty_answer():
         (answer(entry=lambda i: {"logprob": None}), "no finite log-probability"),
         (answer(entry=lambda i: {"logprob": -9999.0}), "no finite log-probability"),
         (answer(reason="error"), "finish_reason 'error'"),
+        (packed(log_probs=(-1.0,)), "3 tokens came with 1 log"),
+        (packed(log_probs=(-1.0, float("nan"), -1.0)), "no finite log-probability"),
+        (packed(log_probs=(-1.0, -float("inf"), -1.0)), "no finite log-probability"),
+        (b'{"token_ids": "AAA"}', "not an answer"),
         (b'{"choices": []}', "not an answer"),
         (b"<html>", "not an answer"),
     ],

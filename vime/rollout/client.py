@@ -60,7 +60,7 @@ class GenerateClient:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=self.timeout_s, sock_connect=10),
-            headers={"Content-Type": "application/json"},
+            headers={"Content-Type": "application/json", wire.PACKED: "1"},
         )
         return self
 

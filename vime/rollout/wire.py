@@ -1,14 +1,19 @@
 """The wire of `POST /inference/v1/generate`: token ids in, token ids and log-probabilities out.
 
 The one place that knows how engine versions differ. vLLM 0.32 reports which weights made each
-token; 0.25 does not, and its tokens are then marked UNKNOWN_VERSION.
+token; 0.25 does not, and its tokens are then marked UNKNOWN_VERSION. Engines that vime started
+answer a request that has the header `PACKED` with arrays (`vime.backends.vllm.plugin_route`);
+others do not know the header and answer as vLLM does.
 """
 
 from __future__ import annotations
 
 import json
+from base64 import b64decode
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from vime.types import Status
 
@@ -24,6 +29,7 @@ except ImportError:
 
 
 PATH = "/inference/v1/generate"
+PACKED = "x-vime-packed"  # header; in lower case, as ASGI hands it over
 UNKNOWN_VERSION = -1
 LEAST_LOG_PROB = -9999.0  # what the engine sends in place of NaN and -inf
 
@@ -52,26 +58,38 @@ def build_request(token_ids: list[int], sampling_params: dict[str, Any]) -> byte
 
 
 def parse_response(body: bytes, known_version: int | None = None) -> Generation:
-    """The answer's one choice. `known_version` fills in where the engine does not report versions.
+    """The one answer, packed or as vLLM gives it.
 
+    known_version  fills in where the engine does not report versions
     Raises WireError on an answer without a log-probability for every token.
     """
     try:
-        choice = loads(body)["choices"][0]
-        reason = choice["finish_reason"]
+        answer = loads(body)
+        token_ids, log_probs, spans, reason = (_stock if "choices" in answer else _packed)(answer)
     except (ValueError, LookupError, TypeError) as error:
         raise WireError(f"not an answer of {PATH}: {error!r} in {body[:200]!r}") from None
     if reason not in STATUS_OF:
         raise WireError(f"the engine ended the request with finish_reason {reason!r}")
-    token_ids = choice.get("token_ids") or []
-    content = (choice.get("logprobs") or {}).get("content") or []
-    log_probs = [entry["logprob"] for entry in content]
     if len(log_probs) != len(token_ids):
         raise WireError(f"{len(token_ids)} tokens came with {len(log_probs)} log-probabilities")
-    if log_probs and (None in log_probs or min(log_probs) <= LEAST_LOG_PROB):
+    if not (np.asarray(log_probs, np.float32) > LEAST_LOG_PROB).all():  # NaN is not either
         raise WireError("a sampled token came with no finite log-probability")
-    versions = _versions(choice.get("weight_versions"), len(token_ids), known_version)
+    versions = _versions(spans, len(token_ids), known_version)
     return Generation(token_ids, log_probs, versions, STATUS_OF[reason])
+
+
+def _stock(answer: dict) -> tuple[list[int], list[float], list[dict] | None, str]:
+    choice = answer["choices"][0]
+    content = (choice.get("logprobs") or {}).get("content") or []
+    log_probs = [entry["logprob"] for entry in content]
+    reason = choice["finish_reason"]
+    return choice.get("token_ids") or [], log_probs, choice.get("weight_versions"), reason
+
+
+def _packed(answer: dict) -> tuple[list[int], list[float], list[dict] | None, str]:
+    token_ids = np.frombuffer(b64decode(answer["token_ids"]), np.int32).tolist()
+    log_probs = np.frombuffer(b64decode(answer["log_probs"]), np.float32).tolist()
+    return token_ids, log_probs, answer.get("weight_versions"), answer["finish_reason"]
 
 
 def _versions(spans: list[dict] | None, count: int, known_version: int | None) -> list[int]:

@@ -64,6 +64,8 @@ def command(
         if dialect.kv_cache_bytes_flag:
             ours["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(cfg)
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *dialect.generate_flags]
+    if "api_key" not in given:  # vLLM asks for the key behind this middleware
+        argv += ["--middleware", "vime.backends.vllm.plugin_route.PackedAnswers"]
     for name, value in {**ours, **given}.items():
         argv += words_of(name, value)
     return argv

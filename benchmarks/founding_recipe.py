@@ -5,9 +5,10 @@
     python benchmarks/founding_recipe.py --gpus 4               decoupled: 2 train, 2 generate
 
 The recipe's own flags, less checkpoints and evaluation, on a model with random weights in
-Qwen3-4B shapes, which answers nearly always to the full length. Prints each mode's median step by
-phase and writes benchmarks/results/founding_recipe.json; training's share is model FLOPs over the
-matrix rate that train_mfu_4b.json holds, where that is there.
+Qwen3-4B shapes, whose answers have log-normal lengths (`gpu_assets.length_of`: mean 1,024 tokens)
+up to --response. Prints each mode's median step by phase and writes
+benchmarks/results/founding_recipe_MODE_N_gpus.json; training's share is model FLOPs over the matrix
+rate that train_mfu_4b.json holds, where that is there.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu_assets import write_model, write_prompts  # noqa: E402
+from benchmarks.gpu_assets import PROMPT_DIGITS, length_of, write_model, write_prompts  # noqa: E402
 from benchmarks.gpu_step import MISMATCH, PHASES, WARM_UP, device, summarize  # noqa: E402
-from benchmarks.scaling_model import PROMPT, QWEN3_4B, SAMPLES  # noqa: E402
+from benchmarks.scaling_model import QWEN3_4B, SAMPLES  # noqa: E402
 from vime.observe import read_metrics  # noqa: E402
 
 SCRIPT = ROOT / "scripts/run-qwen3-4B.sh"
 RESULTS = ROOT / "benchmarks/results"
 MODES = ("colocated", "decoupled", "async")
 TRAIN_GPUS = 2
+PROMPT = PROMPT_DIGITS + 6  # tokens, with the chat template's
 LEFT_OUT = ("--save", "--load", "--eval-", "--n-samples-per-eval-prompt", "--rm-type")
 PACKAGES = ("torch", "vllm", "megatron-core", "ray")
 
@@ -40,7 +42,7 @@ PACKAGES = ("torch", "vllm", "megatron-core", "ray")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("modes", nargs="*", metavar="MODE", help=f"of {', '.join(MODES)}")
-    parser.add_argument("--gpus", type=int, default=8, choices=(4, 8))
+    parser.add_argument("--gpus", type=int, default=8, choices=(2, 4, 8))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--response", type=int, default=8192)
     parser.add_argument("--work-dir", type=Path, default=Path("/tmp/vime-founding-recipe"))
@@ -48,11 +50,12 @@ def main() -> int:
     args = parser.parse_args()
     if unknown := set(args.modes) - set(MODES):
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(MODES)}")
+    if args.gpus == TRAIN_GPUS and args.modes != ["colocated"]:
+        parser.error(f"--gpus {args.gpus} leaves no GPU to generate on: give it colocated alone")
     prompts = write_prompts(args.work_dir / "prompts.jsonl")
     model = args.work_dir / "qwen3-4B"
     if not args.print:
         write_model(model, "4B")
-    rows = []
     for mode in args.modes or MODES:
         run_dir = args.work_dir / mode
         command = command_of(mode, args, model, prompts, run_dir)
@@ -61,11 +64,10 @@ def main() -> int:
             continue
         env = {**os.environ, "VLLM_USE_FLASHINFER_SAMPLER": "0"}
         subprocess.run(command, check=True, env=env, cwd=ROOT)
-        rows.append(row_of(mode, args, run_dir))
-        show(rows[-1])
-    if rows:
+        row = row_of(mode, args, run_dir)
+        show(row)
         RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / "founding_recipe.json").write_text(json.dumps(rows, indent=2) + "\n")
+        (RESULTS / f"{row['name']}.json").write_text(json.dumps(row, indent=2) + "\n")
     return 0
 
 
@@ -94,6 +96,7 @@ def command_of(
     )
     entry, *words = said.stdout.splitlines()
     changed = ["--num-rollout", str(args.steps), "--rollout-max-response-len", str(args.response)]
+    changed += ["--custom-generate-function-path", "benchmarks.gpu_assets.long_tail"]
     changed += ["--rm-type", "random", "--run-dir", str(run_dir), "--progress", "plain"]
     return [sys.executable, entry, *without(words, LEFT_OUT), *changed]
 
@@ -112,11 +115,13 @@ def without(words: list[str], names: tuple[str, ...]) -> list[str]:
 def row_of(mode: str, args: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
     records = [r for r in read_metrics(run_dir / "metrics.jsonl") if "perf/step_time" in r]
     figures = summarize(records)
-    trained = SAMPLES * (args.response + PROMPT)  # about: an answer may end early
+    lengths = [length_of(i, args.response) for i in range(args.steps * SAMPLES)]
+    mean = sum(lengths) / len(lengths)
+    trained = SAMPLES * (mean + PROMPT)
     step, train = figures["step"]["value"], figures["train"]["value"]
     trainers = args.gpus if mode == "colocated" else TRAIN_GPUS
     return {
-        "name": f"founding_recipe/{mode}_{args.gpus}_gpus",
+        "name": f"founding_recipe_{mode}_{args.gpus}_gpus",
         **figures["step"],
         "unit": "s",
         "peer": None,
@@ -125,17 +130,21 @@ def row_of(mode: str, args: argparse.Namespace, run_dir: Path) -> dict[str, Any]
         "phases": {name: figures[name] for name in PHASES},
         "framework_share": figures["framework_share"],
         "tokens_per_s_per_gpu": round(trained / step / args.gpus, 1),
-        "train_share_of_matrix_rate": train_share(args.response, trained / train / trainers),
+        "mean_response": round(mean, 1),
+        "longest_response": max(lengths),
+        "train_share_of_matrix_rate": train_share(lengths, trained / train / trainers),
         "logprob_diff": [r[MISMATCH] for r in records[WARM_UP:] if MISMATCH in r],
     }
 
 
-def train_share(response: int, tok_per_s: float) -> float | None:
+def train_share(lengths: list[int], tok_per_s: float) -> float | None:
     """Model FLOPs as benchmarks/train_mfu.py counts them, over its matrix rate."""
     path = RESULTS / "train_mfu_4b.json"
     if not path.exists():
         return None
-    attention = 6 * QWEN3_4B.layers * QWEN3_4B.q * (response + PROMPT)
+    whole = [length + PROMPT for length in lengths]
+    seen = sum(n * n for n in whole) / sum(whole)  # mean length of a token's own sequence
+    attention = 6 * QWEN3_4B.layers * QWEN3_4B.q * seen
     rate = json.loads(path.read_text())["peer"]["value"] * 1e12
     return round((6 * QWEN3_4B.parameters + attention) * tok_per_s / rate, 4)
 

@@ -7,8 +7,10 @@ small tokenizer's decode to nothing, so an answer's text is short whatever its l
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
+from typing import Any
 
 SHAPES = {  # hidden size, layers, query heads, MLP width; all have 8 key/value heads of 128
     "0.6B": (1024, 28, 16, 3072),
@@ -17,6 +19,7 @@ SHAPES = {  # hidden size, layers, query heads, MLP width; all have 8 key/value 
 }
 NUM_PROMPTS = 512
 PROMPT_DIGITS = 144  # one token each; with the chat template about 150
+LONG_TAIL_MEAN, LONG_TAIL_SIGMA = 1024, 1.0  # of a log-normal distribution, before it is cut
 
 
 def write_model(folder: Path, shape: str, *, seed: int = 0) -> Path:
@@ -65,3 +68,18 @@ def write_prompts(path: Path, *, seed: int = 0) -> Path:
             line = {"prompt": [{"role": "user", "content": question}], "label": "0"}
             out.write(json.dumps(line) + "\n")
     return path
+
+
+def length_of(index: int, longest: int) -> int:
+    """The response length of a run's sample number `index`, the same in every run."""
+    mu = math.log(LONG_TAIL_MEAN) - LONG_TAIL_SIGMA**2 / 2
+    drawn = random.Random(index).lognormvariate(mu, LONG_TAIL_SIGMA)
+    return max(1, min(longest, round(drawn)))
+
+
+async def long_tail(args: Any, sample: Any, sampling_params: dict[str, Any]) -> Any:
+    """--custom-generate-function-path: lengths as of trained models, of a model that never ends."""
+    from vime.rollout.vllm_rollout import generate
+
+    count = length_of(sample.index, sampling_params["max_tokens"])
+    return await generate(args, sample, sampling_params | {"max_tokens": count, "ignore_eos": True})

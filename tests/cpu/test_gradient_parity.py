@@ -68,6 +68,7 @@ def config(folder: Path, world: int, case: Case) -> Any:
     parallel, batch = case
     return make_config(
         folder / "actor",
+        model={"hf_checkpoint": str(folder / "actor"), "dtype": "float32"},
         cluster={"actor_gpus_per_node": world},
         parallel=parallel,
         batch={"prompts": 4, "samples_per_prompt": 4, "steps_asked": 2, "num_rollout": 1} | batch,
@@ -97,8 +98,11 @@ def groups_of(folder: Path) -> list:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Actor, a reference that differs a little, and log-probabilities as an engine would give."""
-    root = tmp_path_factory.mktemp("parity")
-    write_tiny_hf(root / "actor", tied=True)
+    return write_models(tmp_path_factory.mktemp("parity"))
+
+
+def write_models(root: Path, **shape: int) -> Path:
+    write_tiny_hf(root / "actor", tied=True, **shape)
     reference = hf_model(root / "actor")
     reference.save_pretrained(root / "actor")
     torch.manual_seed(5)
@@ -169,12 +173,16 @@ def train(
         results.append(
             {
                 "metrics": metrics,
-                "gradients": None if is_sharded else named_gradients(trainer),
-                "weights": named_weights(trainer),
+                "gradients": None if is_sharded else on_cpu(named_gradients(trainer)),
+                "weights": on_cpu(named_weights(trainer)),
             }
         )
         trainer.close()
     return results
+
+
+def on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def worst(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:

@@ -2,13 +2,16 @@
 
     python benchmarks/gpu_step.py --shape 0.6B                         colocated, on one GPU
     python benchmarks/gpu_step.py --shape 0.6B --peer                  and TRL on the same GPU
+    python benchmarks/gpu_step.py --long-tail --peer                   log-normal lengths up to 8k
     python benchmarks/gpu_step.py --shape 4B --layout decoupled        NCCL between two GPUs
     python benchmarks/gpu_step.py --layout async                       train_async.py
 
 32 prompts x 8 samples a step, as train.py runs them with the flags below: engines behind the
 router, Megatron, live weight updates. Medians over the steps after the first two, quartiles as
 spread. The framework's share is what neither generation, log-probabilities, training nor weight
-update account for: sleeping, waking, moving state, batching, Ray, logging.
+update account for: sleeping, waking, moving state, batching, Ray, logging. Colocated, the engine
+gives up its memory while the trainer works; where the trainer's state fits beside it, it stays
+(--no-offload-train).
 """
 
 from __future__ import annotations
@@ -53,12 +56,15 @@ def main() -> int:
         "--layout", default="colocated", choices=("colocated", "decoupled", "async")
     )
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--response", type=int, default=1024)
+    parser.add_argument("--response", type=int, help="tokens; 1,024, with --long-tail 8,192")
+    parser.add_argument("--long-tail", action="store_true", help="mean 1,024, log-normal")
     parser.add_argument("--max-tokens", type=int, default=16384, help="of a micro-batch")
     parser.add_argument("--peer", action="store_true", help="TRL on the same GPU, afterwards")
+    parser.add_argument("--peer-steps", type=int, default=4, help="the first is left out")
     parser.add_argument("--work-dir", type=Path, default=Path("/tmp/vime-gpu-step"))
     parser.add_argument("flags", nargs="*", help="more flags for train.py, after --")
     args = parser.parse_args()
+    args.response = args.response or (8192 if args.long_tail else 1024)
     model = write_model(args.work_dir / f"qwen3-{args.shape}", args.shape)
     prompts = write_prompts(args.work_dir / "prompts.jsonl")
     run_dir = args.work_dir / f"{args.shape}-{args.layout}"
@@ -84,8 +90,11 @@ def train(args: argparse.Namespace, model: Path, prompts: Path, run_dir: Path) -
     words += [str(args.max_tokens), "--eps-clip", "0.2", "--eps-clip-high", "0.28", "--lr", "1e-6"]
     words += ["--adam-beta2", "0.98", "--weight-decay", "0.1", "--run-dir", str(run_dir)]
     words += ["--vllm-max-num-seqs", "256", "--progress", "plain", "--actor-num-gpus-per-node", "1"]
+    if args.long_tail:
+        words += ["--custom-generate-function-path", "benchmarks.gpu_assets.long_tail"]
     if args.layout == "colocated":
         words += ["--colocate", "--vllm-gpu-memory-utilization", "0.7"]
+        words += ["--no-offload-train"] if args.shape == "0.6B" else []
     else:
         words += ["--rollout-num-gpus", "1", "--vllm-gpu-memory-utilization", "0.85"]
     words += ["--use-rollout-logprobs"] if args.layout == "async" else []
@@ -123,6 +132,7 @@ def trl(args: argparse.Namespace, model: Path, prompts: Path) -> dict[str, Any]:
     """{"name", "value": median seconds of a TRL step, "spread"}"""
     words = [sys.executable, str(ROOT / "benchmarks/peer_trl.py"), "--model", str(model)]
     words += ["--prompts", str(prompts), "--response", str(args.response)]
+    words += ["--steps", str(args.peer_steps), *(["--long-tail"] if args.long_tail else [])]
     out = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
     found = json.loads(out.strip().splitlines()[-1])
     seconds = spread(found["steps"])
@@ -131,23 +141,22 @@ def trl(args: argparse.Namespace, model: Path, prompts: Path) -> dict[str, Any]:
 
 
 def write_results(args: argparse.Namespace, figures: dict[str, Any], peer: Any) -> None:
-    size = args.shape.lower().replace(".", "_")
+    size = args.shape.lower().replace(".", "_") + ("_long_tail" if args.long_tail else "")
     update = "colocated" if args.layout == "colocated" else "nccl"
     wanted = {f"weight_update_{update}_{size}_s": ("weight_update", "s")}
     wanted[f"grpo_step_{args.layout}_{size}_s"] = ("step", "s")
     if args.layout == "colocated":
         wanted[f"sleep_wake_{size}_s"] = ("sleep_wake", "s")
-        wanted["framework_share" if args.shape == "0.6B" else f"framework_share_{size}"] = (
-            "framework_share",
-            "1",
-        )
+        share = "framework_share" if size == "0_6b" else f"framework_share_{size}"
+        wanted[share] = ("framework_share", "1")
     for name, (figure, unit) in wanted.items():
         write(name, figures[figure], unit)
     if peer:
         ratio = round(peer["value"] / figures["step"]["value"], 3)
         low, high = figures["step"]["spread"]
         spread_ = [round(peer["value"] / high, 3), round(peer["value"] / low, 3)]
-        write("grpo_step_vs_trl", {"value": ratio, "spread": spread_}, "times as fast", peer)
+        name = "grpo_step_vs_trl_long_tail" if args.long_tail else "grpo_step_vs_trl"
+        write(name, {"value": ratio, "spread": spread_}, "times as fast", peer)
 
 
 def write(name: str, figure: dict[str, Any], unit: str, peer: Any = None) -> None:

@@ -1,19 +1,25 @@
 """GRPO steps of TRL with vLLM colocated, for `gpu_step.py`: prints one JSON line last.
 
 The settings are the fastest that were found for it on an 80 GB GPU: Liger's loss, micro-batches of
-16 without checkpointing, the engine asleep while the trainer works.
+16 (2 for long-tailed lengths, since TRL pads to the longest) without checkpointing, the engine
+asleep while the trainer works.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
-NUM_STEPS = 4
-MICRO_BATCH = 16
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+BATCH = 256
+PADDED_TOKENS = 18_000  # of a micro-batch, as many as fit
 
 
 def main() -> None:
@@ -21,6 +27,8 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--response", type=int, required=True)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--long-tail", action="store_true", help="lengths of gpu_assets.length_of")
     args = parser.parse_args()
     os.environ |= {
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -35,15 +43,17 @@ def main() -> None:
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
 
+    micro_batch = max(1, PADDED_TOKENS // args.response)
+    micro_batch = 1 << (micro_batch.bit_length() - 1)  # a divisor of BATCH
     lines = [json.loads(line) for line in args.prompts.read_text().splitlines()]
     data = Dataset.from_list([{"prompt": line["prompt"]} for line in lines])
     settings = trl.GRPOConfig(
         output_dir="/tmp/trl",
-        per_device_train_batch_size=MICRO_BATCH,
-        gradient_accumulation_steps=256 // MICRO_BATCH,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=BATCH // micro_batch,
         num_generations=8,
         max_completion_length=args.response,
-        max_steps=NUM_STEPS,
+        max_steps=args.steps,
         bf16=True,
         learning_rate=1e-6,
         beta=0.0,
@@ -88,10 +98,29 @@ def main() -> None:
         processing_class=AutoTokenizer.from_pretrained(args.model),
         callbacks=[Clock()],
     )
+    if args.long_tail:
+        draw_lengths(trainer.vllm_generation.llm, args.response)
     trainer.train()
-    name = f"TRL {trl.__version__}, vLLM colocated, Liger loss, micro-batches of {MICRO_BATCH}"
+    name = f"TRL {trl.__version__}, vLLM colocated, Liger loss, micro-batches of {micro_batch}"
     peak = torch.cuda.max_memory_allocated() / 2**30
     print(json.dumps({"name": name, "steps": steps[1:], "mismatch": mismatch, "peak_gib": peak}))
+
+
+def draw_lengths(llm: Any, longest: int) -> None:
+    """Lets every answer end at its drawn length, as `gpu_assets.long_tail` does for vime."""
+    from benchmarks.gpu_assets import length_of
+
+    generate = llm.generate
+    drawn = itertools.count()
+
+    def generate_drawn(prompts: list, sampling_params: Any, **rest: Any) -> Any:
+        assert (len(prompts), sampling_params.n) == (BATCH, 1)
+        each = [sampling_params.clone() for _ in prompts]
+        for params in each:
+            params.max_tokens = length_of(next(drawn), longest)
+        return generate(prompts, sampling_params=each, **rest)
+
+    llm.generate = generate_drawn
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Flags become a typed configuration; each mistake names flag, value and remedy."""
 
+import re
 import subprocess
 import sys
 
@@ -75,6 +76,29 @@ def test_unknown_vllm_flags_go_to_the_engine(tmp_path):
         "max_num_seqs": "64",
     }
     assert cfg.engine.router_policy == "random"
+
+
+def test_router_flags_go_to_the_router(tmp_path):
+    pytest.importorskip("vllm_router", reason="needs vllm-router")
+    given = {"--router-cache-threshold": "0.5", "--router-disable-retries": None}
+    cfg = parse_config(words(tmp_path, given | {"--router-request-timeout-secs": "60"}))
+    assert cfg.engine.router_args == {"cache_threshold": "0.5", "disable_retries": True}
+    assert cfg.engine.request_timeout_s == 60
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "answer"),
+    [
+        ("--router-cache-treshold", "0.5", "no such flag. Did you mean --router-cache-threshold?"),
+        ("--router-cache-threshold", "half", "vllm-router refuses it.*invalid float value"),
+        ("--router-policy", "random", "is set by vime. Use --vllm-router-policy"),
+        ("--router-request-timeout-sec", "9", "Did you mean --router-request-timeout-secs?"),
+    ],
+)
+def test_the_routers_own_parser_judges_its_flags(capsys, tmp_path, flag, value, answer):
+    pytest.importorskip("vllm_router", reason="needs vllm-router")
+    (problem,) = refused(capsys, tmp_path, {flag: value})
+    assert re.search(f"{flag} {value}.*{answer}", problem)
 
 
 def test_bf16_is_a_spelling_of_the_dtype(tmp_path):

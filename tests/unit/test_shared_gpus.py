@@ -83,6 +83,8 @@ def test_one_side_can_stay_while_the_other_moves(folder):
     notes, _ = one_step(folder, colocate=True, offload_train_asked=False)
     assert not [n for n in notes if n[0] in ("offload", "onload")]
     assert ("sleep", 2) in notes
+    for moment in [i for i, note in enumerate(notes) if note == ("wake", "kv_cache")]:
+        assert notes[moment - 1] == ("free_cache",)  # or the engine finds no room
 
 
 def test_offloading_needs_shared_gpus(folder):

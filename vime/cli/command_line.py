@@ -19,8 +19,11 @@ from vime.cli.help import HelpFormatter, describe, help_of
 from vime.cli.megatron_flags import BF16, STATED
 from vime.errors import ConfigError
 
-VLLM = "--vllm-"
-OWN_VLLM_FLAGS = tuple(name for name in all_flags() if name.startswith(VLLM))
+VLLM, ROUTER = "--vllm-", "--router-"
+OWN_FLAGS = {  # of vime itself, by the prefix of flags that are another program's
+    prefix: tuple(name for name in all_flags() if name.startswith(prefix))
+    for prefix in (VLLM, ROUTER)
+}
 
 
 @dataclass(slots=True)
@@ -30,11 +33,13 @@ class Given:
     values    {section: {field: value}}, only what was given and could be read
     broken    {section: {fields given with an unusable value}}
     vllm_args {"gpu_memory_utilization": "0.7", "enforce_eager": True}
+    router_args  likewise, of --router-*
     """
 
     values: dict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
     broken: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     vllm_args: dict[str, Any] = field(default_factory=dict)
+    router_args: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -147,12 +152,14 @@ def _contradiction(name: str, words: list[str]) -> list[str]:
 
 
 def _take_unknown(given: Given, words: list[str]) -> None:
-    """--vllm-* goes to the engine's own parser; anything else is a mistake."""
+    """--vllm-* goes to the engine's own parser, --router-* to the router's; the rest is wrong."""
     for name, values in _split(words):
-        slip = difflib.get_close_matches(name, OWN_VLLM_FLAGS, n=1, cutoff=0.92)
-        if name.startswith(VLLM) and len(name) > len(VLLM) and not slip:
-            key = name.removeprefix(VLLM).replace("-", "_")
-            given.vllm_args[key] = True if not values else values[0] if len(values) == 1 else values
+        prefix = next((p for p in OWN_FLAGS if name.startswith(p) and len(name) > len(p)), "")
+        slip = difflib.get_close_matches(name, OWN_FLAGS.get(prefix, ()), n=1, cutoff=0.92)
+        if prefix and not slip:
+            taken = given.vllm_args if prefix == VLLM else given.router_args
+            key = name.removeprefix(prefix).replace("-", "_")
+            taken[key] = True if not values else values[0] if len(values) == 1 else values
         elif name.startswith("-"):
             close = slip[0] if slip else nearest(name)
             hint = f"Did you mean {close}?" if close else "--help lists what there is."

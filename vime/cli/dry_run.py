@@ -43,10 +43,13 @@ def _configuration(cfg: Config) -> Iterator[str]:
         for spec in flags_in(type(section)).values():
             if values[spec.dest] not in (None, {}):
                 yield f"  {spec.name} {_shown(values[spec.dest])}"
-    for title, extra in (("MODEL_ARGS", cfg.model.args), ("vLLM", cfg.engine.vllm_args)):
+    for title, prefix, extra in (
+        ("MODEL_ARGS", "--", cfg.model.args),
+        ("vLLM", "--vllm-", cfg.engine.vllm_args),
+        ("vllm-router", "--router-", cfg.engine.router_args),
+    ):
         if extra:
             yield f"[{title}]"
-            prefix = "--vllm-" if title == "vLLM" else "--"
             for key, value in extra.items():
                 yield f"  {prefix}{key.replace('_', '-')} {_shown(value)}".rstrip()
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from vime.cli.command_line import Given, model_args, read
 from vime.cli.flags import section_types
+from vime.cli.router_flags import check_router_flags
 from vime.config import Config
 from vime.config.fields import Section, flag_of
 from vime.config.rules import CONVERT_RULES, RULES, notices
@@ -27,7 +28,7 @@ def parse_config(argv: Sequence[str] | None = None, checks: Iterable[Check] = ()
     Prints notices to stderr. With any problem, prints them all and exits with code 2; `--help`
     and `--dry-run` print and exit with code 0. Imports no engine, trainer or Ray.
     """
-    cfg = _parse(read(argv), [*RULES, data_problems, *checks])
+    cfg = _parse(read(argv), [*RULES, data_problems, check_router_flags, *checks])
     for notice in notices(cfg):
         print(f"note: {notice}", file=sys.stderr)
     cfg = settled(cfg)
@@ -57,6 +58,7 @@ def _parse(given: Given, rules: Iterable[Check]) -> Config:
     values = {name: dict(given.values.get(name, {})) for name in section_types()}
     values["model"]["args"] = model_args(given)
     values["engine"]["vllm_args"] = dict(given.vllm_args)
+    values["engine"]["router_args"] = dict(given.router_args)
     problems = list(given.problems)
 
     sections = {}

@@ -93,6 +93,7 @@ def resolved(cfg: Config) -> dict[str, Any]:
     """{flag without dashes: value in force} over all sections, MODEL_ARGS and vLLM's flags."""
     values: dict[str, Any] = dict(cfg.model.args)
     values |= {f"vllm_{name}": value for name, value in cfg.engine.vllm_args.items()}
+    values |= {f"router_{name}": value for name, value in cfg.engine.router_args.items()}
     for name in SECTIONS:
         section = getattr(cfg, name)
         for field, spec in flags_in(type(section)).items():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vime.observe.metrics import MetricsLog
-from vime.observe.progress import Progress
+from vime.observe.progress import Progress, clock_time
 from vime.observe.trackers import make_trackers
 
 
@@ -32,6 +32,7 @@ class RunLog:
     config        what a tracker records about the run, or None
 
         with RunLog(cfg.log, fallback_dir=cfg.checkpoint.save) as log:
+            log.starting("2 engines")
             log.start(start_step, num_rollouts)
             log.phase("train")
             log.step(num_trained, metrics)
@@ -44,6 +45,7 @@ class RunLog:
         fallback_dir: str | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
+        self._began = time.monotonic()
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.run_dir = Path(settings.run_dir or fallback_dir or f"runs/{stamp}")
         self._settings = settings
@@ -58,6 +60,12 @@ class RunLog:
         )
         self._metrics: MetricsLog | None = None
         self._progress: Progress | None = None
+
+    def starting(self, what: str) -> None:
+        """One line before training begins, when minutes may pass: what is being waited for."""
+        if self._settings.progress != "none":
+            seconds = clock_time(time.monotonic() - self._began)
+            print(f"{seconds}  starting {what}", flush=True)
 
     def start(self, start_step: int, num_rollouts: int) -> None:
         """Training begins: `start_step` of `num_rollouts` rollouts are done already."""

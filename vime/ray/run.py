@@ -48,11 +48,15 @@ class Run:
         on_gpus = current().is_cuda and self.trainer is not None and not cfg.debug.no_engines
         self.gpus = SharedGpus(cfg, self._train, self.timers, on_gpus=on_gpus)
         engines = self.manager.start.remote(None if cfg.debug.no_engines else placement)
+        if not cfg.debug.no_engines:
+            count = cfg.cluster.num_engines
+            log.starting(f"{count} vLLM engine{'s' if count > 1 else ''} (see {log.run_dir}/logs)")
         if self.gpus.engines_yield:
             self._engines_started(engines)
         # Else engines and trainer start at the same time: each takes the better part of a minute.
         self.start_step = cfg.batch.start_rollout_id or 0
         if self.trainer:
+            log.starting(f"the trainer on {cfg.cluster.trainer_gpus} ranks")
             self.start_step = self.trainer.start()
             self.gpus.trainer_started()
         if not self.gpus.engines_yield:

@@ -74,6 +74,9 @@ class SharedGpus:
         if self.trainer_yields:
             with self.timers("offload"):
                 self.train("offload", keep_weights)
+        elif self.engines_yield:  # state stays; what training only borrowed does not
+            with self.timers("offload"):
+                self.train("free_cache")
 
     def _every_engine(self, call: Callable[[Any], Any], what: str) -> None:
         run_together([lambda c=c: call(c) for c in self.clients], self.timeout_s, what)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -27,18 +29,39 @@ class TrainerRank:
             s.bind(("", 0))
             return ray.util.get_node_ip_address(), s.getsockname()[1]
 
+    def prepare(self) -> None:
+        """Imports Megatron, which takes a while and no GPU: engines may still be starting."""
+        from vime.backends.megatron import compat
+
+        compat.apply()
+        import vime.backends.megatron.model  # noqa: F401
+
     def start(self, cfg: Config, world_size: int, address: str, port: int, timeout_s: float) -> int:
         """Builds the trainer and loads its checkpoint. Returns the rollout to start with."""
         from vime.backends.megatron.memory import memory_remedy
         from vime.backends.megatron.trainer import MegatronTrainer
         from vime.rollout.training_hooks import training_hooks
 
+        self._keep_log(cfg)
         with stacks_if_longer_than(timeout_s), memory_remedy(cfg):
             # Ray shows each actor its own GPU only, so the local rank is always 0.
             self.trainer = MegatronTrainer(
                 cfg, self.rank, world_size, 0, address, port, hooks=training_hooks(cfg)
             )
         return self.trainer.start_rollout_id
+
+    def _keep_log(self, cfg: Config) -> None:
+        """logs/trainer-RANK.log in the run's folder, beside those of the engines."""
+        folder = Path(cfg.log.run_dir) / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = logging.FileHandler(folder / f"trainer-{self.rank}.log")
+        kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        shown = logging.StreamHandler()
+        shown.setLevel(logging.WARNING)
+        logger = logging.getLogger("vime")
+        logger.setLevel(logging.INFO)
+        for handler in (kept, shown):
+            logger.addHandler(handler)
 
     def call(self, method: str, timeout_s: float, *args: Any) -> Any:
         with stacks_if_longer_than(timeout_s):
@@ -51,7 +74,7 @@ class TrainerGroup:
     def __init__(self, cfg: Config, placement: Placement) -> None:
         self.cfg = cfg
         self.num_ranks = len(placement.trainer_bundles)
-        env = {} if current().is_cuda else _cpu_environment(self.num_ranks)
+        env = _gpu_environment() if current().is_cuda else _cpu_environment(self.num_ranks)
         actor = ray.remote(TrainerRank)
         self.ranks = [
             actor.options(
@@ -59,6 +82,8 @@ class TrainerGroup:
             ).remote(rank)
             for rank, bundle in enumerate(placement.trainer_bundles)
         ]
+        for rank in self.ranks:
+            rank.prepare.remote()  # what fails here fails again in `start`, which is waited for
 
     def start(self) -> int:
         """Starts every rank. The rollout that the loaded checkpoint continues with."""
@@ -91,3 +116,11 @@ def _cpu_environment(num_ranks: int) -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
     }
+
+
+def _gpu_environment() -> dict[str, str]:
+    """Pages are pinned by eight threads: state that leaves the GPU needs gigabytes of them."""
+    if "PYTORCH_CUDA_ALLOC_CONF" in os.environ or "PYTORCH_ALLOC_CONF" in os.environ:
+        return {}
+    settings = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
+    return {"PYTORCH_CUDA_ALLOC_CONF": settings}

@@ -2,7 +2,8 @@
 
 What moves is the memory behind the tensors: every tensor, view and bucket that Megatron holds stays
 valid and sees the same bytes again. Weights and optimizer state wait in pinned memory, which is
-allocated once; gradients are zeroed at the next step, so theirs is only given up.
+allocated once, in blocks: pinning costs about a second a GiB, and more for many small pieces.
+Gradients are zeroed at the next step, so theirs is only given up.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+BLOCK_BYTES = 1 << 30  # torch rounds pinned memory up to a power of two
+ALIGNMENT = 512
 
 
 @dataclass(slots=True)
@@ -30,6 +34,7 @@ class Offload:
     def __init__(self) -> None:
         self.away: dict[int, _Away] = {}
         self.pinned: dict[int, Tensor] = {}
+        self.block = torch.empty(0, dtype=torch.uint8)  # what is left of the newest one
 
     @property
     def num_bytes(self) -> int:
@@ -67,7 +72,16 @@ class Offload:
     def _pinned(self, key: int, size: int) -> Tensor:
         held = self.pinned.get(key)
         if held is None or held.numel() != size:
-            held = self.pinned[key] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            held = self.pinned[key] = self._allocate(size)
+        return held
+
+    def _allocate(self, size: int) -> Tensor:
+        room = -(-size // ALIGNMENT) * ALIGNMENT
+        if room > BLOCK_BYTES // 2:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        if room > self.block.numel():
+            self.block = torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
+        held, self.block = self.block[:size], self.block[room:]
         return held
 
 

@@ -50,7 +50,7 @@ def run_pass(
 
         def loss_of(logits: Tensor) -> tuple[Tensor, Tensor, Sums]:
             logps = token_logprobs(
-                logits[0],
+                logits.squeeze(0),  # logits[0] would copy the gradient, which is as large
                 table.targets_N[batch.rows_T],
                 temperature=temperature,
                 group=group,

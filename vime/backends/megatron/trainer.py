@@ -6,6 +6,7 @@ import logging
 import math
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -27,6 +28,8 @@ from vime.backends.megatron.report import Clock, mean_of_steps, samples_of
 from vime.config import Config
 from vime.errors import ConfigError
 from vime.types import StepPlan, TrainBatch
+
+log = logging.getLogger(__name__)
 
 MAX_SKIPPED_STEPS = 5  # in a row, before the run stops
 
@@ -61,8 +64,7 @@ class MegatronTrainer:
             wrap_for_training,
         )
 
-        if rank == 0:
-            logging.getLogger(__name__).info("kernels: %s", chosen())
+        log.info("rank %d of %d is connected; kernels: %s", rank, world_size, chosen())
         self.cfg, self.rank = cfg, rank
         self.device = platform.current().device(local_rank)
         if self.device.type == "cuda":
@@ -80,14 +82,20 @@ class MegatronTrainer:
         files, hf = cfg.checkpoint, cfg.model.hf_checkpoint
         start = resolve(files.load, files.ref_load, hf, files.ckpt_step)
         self.chunks = wrap_for_training(cfg, build_model(cfg))
+        log.info("the model is built; weights come from %s", start.folder)
         self.reference: WeightCopy | None = None
+        reference = None
         if cfg.algorithm.needs_reference:
             reference = resolve(None, files.ref_load, hf, files.ref_ckpt_step)
-            load_checkpoint(cfg, reference, self.chunks)
-            self.reference = WeightCopy(self.chunks)
+            if reference != start:
+                load_checkpoint(cfg, reference, self.chunks)
+                self.reference = WeightCopy(self.chunks)
         self.optimizer, self.scheduler = build_optimizer(cfg, self.chunks)
         load_checkpoint(cfg, start, self.chunks, self.optimizer, self.scheduler)
+        if reference == start:
+            self.reference = WeightCopy(self.chunks)
         apply_flags_again(cfg, self.optimizer, self.scheduler)
+        log.info("weights and optimizer are ready")
         asked = cfg.batch.start_rollout_id
         self.start_rollout_id = start.rollout_id if asked is None else asked
         interval = cfg.algorithm.ref_update_interval
@@ -236,7 +244,7 @@ class MegatronTrainer:
             samples = samples_of(batch, batch.steps[step_id])
             where = f"rollout {batch.rollout_id}, step {step_id} ({samples})"
             problem = f"{where}: loss {loss}, gradient norm {norm}"
-            logging.getLogger(__name__).warning("skipped the optimizer step of %s", problem)
+            log.warning("skipped the optimizer step of %s", problem)
             if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
                 raise RuntimeError(
                     f"{self.skipped_in_a_row} optimizer steps in a row were not finite, the last "
@@ -268,6 +276,10 @@ class MegatronTrainer:
             stay = {w.untyped_storage()._cdata for w in weights}
             weights, state = [], (t for t in state if t.untyped_storage()._cdata not in stay)
         self.away.leave([*weights, *state], dropped=gradients_of(self.chunks))
+
+    def free_cache(self) -> None:
+        """Makes room without moving state: gives back what torch keeps for later allocations."""
+        torch.cuda.empty_cache()
 
     def onload(self) -> None:
         """Takes the GPU back, up to --train-memory-margin-bytes."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import requests
 
 from vime.backends.vllm.engine import logs_dir
+from vime.backends.vllm.plugin_flags import words_of
 from vime.backends.vllm.process import GuardedProcess, free_port
 from vime.config import Config
 
@@ -37,6 +38,8 @@ class Router:
         argv += ["--max-concurrent-requests", str(self._requests_in_flight(len(engine_urls)))]
         argv += ["--health-check-interval-secs", "10", "--worker-startup-check-interval", "1"]
         argv += ["--log-level", "warning"]
+        for name, value in engine.router_args.items():  # come last and win
+            argv += words_of(name, value)
         self.process = GuardedProcess("vllm-router", argv, dict(os.environ), self.log)
         self.url = f"http://{host}:{port}"
         self.process.wait_until(self._healthy, START_TIMEOUT_S, "--vllm-router-port")

@@ -175,9 +175,11 @@ class ParallelConfig(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig(Section):
-    """vLLM and its router. `vllm_args` holds every other --vllm-* flag as given, for the engine's own parser."""
+    """vLLM and its router. `vllm_args` and `router_args` hold every other --vllm-* and --router-* flag as given, for
+    the parsers of those programs."""
 
     vllm_args: dict[str, Any] = field(default_factory=dict)
+    router_args: dict[str, Any] = field(default_factory=dict)
     router_policy: str = flag("--vllm-router-policy", default="round_robin")
     router_ip: str | None = flag(
         "--vllm-router-ip", "an address to bind (default: this node's)", default=None

@@ -1,0 +1,70 @@
+"""Every --router-* flag of the installed vllm-router is accepted, and checked before it starts."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from typing import Any
+
+from vime.config import Config
+
+OWNED = {  # set by vime: what to use instead
+    "host": "--vllm-router-ip",
+    "port": "--vllm-router-port",
+    "policy": "--vllm-router-policy",
+    "worker_urls": "--rollout-num-gpus, which adds engines",
+    "prometheus_port": "nothing: a free one is taken",
+}
+
+
+def check_router_flags(cfg: Config) -> list[str]:
+    """The problems of `cfg.engine.router_args`; [] when the router's own parser takes them all."""
+    given = cfg.engine.router_args
+    if not given:
+        return []
+    try:
+        parser = _router_parser()
+    except ImportError:
+        first = _spelled(*next(iter(given.items())))
+        return [f"{first}: vllm-router is not installed to check it."]
+    names = {o.lstrip("-").replace("-", "_") for a in parser._actions for o in a.option_strings}
+    problems = []
+    for name, value in given.items():
+        said = _spelled(name, value)
+        if name in OWNED:
+            problems.append(f"{said} is set by vime. Use {OWNED[name]}.")
+        elif name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f" Did you mean --router-{near[0].replace('_', '-')}?" if near else ""
+            problems.append(f"{said}: vllm-router has no such flag.{hint}")
+        elif why := _refusal(parser, name, value):
+            problems.append(f"{said}: vllm-router refuses it: {why}")
+    return problems
+
+
+def _router_parser() -> argparse.ArgumentParser:
+    from vllm_router.router_args import RouterArgs
+
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    RouterArgs.add_cli_args(parser)
+    return parser
+
+
+def _refusal(parser: argparse.ArgumentParser, name: str, value: Any) -> str | None:
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    parser.error = refuse
+    try:
+        parser.parse_args(["--" + name.replace("_", "-"), *_words(value)])
+    except (ValueError, argparse.ArgumentError) as error:
+        return str(error)
+    return None
+
+
+def _words(value: Any) -> list[str]:
+    return [] if value is True else [*map(str, value if isinstance(value, list) else [value])]
+
+
+def _spelled(name: str, value: Any) -> str:
+    return " ".join([f"--router-{name.replace('_', '-')}", *_words(value)])

@@ -9,8 +9,12 @@ from __future__ import annotations
 import json
 import math
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 SHAPES = {  # hidden size, layers, query heads, MLP width; all have 8 key/value heads of 128
     "0.6B": (1024, 28, 16, 3072),
@@ -22,10 +26,17 @@ PROMPT_DIGITS = 144  # one token each; with the chat template about 150
 LONG_TAIL_MEAN, LONG_TAIL_SIGMA = 1024, 1.0  # of a log-normal distribution, before it is cut
 
 
-def write_model(folder: Path, shape: str, *, seed: int = 0) -> Path:
-    """An HF folder: config, bfloat16 weights drawn on the GPU where there is one, tokenizer."""
-    if (folder / "config.json").exists():
-        return folder
+def write_model(folder: Path, shape: str) -> Path:
+    """An HF folder: config, bfloat16 weights drawn on the GPU where there is one, tokenizer.
+
+    In a process of its own, because torch keeps the GPU memory that it once had.
+    """
+    if not (folder / "tokenizer_config.json").exists():
+        subprocess.run([sys.executable, __file__, str(folder), shape], check=True)
+    return folder
+
+
+def _write_model(folder: Path, shape: str, *, seed: int = 0) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -56,7 +67,6 @@ def write_model(folder: Path, shape: str, *, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 def write_prompts(path: Path, *, seed: int = 0) -> Path:
@@ -83,3 +93,7 @@ async def long_tail(args: Any, sample: Any, sampling_params: dict[str, Any]) -> 
 
     count = length_of(sample.index, sampling_params["max_tokens"])
     return await generate(args, sample, sampling_params | {"max_tokens": count, "ignore_eos": True})
+
+
+if __name__ == "__main__":
+    _write_model(Path(sys.argv[1]), sys.argv[2])

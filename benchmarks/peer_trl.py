@@ -18,6 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from vime.backends.vllm.process import free_port  # noqa: E402
+
 BATCH = 256
 PADDED_TOKENS = 18_000  # of a micro-batch, as many as fit
 
@@ -36,7 +38,7 @@ def main() -> None:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "TRL_EXPERIMENTAL_SILENCE": "1",
         **dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1"),
-        **dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29555"),
+        **dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())),
     }
     import torch
     import trl

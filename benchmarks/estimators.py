@@ -1,7 +1,7 @@
 """Every advantage estimator trains the quickstart's model: held-out pass rates as it learns.
 
     python benchmarks/estimators.py                  all of them, some two minutes each on two cores
-    python benchmarks/estimators.py --only rloo      some; the others keep earlier results
+    python benchmarks/estimators.py --only rloo      some; the others' results stay as they are
     python benchmarks/estimators.py --write          puts table and plot into docs/algorithms.md
 
 All start from one warmed-up checkpoint with the settings of scripts/run-tiny-cpu.sh, but with two
@@ -38,7 +38,7 @@ from vime.observe.plot import GRID, INK, MUTED, learning_curves  # noqa: E402
 RESULT = ROOT / "benchmarks/results/estimators.json"
 PLOT = ROOT / "docs/estimators.png"
 RUN_DIR = Path("runs/bench-estimators")
-NUM_ROLLOUT, EVAL_INTERVAL = 20, 4
+NUM_ROLLOUT, EVAL_INTERVAL = 12, 3
 ALL = ["--num-steps-per-rollout", "2", "--eval-interval", str(EVAL_INTERVAL)]
 FLAGS: dict[str, list[str]] = {
     "cispo": ["--eps-clip", "1", "--eps-clip-high", "0.28"],  # no lower bound, as in its paper
@@ -60,7 +60,8 @@ def main() -> int:
     os.chdir(ROOT)
     recipe = Recipe(RUN_DIR, seed=args.seed, num_rollout=args.num_rollout)
     curves = {name: train(recipe, name) for name in args.only}
-    figures = [figure(name, curve, args.seed) for name, curve in curves.items()]
+    figures = with_earlier(args.output, [figure(n, c, args.seed) for n, c in curves.items()])
+    curves = {str(f["estimator"]): [(x, y) for x, y in f["curve"]] for f in figures}
     table = table_of(curves)
     print(table)
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -110,6 +111,7 @@ def figure(name: str, curve: Curve, seed: int) -> dict[str, Any]:
     before, after = curve[0][1], curve[-1][1]
     return {
         "name": f"estimators/{name}_gain",
+        "estimator": name,
         "unit": "1",
         "value": round(after - before, 4),
         "before": round(before, 4),
@@ -121,6 +123,13 @@ def figure(name: str, curve: Curve, seed: int) -> dict[str, Any]:
         "device": f"{cpu_name()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
     }
+
+
+def with_earlier(output: Path, figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`figures` and those that the result file has of other estimators, in the flag's order."""
+    earlier = json.loads(output.read_text()) if output.exists() else []
+    by_name = {f["estimator"]: f for f in [*earlier, *figures]}
+    return [by_name[name] for name in names() if name in by_name]
 
 
 def table_of(curves: Mapping[str, Curve]) -> str:

@@ -1,0 +1,26 @@
+"""The benchmark of estimators keeps the results of those that it does not train."""
+
+import json
+from pathlib import Path
+
+from benchmarks.estimators import table_of, with_earlier
+
+
+def entry(name: str, after: float) -> dict:
+    return {"estimator": name, "curve": [[0, 0.25], [3, after]]}
+
+
+def test_a_subset_keeps_the_other_results_in_the_flags_order(tmp_path: Path) -> None:
+    output = tmp_path / "estimators.json"
+    assert with_earlier(output, [entry("rloo", 0.5)]) == [entry("rloo", 0.5)]
+    output.write_text(json.dumps([entry("rloo", 0.5), entry("grpo", 0.5)]))
+    kept = with_earlier(output, [entry("rloo", 0.75)])
+    assert kept == [entry("grpo", 0.5), entry("rloo", 0.75)]
+
+
+def test_the_table_leaves_blank_what_was_not_measured() -> None:
+    rows = {"grpo": [(0, 0.25), (3, 0.5)], "rloo": [(0, 0.25), (4, 0.5)]}
+    assert table_of(rows).splitlines()[2:] == [
+        "| `grpo` | 0.250 | 0.500 |  |",
+        "| `rloo` | 0.250 |  | 0.500 |",
+    ]

@@ -147,15 +147,14 @@ def plot_curves(curves: Mapping[str, Curve], path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    plot = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    plot = Figure(figsize=(9, 4.8), dpi=150, layout="constrained")
     FigureCanvasAgg(plot)
     axes = plot.add_subplot()
-    ends = sorted(curves, key=lambda name: curves[name][-1][1])
-    height = -1.0
-    for name, color in zip(ends, COLORS * len(ends), strict=False):
+    ends = {name: curves[name][-1][1] for name in sorted(curves, key=lambda n: curves[n][-1][1])}
+    heights = spread_out(list(ends.values()), 0.045)
+    for name, color, height in zip(ends, COLORS * len(ends), heights, strict=False):
         x, y = zip(*curves[name], strict=True)
         axes.plot(x, y, color=color, linewidth=1.8, marker="o", markersize=3.5)
-        height = max(y[-1], height + 0.045)  # labels keep their distance
         axes.annotate(
             f"{name} {y[-1]:.2f}", (1.015, height), xycoords=("axes fraction", "data"),
             va="center", color=color, fontsize=9, fontweight="bold", annotation_clip=False,
@@ -174,6 +173,15 @@ def plot_curves(curves: Mapping[str, Curve], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     plot.savefig(path)
     return path
+
+
+def spread_out(heights: list[float], distance: float) -> list[float]:
+    """Ascending heights of labels, pushed apart to `distance`, their middle where it was."""
+    apart: list[float] = []
+    for height in heights:
+        apart.append(max(height, apart[-1] + distance) if apart else height)
+    shift = (sum(apart) - sum(heights)) / max(len(heights), 1)
+    return [height - shift for height in apart]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from benchmarks.estimators import table_of, with_earlier
+import pytest
+
+from benchmarks.estimators import spread_out, table_of, with_earlier
 
 
 def entry(name: str, after: float) -> dict:
@@ -24,3 +26,8 @@ def test_the_table_leaves_blank_what_was_not_measured() -> None:
         "| `grpo` | 0.250 | 0.500 |  |",
         "| `rloo` | 0.250 |  | 0.500 |",
     ]
+
+
+def test_labels_keep_their_distance_and_stay_around_the_ends_of_their_lines() -> None:
+    assert spread_out([0.1, 0.5], 0.25) == pytest.approx([0.1, 0.5])
+    assert spread_out([0.5, 0.5, 0.5], 0.25) == pytest.approx([0.25, 0.5, 0.75])

@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 SEED ?= 0
 TESTS ?= tests/unit tests/cpu tests/gpu
 
-.PHONY: help install quickstart clean-quickstart test test-unit lint format bench bench-rollout bench-grading bench-packing bench-logprob-memory bench-train-mfu bench-memory bench-eight-ranks bench-founding-recipe bench-scaling-model lock lock-gpu lint-docker bench-kill-resume bench-convert bench-smollm2 bench-estimators
+.PHONY: help install quickstart clean-quickstart test test-unit lint format bench bench-rollout bench-grading bench-packing bench-logprob-memory bench-train-mfu bench-memory bench-eight-ranks bench-founding-recipe bench-scaling-model lock lock-gpu lint-docker bench-kill-resume bench-convert bench-smollm2 bench-estimators bench-parity
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -70,6 +70,9 @@ bench-kill-resume: install  ## 30 kill -9 at random moments, each resumed, again
 
 bench-convert: install  ## a checkpoint of Qwen3-4B's shapes, there and back: seconds, peak memory
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.convert_4b
+
+bench-parity: install  ## loss and gradient in every layout and batching against plain autograd
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/parity.py --write
 
 bench-estimators: install  ## every advantage estimator trains the quickstart model: curves (20 min)
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/estimators.py --write

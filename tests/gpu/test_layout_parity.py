@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from parity import CASES, DENSE, Expected, apart, expected_of, train, write_models
 from ranks import free_port, run_ranks
-from test_gradient_parity import LAYOUTS, expected, train, worst, write_models
 
-__all__ = ["expected"]  # a fixture
+LAYOUTS = [case for case in CASES[2] if case.model == DENSE]
 NUM_GPUS = torch.cuda.device_count()
 RTOL_LOSS, RTOL = 1e-5, 1e-4  # of the largest value; sums of GPUs come in another order each time
 
@@ -21,7 +21,13 @@ RTOL_LOSS, RTOL = 1e-5, 1e-4  # of the largest value; sums of GPUs come in anoth
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("parity")
-    return write_models(root, hidden_size=256, intermediate_size=320, head_dim=64)
+    write_models(root, hidden_size=256, intermediate_size=320, head_dim=64)
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> Expected:
+    return expected_of(folder, DENSE)
 
 
 @pytest.fixture(scope="module")
@@ -29,20 +35,16 @@ def found(folder: Path) -> list[list[dict[str, Any]]]:
     """By rank and case."""
     if NUM_GPUS < 2:
         pytest.skip("needs two GPUs")
-    ports = [free_port() for _ in LAYOUTS[2]]
-    return run_ranks(train, 2, timeout_s=400, folder=folder, cases=LAYOUTS[2], ports=ports)
+    ports = [free_port() for _ in LAYOUTS]
+    return run_ranks(train, 2, timeout_s=400, root=folder, cases=LAYOUTS, ports=ports)
 
 
-@pytest.mark.parametrize("number", range(len(LAYOUTS[2])), ids=[str(c) for c in LAYOUTS[2]])
+@pytest.mark.parametrize("number", range(len(LAYOUTS)), ids=[str(c) for c in LAYOUTS])
 def test_two_gpus_agree_with_plain_autograd(
-    number: int, found: list[list[dict[str, Any]]], expected: dict[str, Any]
+    number: int, found: list[list[dict[str, Any]]], expected: Expected
 ) -> None:
     for rank in found:
-        mine = rank[number]
-        loss = mine["metrics"]["train/loss"] / expected["loss"] - 1
-        errors = {"weights": worst(mine["weights"], expected["weights"])}
-        if mine["gradients"] is not None:
-            errors["gradients"] = worst(mine["gradients"], expected["gradients"])
-        print(f"loss {loss:.1e}", *(f"{name} {e:.1e}" for name, e in errors.items()))
-        assert abs(loss) < RTOL_LOSS
-        assert max(errors.values()) < RTOL
+        errors = apart(rank[number], expected)
+        print(errors)
+        assert errors.loss < RTOL_LOSS
+        assert max(errors.weights, errors.gradient or 0.0) < RTOL

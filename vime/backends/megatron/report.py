@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,14 +11,15 @@ import torch
 from vime.types import StepPlan, TrainBatch
 
 
-def samples_of(batch: TrainBatch, plan: StepPlan) -> str:
-    """Which samples a step has; first those whose score or tokens' weights are not finite."""
-    members = sorted(p for owned in plan.micro_batches for b in owned for p in b)
-    found = [batch.sequences[p] for p in members]
-    bad = [s for s in found if not (math.isfinite(s.reward) and math.isfinite(s.weight.sum()))]
-    shown = ", ".join(str(s.index) for s in (bad or found)[:16])
-    more = ", ..." if len(bad or found) > 16 else ""
-    return f"samples {shown}{more}" + " have scores that are not finite" * bool(bad)
+def samples_of(batch: TrainBatch, plan: StepPlan, spoilt: Sequence[int] = ()) -> str:
+    """Which samples a step has, by index; only those at the `spoilt` positions where there are any.
+
+    spoilt  positions of sequences with a token whose loss is not finite
+    """
+    members = spoilt or sorted(p for owned in plan.micro_batches for b in owned for p in b)
+    shown = ", ".join(str(batch.sequences[p].index) for p in members[:16])
+    more = ", ..." if len(members) > 16 else ""
+    return f"samples {shown}{more}" + ": loss not finite" * bool(spoilt)
 
 
 def mean_of_steps(steps: list[dict[str, float]]) -> dict[str, float]:

@@ -99,6 +99,7 @@ def policy_judge(
     *,
     on_policy: bool,
     own_logp_N: Tensor | None = None,
+    loss_N: Tensor | None = None,
 ) -> Judge:
     """The policy loss.
 
@@ -106,6 +107,7 @@ def policy_judge(
     on_policy   the weights are those that `old_logp_N` should come from: the pass then fills it,
                 and the ratio is exactly 1
     own_logp_N  a column that takes what this pass computes
+    loss_N      a column that takes each token's loss times its weight
     """
 
     def judge(batch: MicroBatch, logps: TokenLogProbs) -> tuple[Tensor, Sums]:
@@ -125,19 +127,24 @@ def policy_judge(
             rollout_logp_T=table.rollout_logp_N[rows_T],
             sequence_sum=_sequence_sum(table, rows_T),
         )
+        if loss_N is not None:
+            loss_N[rows_T] = loss.value_T.detach() * table.weight_N[rows_T]
         return _weigh(loss.value_T, loss.stats, table.weight_N[rows_T])
 
     return judge
 
 
-def sft_judge(table: TokenTable) -> Judge:
-    """Negative log-likelihood of the response tokens."""
+def sft_judge(table: TokenTable, loss_N: Tensor | None = None) -> Judge:
+    """Negative log-likelihood of the response tokens; `loss_N` as in `policy_judge`."""
 
     def judge(batch: MicroBatch, logps: TokenLogProbs) -> tuple[Tensor, Sums]:
         kept_T = batch.kept_T
+        weight_T = table.weight_N[batch.rows_T[kept_T]]
         loss = sft_loss(logps.logp_T[kept_T])
+        if loss_N is not None:
+            loss_N[batch.rows_T[kept_T]] = loss.value_T.detach() * weight_T
         entropy = {"entropy_loss": logps.entropy_T[kept_T].detach()}
-        return _weigh(loss.value_T, entropy, table.weight_N[batch.rows_T[kept_T]])
+        return _weigh(loss.value_T, entropy, weight_T)
 
     return judge
 

@@ -198,8 +198,9 @@ class MegatronTrainer:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        loss_N = columns.table.column()
         if self.cfg.algorithm.loss_type == "sft_loss":
-            judge = sft_judge(columns.table)
+            judge = sft_judge(columns.table, loss_N)
         else:
             judge = policy_judge(
                 columns.table,
@@ -209,6 +210,7 @@ class MegatronTrainer:
                 columns.ref_logp_N,
                 on_policy=step_id == 0 and self._first_step_is_on_policy,
                 own_logp_N=columns.own_logp_N,
+                loss_N=loss_N,
             )
         sums = run_pass(
             self.chunks,
@@ -225,7 +227,9 @@ class MegatronTrainer:
         weight = figures.pop("weight", 0.0)
         metrics = {"train/loss": figures.pop("loss", 0.0)}
         metrics |= {f"train/{name}": total / weight for name, total in figures.items() if weight}
-        norm = self._update(metrics["train/loss"], batch, step_id)
+        is_finite = math.isfinite(metrics["train/loss"])
+        spoilt = [] if is_finite else columns.spoilt(plan, loss_N)
+        norm = self._update(metrics["train/loss"], batch, step_id, spoilt)
         if norm is None:
             return {"train/skipped_steps": 1.0}
         return {
@@ -235,13 +239,15 @@ class MegatronTrainer:
             "train/skipped_steps": 0.0,
         }
 
-    def _update(self, loss: float, batch: TrainBatch, step_id: int) -> float | None:
+    def _update(
+        self, loss: float, batch: TrainBatch, step_id: int, spoilt: list[int]
+    ) -> float | None:
         """The optimizer's step. Returns the gradient norm, or None where the step was skipped."""
         overflow = self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if overflow or not (math.isfinite(loss) and math.isfinite(norm)):
             self.skipped_in_a_row += 1
-            samples = samples_of(batch, batch.steps[step_id])
+            samples = samples_of(batch, batch.steps[step_id], spoilt)
             where = f"rollout {batch.rollout_id}, step {step_id} ({samples})"
             problem = f"{where}: loss {loss}, gradient norm {norm}"
             log.warning("skipped the optimizer step of %s", problem)

@@ -76,6 +76,7 @@ CASES: dict[int, list[Case]] = {
         Case("one rank", "packs of 24, longer alone", {}, TIGHT),
         Case("one rank", "one pack", {}, WIDE),
         Case("one rank", "one by one", {}, ONE_BY_ONE),
+        Case("one rank", "packs of 60, log-probs by 7", {}, PACKED | {"log_probs_chunk_asked": 7}),
         Case("one rank, recompute", "packs of 60", RECOMPUTE, PACKED),
         Case("one rank", "packs of 60", {}, PACKED, EXPERTS),
     ],

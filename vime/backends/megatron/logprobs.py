@@ -39,6 +39,8 @@ def token_logprobs(
     taken_T      [T] ids in 0..V-1
     temperature  divides the logits, above 0
     group        the ranks that share the vocabulary (tensor parallel); None: this rank has it all
+    chunk_tokens  in PyTorch, tokens whose float32 logits exist at a time (--log-probs-chunk-size);
+                 None: as many as take 64 MiB. The GPU's kernel makes no such copy
     owned        nobody else reads the logits: the backward pass may write over them, once
     """
     rows, columns = logits_TV.shape

@@ -32,9 +32,11 @@ def run_pass(
     *,
     temperature: float,
     forward_only: bool,
+    chunk_tokens: int | None = None,
 ) -> Sums:
     """Every micro-batch forward, and backward unless `forward_only`. A collective.
 
+    chunk_tokens  as in `token_logprobs`
     judge  gives one micro-batch's loss, to be summed over micro-batches and ranks, and its sums. It
            runs on the last pipeline stage; the other stages return {}.
 
@@ -54,6 +56,7 @@ def run_pass(
                 table.targets_N[batch.rows_T],
                 temperature=temperature,
                 group=group,
+                chunk_tokens=chunk_tokens,
                 owned=True,
             )
             loss, sums = judge(batch, logps)

@@ -187,6 +187,7 @@ class MegatronTrainer:
             remember_logps(column_N),
             temperature=self.temperature,
             forward_only=True,
+            chunk_tokens=self.cfg.batch.log_probs_chunk,
         )
         return column_N
 
@@ -219,6 +220,7 @@ class MegatronTrainer:
             judge,
             temperature=self.temperature,
             forward_only=False,
+            chunk_tokens=self.cfg.batch.log_probs_chunk,
         )
         names = _STEP_SUMS
         if self.hooks.loss is not None or self.hooks.correct is not None:

@@ -103,6 +103,12 @@ class BatchConfig(Section):
         default=None,
         at_least=1,
     )
+    log_probs_chunk_asked: int = flag(
+        "--log-probs-chunk-size",
+        "log-probabilities in PyTorch take so many tokens at a time; -1: what makes 64 MiB of float32 logits",
+        default=-1,
+        at_least=-1,
+    )
     balance: bool = flag(
         "--balance-data", "even out the work of data-parallel ranks", default=False
     )
@@ -135,7 +141,14 @@ class BatchConfig(Section):
             )
         return epochs * num_prompts // self.prompts
 
+    @property
+    def log_probs_chunk(self) -> int | None:
+        """Tokens whose float32 logits exist at a time; None: as many as take 64 MiB."""
+        return None if self.log_probs_chunk_asked == -1 else self.log_probs_chunk_asked
+
     def problems(self) -> Iterator[str]:
+        if self.log_probs_chunk_asked == 0:
+            yield "--log-probs-chunk-size 0 takes no token at a time. Give 1 or more, or -1 to have it chosen."
         product = f"{self.samples} samples ({self.prompts} prompts x {self.samples_per_prompt})"
         steps, size = self.steps_asked, self.global_batch_size
         if steps is not None and self.samples % steps:

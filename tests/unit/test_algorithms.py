@@ -121,6 +121,13 @@ def test_whitening_ignores_masked_tokens_and_sums_over_ranks():
     close(whiten(values, mask, lambda x: 2 * x), [-0.866025, 0.866025, 0.0], tol=1e-5)
 
 
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_whitening_equal_values_one_value_or_none_gives_zeros(count):
+    mask = torch.tensor([1.0] * count + [0.0] * (4 - count))
+    white = whiten(torch.full((4,), 0.1), mask, lambda total: total)
+    close(white, [0.0] * 4)
+
+
 def test_the_objective_adds_kl_and_subtracts_entropy():
     objective = PolicyObjective(
         clip_low=0.2, clip_high=0.2, kl_coef=0.1, kl_type="k1", entropy_coef=0.01

@@ -91,7 +91,25 @@ def by_autograd(folder: Path, algorithm: dict[str, Any]) -> tuple[float, dict[st
     return loss.item(), dict(named)
 
 
-def train(rank: int, world: int, port: int, folder: Path, ports: list[int]) -> list[tuple]:
+def train_all(
+    rank: int, world: int, port: int, folder: Path, ports: list[int]
+) -> tuple[list[tuple], list[tuple]]:
+    """Both tests' trainings in one set of processes: a start takes seconds."""
+    of_cases = len(LAYOUTS) * len(CASES)
+    return (
+        train(rank, world, folder, ports[:of_cases]),
+        train_with_hooks(rank, world, folder, ports[of_cases:]),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> list[tuple[list[tuple], list[tuple]]]:
+    """By rank: what `train` and what `train_with_hooks` returned."""
+    ports = [free_port() for _ in range(len(LAYOUTS) * len(CASES) + 3)]
+    return run_ranks(train_all, 2, folder=folder, ports=ports)
+
+
+def train(rank: int, world: int, folder: Path, ports: list[int]) -> list[tuple]:
     from vime.backends.megatron.trainer import MegatronTrainer
 
     results = []
@@ -105,10 +123,10 @@ def train(rank: int, world: int, port: int, folder: Path, ports: list[int]) -> l
     return results
 
 
-def test_a_sequences_ratio_does_not_care_which_ranks_hold_it(folder: Path) -> None:
+def test_a_sequences_ratio_does_not_care_which_ranks_hold_it(folder: Path, trained: list) -> None:
     turns = [(p, name) for p in LAYOUTS for name in CASES]
     wanted = {name: by_autograd(folder, a) for name, a in CASES.items()}
-    for rank in run_ranks(train, 2, folder=folder, ports=[free_port() for _ in turns]):
+    for rank, _ in trained:
         for (parallel, name), (metrics, gradients) in zip(turns, rank, strict=True):
             loss, expected = wanted[name]
             assert metrics["train/loss"] == pytest.approx(loss, rel=1e-6, abs=1e-8), (
@@ -127,7 +145,7 @@ def test_a_sequences_ratio_does_not_care_which_ranks_hold_it(folder: Path) -> No
                 assert 0 < metrics["train/pg_clipfrac"] < 1
 
 
-def train_with_hooks(rank: int, world: int, port: int, folder: Path, ports: list[int]) -> list:
+def train_with_hooks(rank: int, world: int, folder: Path, ports: list[int]) -> list[tuple]:
     """The plain run on two ranks, then users' functions that should not change it."""
     from vime.algorithms.hooks import TrainingHooks
     from vime.backends.megatron.trainer import MegatronTrainer
@@ -153,9 +171,8 @@ def train_with_hooks(rank: int, world: int, port: int, folder: Path, ports: list
     return results
 
 
-def test_users_functions_see_whole_sequences_in_every_layout(folder: Path) -> None:
-    ports = [free_port() for _ in range(3)]
-    for (_, wanted), *others in run_ranks(train_with_hooks, 2, folder=folder, ports=ports):
+def test_users_functions_see_whole_sequences_in_every_layout(trained: list) -> None:
+    for _, ((_, wanted), *others) in trained:
         for metrics, gradients in others:
             assert metrics["train/mean_ratio"] == pytest.approx(1.0, abs=1e-5)
             for name, gradient in wanted.items():

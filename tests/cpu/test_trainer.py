@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +56,8 @@ def every_case(rank: int, world: int, port: int, folder: Path, out: str) -> None
         a_penalty_needs_and_gets_the_old_log_probabilities,
         sft_learns_the_demonstrations,
         what_is_not_finite_changes_nothing,
+        a_finite_loss_without_a_finite_gradient_names_its_sample_too,
+        a_step_without_a_token_to_learn_from_has_gradient_0,
         memory_that_ran_out_names_the_flags,
         the_old_policy_may_be_the_engines,
         the_reference_follows_the_actor,
@@ -161,9 +167,49 @@ def what_is_not_finite_changes_nothing(trainer: Any, out: Path) -> None:
     for _ in range(MAX_SKIPPED_STEPS - 1):
         t.train(broken)
     with pytest.raises(
-        RuntimeError, match="5 optimizer steps in a row were not finite.*samples 5: loss not.*--lr"
+        RuntimeError, match="5 optimizer steps in a row were not finite.*samples 5: loss or.*--lr"
     ):
         t.train(dataclasses.replace(batch, sequences=spoilt))
+    t.close()
+
+
+def a_finite_loss_without_a_finite_gradient_names_its_sample_too(trainer: Any, out: Path) -> None:
+    t = trainer(algorithm={"use_rollout_logprobs": True})
+    groups = samples_of(4, 4)
+    for sample in sum(groups, []):
+        sample.rollout_log_probs = [-4.0] * sample.response_length
+    groups[1][1].rollout_log_probs[0] = -9999.0  # held by the clip, but 0 times infinity is NaN
+    before = named_weights(t)
+    with warnings_of("vime.backends.megatron") as said:
+        assert t.train(batch_of(t, groups))["train/skipped_steps"] == 1
+    [line] = said
+    assert re.search(r"samples 5: loss or gradient not finite\): loss -?\d.*norm nan", line), line
+    assert all(torch.equal(w, before[n]) for n, w in named_weights(t).items())
+    t.close()
+
+
+@contextmanager
+def warnings_of(name: str) -> Iterator[list[str]]:
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger(name).addHandler(handler)
+    yield said
+    logging.getLogger(name).removeHandler(handler)
+
+
+def a_step_without_a_token_to_learn_from_has_gradient_0(trainer: Any, out: Path) -> None:
+    t = trainer(optimizer={"lr": 1e-3, "weight_decay": 0.0})
+    groups = samples_of(4, 4)
+    for sample in sum(groups, []):
+        sample.remove_sample = True
+    before = named_weights(t)
+    metrics = t.train(batch_of(t, groups))
+    assert (
+        metrics["train/loss"] == metrics["train/grad_norm"] == metrics["train/skipped_steps"] == 0
+    )
+    assert all(np.isfinite(v) for v in metrics.values())
+    assert all(torch.equal(w, before[n]) for n, w in named_weights(t).items())
     t.close()
 
 

@@ -14,12 +14,12 @@ from vime.types import StepPlan, TrainBatch
 def samples_of(batch: TrainBatch, plan: StepPlan, spoilt: Sequence[int] = ()) -> str:
     """Which samples a step has, by index; only those at the `spoilt` positions where there are any.
 
-    spoilt  positions of sequences with a token whose loss is not finite
+    spoilt  positions of sequences with a token whose loss, or its gradient, is not finite
     """
     members = spoilt or sorted(p for owned in plan.micro_batches for b in owned for p in b)
     shown = ", ".join(str(batch.sequences[p].index) for p in members[:16])
     more = ", ..." if len(members) > 16 else ""
-    return f"samples {shown}{more}" + ": loss not finite" * bool(spoilt)
+    return f"samples {shown}{more}" + ": loss or gradient not finite" * bool(spoilt)
 
 
 def mean_of_steps(steps: list[dict[str, float]]) -> dict[str, float]:

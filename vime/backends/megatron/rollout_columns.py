@@ -146,14 +146,11 @@ class RolloutColumns:
         totals, num_ranks = vector.view(2, -1).tolist()
         return {n: t for n, t, r in zip(names, totals, num_ranks, strict=True) if r}
 
-    def spoilt(self, plan: StepPlan, loss_N: Tensor) -> list[int]:
-        """Positions of the step's sequences with a token whose loss is not finite. A collective.
-
-        loss_N  as `policy_judge` fills it
-        """
-        found_S = loss_N.new_zeros(len(self.batch.sequences))
+    def spoilt(self, plan: StepPlan, spoilt_N: Tensor) -> list[int]:
+        """Positions of the step's sequences where the column is not finite. A collective."""
+        found_S = spoilt_N.new_zeros(len(self.batch.sequences))
         for p in (p for b in plan.micro_batches[self.dp_rank] for p in b):
-            found_S[p] = (~loss_N[self.table.responses[p]].isfinite()).any()
+            found_S[p] = (~spoilt_N[self.table.responses[p]].isfinite()).any()
         dist.all_reduce(found_S, dist.ReduceOp.MAX)
         return found_S.nonzero()[:, 0].tolist()
 

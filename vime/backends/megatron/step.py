@@ -102,7 +102,7 @@ def policy_judge(
     *,
     on_policy: bool,
     own_logp_N: Tensor | None = None,
-    loss_N: Tensor | None = None,
+    spoilt_N: Tensor | None = None,
 ) -> Judge:
     """The policy loss.
 
@@ -110,7 +110,7 @@ def policy_judge(
     on_policy   the weights are those that `old_logp_N` should come from: the pass then fills it,
                 and the ratio is exactly 1
     own_logp_N  a column that takes what this pass computes
-    loss_N      a column that takes each token's loss times its weight
+    spoilt_N    a column that stops being finite at tokens whose loss, or its gradient, is not
     """
 
     def judge(batch: MicroBatch, logps: TokenLogProbs) -> tuple[Tensor, Sums]:
@@ -121,6 +121,7 @@ def policy_judge(
         kept_T = batch.kept_T
         rows_T = batch.rows_T[kept_T]
         logp_T = logps.logp_T[kept_T]
+        _watch(logp_T, spoilt_N, rows_T)
         loss = objective(
             logp_T,
             old_logp_T=logp_T.detach() if on_policy else old_logp_N[rows_T],
@@ -130,26 +131,36 @@ def policy_judge(
             rollout_logp_T=table.rollout_logp_N[rows_T],
             sequence_sum=_sequence_sum(table, rows_T),
         )
-        if loss_N is not None:
-            loss_N[rows_T] = loss.value_T.detach() * table.weight_N[rows_T]
+        if spoilt_N is not None:
+            spoilt_N[rows_T] += loss.value_T.detach() * table.weight_N[rows_T]
         return _weigh(loss.value_T, loss.stats, table.weight_N[rows_T])
 
     return judge
 
 
-def sft_judge(table: TokenTable, loss_N: Tensor | None = None) -> Judge:
-    """Negative log-likelihood of the response tokens; `loss_N` as in `policy_judge`."""
+def sft_judge(table: TokenTable, spoilt_N: Tensor | None = None) -> Judge:
+    """Negative log-likelihood of the response tokens; `spoilt_N` as in `policy_judge`."""
 
     def judge(batch: MicroBatch, logps: TokenLogProbs) -> tuple[Tensor, Sums]:
         kept_T = batch.kept_T
         weight_T = table.weight_N[batch.rows_T[kept_T]]
         loss = sft_loss(logps.logp_T[kept_T])
-        if loss_N is not None:
-            loss_N[batch.rows_T[kept_T]] = loss.value_T.detach() * weight_T
+        if spoilt_N is not None:
+            spoilt_N[batch.rows_T[kept_T]] += loss.value_T.detach() * weight_T
         entropy = {"entropy_loss": logps.entropy_T[kept_T].detach()}
         return _weigh(loss.value_T, entropy, weight_T)
 
     return judge
+
+
+def _watch(logp_T: Tensor, spoilt_N: Tensor | None, rows_T: Tensor) -> None:
+    """Adds each token's gradient to the column when it comes: a finite loss may have none."""
+    if spoilt_N is not None and logp_T.requires_grad:
+
+        def note(gradient_T: Tensor) -> None:
+            spoilt_N[rows_T] += gradient_T
+
+        logp_T.register_hook(note)
 
 
 def _sequence_sum(table: TokenTable, rows_T: Tensor) -> SequenceSum:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -199,9 +200,9 @@ class MegatronTrainer:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss_N = columns.table.column()
+        spoilt_N = columns.table.column()
         if self.cfg.algorithm.loss_type == "sft_loss":
-            judge = sft_judge(columns.table, loss_N)
+            judge = sft_judge(columns.table, spoilt_N)
         else:
             judge = policy_judge(
                 columns.table,
@@ -211,7 +212,7 @@ class MegatronTrainer:
                 columns.ref_logp_N,
                 on_policy=step_id == 0 and self._first_step_is_on_policy,
                 own_logp_N=columns.own_logp_N,
-                loss_N=loss_N,
+                spoilt_N=spoilt_N,
             )
         sums = run_pass(
             self.chunks,
@@ -229,9 +230,12 @@ class MegatronTrainer:
         weight = figures.pop("weight", 0.0)
         metrics = {"train/loss": figures.pop("loss", 0.0)}
         metrics |= {f"train/{name}": total / weight for name, total in figures.items() if weight}
-        is_finite = math.isfinite(metrics["train/loss"])
-        spoilt = [] if is_finite else columns.spoilt(plan, loss_N)
-        norm = self._update(metrics["train/loss"], batch, step_id, spoilt)
+
+        def samples() -> str:
+            return samples_of(batch, plan, columns.spoilt(plan, spoilt_N))
+
+        where = f"rollout {batch.rollout_id}, step {step_id}"
+        norm = self._update(metrics["train/loss"], where, samples)
         if norm is None:
             return {"train/skipped_steps": 1.0}
         return {
@@ -241,17 +245,16 @@ class MegatronTrainer:
             "train/skipped_steps": 0.0,
         }
 
-    def _update(
-        self, loss: float, batch: TrainBatch, step_id: int, spoilt: list[int]
-    ) -> float | None:
-        """The optimizer's step. Returns the gradient norm, or None where the step was skipped."""
+    def _update(self, loss: float, where: str, samples: Callable[[], str]) -> float | None:
+        """The optimizer's step. Returns the gradient norm, or None where the step was skipped.
+
+        samples  says which samples are at fault; a collective, asked only when a step is skipped
+        """
         overflow = self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if overflow or not (math.isfinite(loss) and math.isfinite(norm)):
             self.skipped_in_a_row += 1
-            samples = samples_of(batch, batch.steps[step_id], spoilt)
-            where = f"rollout {batch.rollout_id}, step {step_id} ({samples})"
-            problem = f"{where}: loss {loss}, gradient norm {norm}"
+            problem = f"{where} ({samples()}): loss {loss}, gradient norm {norm}"
             log.warning("skipped the optimizer step of %s", problem)
             if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
                 raise RuntimeError(

@@ -106,6 +106,7 @@ def the_first_step_is_on_policy(trainer: Any, out: Path) -> None:
     for sample, logp in zip(sum(groups, []), logps_of_tokens(t, batch_of(t)), strict=True):
         sample.rollout_log_probs = logp
     groups[1][1].rollout_log_probs = None  # a plugin that has none
+    groups[1][2].rollout_log_probs[0] = float("-inf")
     metrics = t.train(batch_of(t, groups))
     assert metrics["train/ppo_kl_first_step"] == metrics["train/kl_loss_first_step"] == 0.0
     assert metrics["train/ppo_kl"] != 0.0

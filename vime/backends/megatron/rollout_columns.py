@@ -158,7 +158,7 @@ class RolloutColumns:
         """Means over the rollout's loss tokens, and how far trainer and engine are apart."""
         table = self.table
         mask_N = table.mask_N * self.owned_N
-        sampled_N = mask_N * ~table.rollout_logp_N.isnan()
+        sampled_N = mask_N * table.rollout_logp_N.isfinite()
         sampled_logp_N = table.rollout_logp_N.nan_to_num()
         own_logp_N = self.old_logp_N if self.own_logp_N is None else self.own_logp_N
         log_ratio_N = (own_logp_N - sampled_logp_N) * sampled_N

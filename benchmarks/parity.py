@@ -29,11 +29,10 @@ from parity import (  # noqa: E402
     DENSE,
     MAX_GRADIENT,
     MAX_LOSS,
-    MODELS,
     Apart,
     Case,
+    all_expected,
     apart,
-    expected_of,
     largest,
     run,
     write_models,
@@ -66,12 +65,12 @@ def measure() -> Found:
     with tempfile.TemporaryDirectory(prefix="vime-parity-") as tmp:
         root = Path(tmp)
         write_models(root)
-        expected = {model: expected_of(root, model) for model in MODELS}
+        expected = all_expected(root)
         found = []
         for world, cases in CASES.items():
             ranks = run(root, world, timeout_s=900.0)
             for number, case in enumerate(cases):
-                of_ranks = [apart(rank[number], expected[case.model]) for rank in ranks]
+                of_ranks = [apart(rank[number], expected[case.task]) for rank in ranks]
                 found.append((world, case, largest(of_ranks)))
     return found
 

@@ -47,6 +47,7 @@ PACKED = {"dynamic": True, "max_tokens_per_gpu": 60}
 BALANCED = PACKED | {"balance": True, "log_probs_max_tokens_per_gpu": 100}
 TIGHT = {"dynamic": True, "max_tokens_per_gpu": 24}  # less than the longest sequences
 WIDE = {"dynamic": True, "max_tokens_per_gpu": 9216}
+ALONE = PACKED | {"prompts": 1, "samples_per_prompt": 1, "steps_asked": 1}
 ONE_BY_ONE, BY_TWO = {"micro_batch_size": 1}, {"micro_batch_size": 2}
 SP = {"sequence_parallel": True}
 SHARDED = {"use_distributed_optimizer": True}
@@ -67,6 +68,11 @@ class Case:
     parallel: dict[str, Any]
     batch: dict[str, Any]
     model: str = DENSE
+
+    @property
+    def task(self) -> tuple[str, bool]:
+        """Cases with the same have the same results: the model, and whether it is one sequence."""
+        return self.model, self.batch == ALONE
 
 
 # {number of ranks: cases}. Ranks that TP, PP and CP leave over are data parallel.
@@ -98,6 +104,8 @@ CASES: dict[int, list[Case]] = {
         Case("PP2, VPP2", "packs of 60", {"pp": 2, "vpp": 2}, PACKED),
         Case("CP2", "packs of 60", {"cp": 2}, PACKED),
         Case("CP2", "one by one", {"cp": 2}, ONE_BY_ONE),
+        Case("CP2", "one sequence in all", {"cp": 2}, ALONE),
+        Case("DP2", "one sequence in all: a rank has none", {}, ALONE),
         Case("DP2, EP2", "packs of 60", {"ep": 2}, PACKED, EXPERTS),
         Case("TP2+SP, EP2", "packs of 60", {"tp": 2, "ep": 2} | SP, PACKED, EXPERTS),
     ],
@@ -116,8 +124,8 @@ CASES: dict[int, list[Case]] = {
 class Expected:
     """By plain autograd in float64, so that only the trainer's own rounding is measured.
 
-    loss       the mean over the two steps
-    gradients  of the second step, {HF name: tensor}
+    loss       the mean over the steps
+    gradients  of the last step, {HF name: tensor}
     weights    after it
     """
 
@@ -158,13 +166,13 @@ def config(root: Path, world: int, case: Case) -> Any:
     )
 
 
-def groups_of(root: Path, model: str) -> list:
+def groups_of(root: Path, model: str, alone: bool) -> list:
     groups = samples_of(4, 4)
     groups[0][1].remove_sample = True
     groups[2][3].loss_mask = [i % 2 for i in range(groups[2][3].response_length)]
     for sample, logp in zip(sum(groups, []), torch.load(root / model / "sampled.pt"), strict=True):
         sample.rollout_log_probs = logp
-    return groups
+    return [groups[0][:1]] if alone else groups
 
 
 def write_models(root: Path, **shape: int) -> None:
@@ -183,9 +191,16 @@ def write_models(root: Path, **shape: int) -> None:
         torch.save(sampled, folder / "sampled.pt")
 
 
-def expected_of(root: Path, model: str) -> Expected:
-    """The two steps written out: one process, one sequence at a time, AdamW."""
-    batch = build_train_batch(groups_of(root, model), config(root, 1, CASES[1][0]), 0)
+def all_expected(root: Path) -> dict[tuple[str, bool], Expected]:
+    """{`Case.task`: what it should give}"""
+    tasks = {case.task for cases in CASES.values() for case in cases}
+    return {task: expected_of(root, *task) for task in sorted(tasks)}
+
+
+def expected_of(root: Path, model: str, alone: bool = False) -> Expected:
+    """The steps written out: one process, one sequence at a time, AdamW."""
+    plan = Case("", "", {}, ALONE if alone else PACKED, model)
+    batch = build_train_batch(groups_of(root, model, alone), config(root, 1, plan), 0)
     actor, reference = (hf_model(root / model / n).double() for n in ("actor", "reference"))
     if model == EXPERTS:
         for m in (actor, reference):
@@ -242,7 +257,7 @@ def train(
         print(case, flush=True)
         cfg = config(root, world, case)
         trainer = MegatronTrainer(cfg, rank, world, rank, "127.0.0.1", own_port)
-        metrics = trainer.train(build_train_batch(groups_of(root, case.model), cfg, 0))
+        metrics = trainer.train(build_train_batch(groups_of(root, *case.task), cfg, 0))
         is_sharded = case.parallel.get("use_distributed_optimizer")
         results.append(
             {

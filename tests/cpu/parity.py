@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import free_port, run_ranks
+from ranks import agree_on_port, run_ranks
 from safetensors.torch import load_file
 from tiny import make_config, write_tiny_hf
 from torch import Tensor
@@ -247,14 +247,14 @@ def _by_file_name(model: Any, folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def train(
-    rank: int, world: int, port: int, root: Path, cases: list[Case], ports: list[int]
-) -> list[dict]:
+def train(rank: int, world: int, port: int, root: Path, cases: list[Case]) -> list[dict]:
+    """What this rank found, case by case. For `run_ranks`, once with the same cases and root."""
     from vime.backends.megatron.trainer import MegatronTrainer
 
     results = []
-    for case, own_port in zip(cases, ports, strict=True):
+    for case in cases:
         print(case, flush=True)
+        own_port = agree_on_port(root, f"{world}, {case.model}, {case.name}, {case.batching}", rank)
         cfg = config(root, world, case)
         trainer = MegatronTrainer(cfg, rank, world, rank, "127.0.0.1", own_port)
         metrics = trainer.train(build_train_batch(groups_of(root, *case.task), cfg, 0))
@@ -276,9 +276,7 @@ def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def run(root: Path, world: int, timeout_s: float = 400.0) -> list[list[dict]]:
     """What every rank found, [rank][number of the case]."""
-    cases = CASES[world]
-    ports = [free_port() for _ in cases]
-    return run_ranks(train, world, root=root, cases=cases, ports=ports, timeout_s=timeout_s)
+    return run_ranks(train, world, root=root, cases=CASES[world], timeout_s=timeout_s)
 
 
 def apart(found: dict, expected: Expected) -> Apart:

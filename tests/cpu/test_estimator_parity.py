@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import free_port, run_ranks
+from ranks import agree_on_port, run_ranks
 from tiny import make_config, write_tiny_hf
 from training import hf_logps, hf_model, named_gradients, samples_of
 
@@ -91,30 +91,24 @@ def by_autograd(folder: Path, algorithm: dict[str, Any]) -> tuple[float, dict[st
     return loss.item(), dict(named)
 
 
-def train_all(
-    rank: int, world: int, port: int, folder: Path, ports: list[int]
-) -> tuple[list[tuple], list[tuple]]:
+def train_all(rank: int, world: int, port: int, folder: Path) -> tuple[list[tuple], list[tuple]]:
     """Both tests' trainings in one set of processes: a start takes seconds."""
-    of_cases = len(LAYOUTS) * len(CASES)
-    return (
-        train(rank, world, folder, ports[:of_cases]),
-        train_with_hooks(rank, world, folder, ports[of_cases:]),
-    )
+    return train(rank, world, folder), train_with_hooks(rank, world, folder)
 
 
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> list[tuple[list[tuple], list[tuple]]]:
     """By rank: what `train` and what `train_with_hooks` returned."""
-    ports = [free_port() for _ in range(len(LAYOUTS) * len(CASES) + 3)]
-    return run_ranks(train_all, 2, folder=folder, ports=ports)
+    return run_ranks(train_all, 2, folder=folder)
 
 
-def train(rank: int, world: int, folder: Path, ports: list[int]) -> list[tuple]:
+def train(rank: int, world: int, folder: Path) -> list[tuple]:
     from vime.backends.megatron.trainer import MegatronTrainer
 
     results = []
     turns = [(p, a) for p in LAYOUTS for a in CASES.values()]
-    for (parallel, algorithm), own_port in zip(turns, ports, strict=True):
+    for number, (parallel, algorithm) in enumerate(turns):
+        own_port = agree_on_port(folder, f"turn {number}", rank)
         cfg = config(folder, parallel, algorithm)
         trainer = MegatronTrainer(cfg, rank, world, rank, "127.0.0.1", own_port)
         metrics = trainer.train(build_train_batch(groups_of(folder), cfg, 0))
@@ -145,7 +139,7 @@ def test_a_sequences_ratio_does_not_care_which_ranks_hold_it(folder: Path, train
                 assert 0 < metrics["train/pg_clipfrac"] < 1
 
 
-def train_with_hooks(rank: int, world: int, folder: Path, ports: list[int]) -> list[tuple]:
+def train_with_hooks(rank: int, world: int, folder: Path) -> list[tuple]:
     """The plain run on two ranks, then users' functions that should not change it."""
     from vime.algorithms.hooks import TrainingHooks
     from vime.backends.megatron.trainer import MegatronTrainer
@@ -162,7 +156,8 @@ def train_with_hooks(rank: int, world: int, folder: Path, ports: list[int]) -> l
     hooks = TrainingHooks(loss=loss, advantage=advantage)
     results = []
     turns = (({}, None), ({"cp": 2}, hooks), ({"pp": 2}, hooks))
-    for (parallel, own), own_port in zip(turns, ports, strict=True):
+    for number, (parallel, own) in enumerate(turns):
+        own_port = agree_on_port(folder, f"turn {number} with hooks", rank)
         cfg = config(folder, parallel, {})
         trainer = MegatronTrainer(cfg, rank, world, rank, "127.0.0.1", own_port, hooks=own)
         metrics = trainer.train(build_train_batch(groups_of(folder), cfg, 0))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from parity import CASES, DENSE, Expected, apart, expected_of, train, write_models
-from ranks import free_port, run_ranks
+from ranks import run_ranks
 
 LAYOUTS = [case for case in CASES[2] if case.task == (DENSE, False)]
 NUM_GPUS = torch.cuda.device_count()
@@ -35,8 +35,7 @@ def found(folder: Path) -> list[list[dict[str, Any]]]:
     """By rank and case."""
     if NUM_GPUS < 2:
         pytest.skip("needs two GPUs")
-    ports = [free_port() for _ in LAYOUTS]
-    return run_ranks(train, 2, timeout_s=400, root=folder, cases=LAYOUTS, ports=ports)
+    return run_ranks(train, 2, timeout_s=400, root=folder, cases=LAYOUTS)
 
 
 @pytest.mark.parametrize("number", range(len(LAYOUTS)), ids=[str(c) for c in LAYOUTS])

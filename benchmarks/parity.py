@@ -4,7 +4,7 @@
     python benchmarks/parity.py --write    puts the table into docs/algorithms.md as well
 
 Two optimizer steps on tiny random models, float32, over 1, 2 and 4 gloo ranks, against one process
-in float64; what they do is in tests/cpu/parity.py. Some two minutes on two idle cores. Exit code 1
+in float64; what they do is in tests/cpu/parity.py. Some 80 s on two busy cores. Exit code 1
 when a figure is out of bounds.
 """
 

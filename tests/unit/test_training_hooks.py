@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from tests.unit.fake_engine import make_config
 from vime.algorithms.advantages import Estimator
-from vime.algorithms.hooks import TrainingHooks, user_loss
+from vime.algorithms.hooks import TrainingHooks, user_advantages, user_loss
 from vime.algorithms.policy import one_sequence
 from vime.config.view import ArgsView
 from vime.rollout.train_data import make_train_batch
@@ -92,6 +93,11 @@ def test_the_documents_examples_work():
         sequence_sum=one_sequence,
     )
     assert out.value_T.tolist() == [1.0, 2.0]
+    sequence = SimpleNamespace(reward=2.0, response_length=2)
+    half = [torch.tensor([0.5, 0.25]).log()]
+    hooks = TrainingHooks(advantage=made["advantage"])
+    [adv] = user_advantages(hooks, [sequence], half, None)
+    torch.testing.assert_close(adv, torch.tensor([1.0, 1.5]))
     registry: dict = {}
     exec(estimator_code, {"Tensor": Tensor, "Estimator": Estimator, "ESTIMATORS": registry})
     scores = registry["best_of_group"].baseline(torch.tensor([1.0, 3.0, 2.0]))

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from tests.unit.fake_engine import make_config, write_prompts, write_tokenizer
@@ -151,6 +152,18 @@ def test_the_chat_template_is_applied_once_and_tools_travel_in_the_metadata(hf, 
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps({"prompt": "q", "label": "1", "tools": [{"name": "calc"}]}))
     assert source.dataset.__class__(str(path), source.keys)[0].tools == [{"name": "calc"}]
+
+
+def test_a_buffered_sample_with_numpy_values_can_be_read_again(hf, tmp_path):
+    source = make_source(hf, tmp_path)
+    (group,) = source.get_samples(1)
+    group[0].reward, group[0].metadata["scores"] = np.float64(0.5), np.arange(2)
+    source.add_samples([group])
+    source.save(0)
+    again = make_source(hf, tmp_path)
+    again.load(0)
+    ((first, _),) = again.get_samples(1)
+    assert (first.reward, first.metadata["scores"]) == (0.5, [0, 1])
 
 
 def test_a_missing_or_damaged_state_is_refused(hf, tmp_path):

@@ -81,7 +81,7 @@ def test_numpy_values_become_plain_and_others_are_refused_by_name(tmp_path):
     (loaded,) = debug_data.load_rollout(path, 0).samples[0]
     assert (loaded.reward, loaded.metadata) == (0.5, {"a": [0, 1]})
     sample.metadata["tool"] = re.compile("x")
-    with pytest.raises(PluginError, match=r"metadata\['tool'\] of sample 12 is a Pattern"):
+    with pytest.raises(PluginError, match=r"sample 12\['metadata'\]\['tool'\] is a Pattern"):
         debug_data.save_rollout(path, 0, [[sample]], {})
 
 

@@ -17,6 +17,7 @@ import torch
 
 from vime.config import Config
 from vime.errors import CheckpointError
+from vime.rollout.plain import plain
 from vime.types import RolloutFnTrainOutput, Sample
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,10 @@ def ahead_path(root: str, rollout_id: int) -> Path:
 
 
 def save_ahead(cfg: Config, rollout_id: int, latest: Ahead | None) -> None:
-    """Writes `latest` with the checkpoint of `rollout_id`, whole or not; nothing if not ahead."""
+    """Writes `latest` with the checkpoint of `rollout_id`, whole or not; nothing if not ahead.
+
+    Raises PluginError when a sample holds what could not be read again.
+    """
     path = ahead_path(str(cfg.checkpoint.save), rollout_id)
     if latest is None or latest.rollout_id <= rollout_id:
         path.unlink(missing_ok=True)  # of an earlier attempt
@@ -54,7 +58,7 @@ def save_ahead(cfg: Config, rollout_id: int, latest: Ahead | None) -> None:
             },
             "data_state": latest.data_state,
         }
-        torch.save(content, file)
+        torch.save(plain(content, "--save: rollout ahead"), file)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)

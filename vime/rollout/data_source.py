@@ -15,6 +15,7 @@ from vime.config import Config
 from vime.data import chat
 from vime.data.datasets import DataKeys, PromptDataset, Row
 from vime.errors import CheckpointError, ConfigError, PluginError
+from vime.rollout.plain import plain
 from vime.rollout.plugins import BUFFER_FILTER, load_function
 from vime.types import Group, Sample, Status
 
@@ -200,15 +201,19 @@ class RolloutDataSourceWithBuffer:
         }
 
     def save(self, rollout_id: int, state: dict[str, Any] | None = None) -> None:
-        """Writes `state` (default: the present one) as of the end of `rollout_id`, whole or not."""
+        """Writes `state` (default: the present one) as of the end of `rollout_id`, whole or not.
+
+        Raises PluginError when a buffered sample holds what could not be read again.
+        """
         root = self.cfg.checkpoint.save
         if root is None:
             raise ConfigError("--save is not set, so the data source has nowhere to save to.")
         path = state_path(root, rollout_id)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}")
+        state = plain(self.state_dict() if state is None else state, "--save: data state")
         with part.open("wb") as file:
-            torch.save(self.state_dict() if state is None else state, file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

@@ -10,10 +10,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from vime.errors import ConfigError, PluginError
+from vime.errors import ConfigError
+from vime.rollout.plain import plain
 from vime.types import Group, RolloutFnEvalOutput, RolloutFnTrainOutput, Sample
 
 
@@ -40,23 +40,7 @@ def save_evaluation(path: str, rollout_id: int, output: RolloutFnEvalOutput) -> 
 
 
 def _plain(sample: Sample) -> dict[str, Any]:
-    """The sample as plain values; numpy's become Python's."""
-
-    def convert(value: Any, where: str) -> Any:
-        if isinstance(value, dict):
-            return {key: convert(v, f"{where}[{key!r}]") for key, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [convert(v, where) for v in value]
-        if isinstance(value, (np.generic, np.ndarray)):
-            return value.tolist()
-        if value is None or isinstance(value, (bool, int, float, str, bytes, torch.Tensor)):
-            return value
-        raise PluginError(
-            f"--save-debug-rollout-data: {where} of sample {sample.index} is a "
-            f"{type(value).__name__}. Keep numbers, text, lists, dicts and tensors in a sample."
-        )
-
-    return {name: convert(value, name) for name, value in sample.to_dict().items()}
+    return plain(sample.to_dict(), f"--save-debug-rollout-data: sample {sample.index}")
 
 
 def _write(path: Path, content: dict[str, Any]) -> Path:

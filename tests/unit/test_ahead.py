@@ -1,0 +1,65 @@
+"""A rollout generated ahead of training, through its file and back."""
+
+import re
+
+import numpy as np
+import pytest
+
+from tests.unit.fake_engine import make_config
+from vime.errors import CheckpointError, PluginError
+from vime.rollout.ahead import Ahead, ahead_path, load_ahead, save_ahead
+from vime.types import RolloutFnTrainOutput, Sample, Status
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    return make_config("none", checkpoint={"save": str(tmp_path)})
+
+
+def rollout(rollout_id: int, **fields) -> Ahead:
+    sample = Sample(index=9, tokens=[1, 2], response_length=1, status=Status.COMPLETED, **fields)
+    output = RolloutFnTrainOutput([[sample]], {"rollout/dropped": 2})
+    return Ahead(rollout_id, output, {"sample_offset": 4, "buffer": []})
+
+
+def test_what_was_generated_ahead_comes_back_with_the_checkpoint_before_it(cfg, tmp_path):
+    kept = rollout(6, reward=1.0, metadata={"turns": [1]})
+    save_ahead(cfg, 5, kept)
+    assert load_ahead(cfg, 5) == kept
+    assert load_ahead(cfg, 4) is None
+    assert [p.name for p in (tmp_path / "rollout").iterdir()] == ["ahead_of_5.pt"]
+
+
+@pytest.mark.parametrize("latest", [None, rollout(5)], ids=["none", "trained already"])
+def test_without_a_rollout_ahead_that_of_an_earlier_attempt_goes(cfg, latest):
+    save_ahead(cfg, 5, rollout(6))
+    save_ahead(cfg, 5, latest)
+    assert load_ahead(cfg, 5) is None
+    assert not ahead_path(cfg.checkpoint.save, 5).exists()
+
+
+def test_other_sampling_flags_have_it_generated_again(cfg, caplog):
+    save_ahead(cfg, 5, rollout(6))
+    warmer = make_config(
+        "none", checkpoint={"load": cfg.checkpoint.save}, rollout={"temperature": 2.0}
+    )
+    assert load_ahead(warmer, 5) is None
+    assert "other sampling flags" in caplog.text
+
+
+def test_a_damaged_file_is_named_with_its_remedy(cfg):
+    save_ahead(cfg, 5, rollout(6))
+    path = ahead_path(cfg.checkpoint.save, 5)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(path))} is damaged.*Delete it"):
+        load_ahead(cfg, 5)
+
+
+def test_numpy_rewards_come_back_plain_and_what_would_not_is_refused_before_the_commit(cfg):
+    save_ahead(cfg, 5, rollout(6, reward=np.float64(0.5)))
+    found = load_ahead(cfg, 5)
+    assert found is not None
+    assert found.output.samples[0][0].reward == 0.5
+    with pytest.raises(PluginError, match=r"--save: .*\['metadata'\]\['tool'\] is a Pattern"):
+        save_ahead(cfg, 5, rollout(6, metadata={"tool": re.compile("x")}))
+    assert load_ahead(cfg, 5) == found

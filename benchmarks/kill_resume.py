@@ -28,7 +28,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kill_resume_report import compare, write_figure, write_result, write_table
+from benchmarks.kill_resume_report import (
+    compare,
+    write_figure,
+    write_page,
+    write_result,
+    write_table,
+)
 from tests.cpu.launching import Job, alive, descendants
 
 LOOPS = {"sync": "train.py", "async": "train_async.py"}
@@ -60,7 +66,7 @@ def main() -> int:
     parser.add_argument(
         "--flags", nargs="*", default=[], help="further switches, such as async-save"
     )
-    parser.add_argument("--write", action="store_true", help="update docs/checkpoints.md, results")
+    parser.add_argument("--write", action="store_true", help="update docs/models.md, results")
     parser.add_argument("--folder", type=Path, help="keep everything here")
     given = parser.parse_args()
     root = given.folder or Path(tempfile.mkdtemp(prefix="vime-kills-"))
@@ -73,6 +79,7 @@ def main() -> int:
         if given.write:
             write_result(loop, kills, verdict)
             write_figure()
+            write_page()
     if not given.folder:
         shutil.rmtree(root)
     return int(not good)

@@ -14,12 +14,24 @@ from typing import IO, Any
 import torch
 
 from benchmarks.cpu_step import PACKAGES, cpu_name
+from benchmarks.tables import markdown, put
 from tests.cpu.launching import Job
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks/results/kill_resume.json"
 FIGURE = ROOT / "docs/kill_resume.svg"
 BOUND = 1e-5
+ROWS = {  # figure: how the page calls it
+    "rollouts": "rollouts in the end",
+    "rollouts_with_other_samples": "rollouts with other samples, or in another order",
+    "attempts_with_other_prompts": "attempts at a rollout with other prompts",
+    "samples_lost": "samples lost",
+    "samples_twice": "samples trained twice",
+    "steps_missing_or_twice": "lines of metrics missing or twice",
+    "loss": "largest difference of the loss",
+    "curves": "of KL, gradient norm, reward",
+    "weights": "of the final weights",
+}
 CURVES = ("train/loss", "train/kl_loss", "train/grad_norm", "rollout/raw_reward")
 
 
@@ -151,6 +163,25 @@ def write_result(loop: str, kills: list[Any], verdict: Verdict) -> None:
     others = json.loads(RESULT.read_text()) if RESULT.exists() else []
     figures += [f for f in others if not f["name"].startswith(mine)]
     RESULT.write_text(json.dumps(sorted(figures, key=lambda f: f["name"]), indent=1) + "\n")
+
+
+def write_page() -> None:
+    """What the result file holds of both loops, as a table in docs/models.md."""
+    found = {f["name"]: f for f in json.loads(RESULT.read_text())}
+    loops = [loop for loop in ("sync", "async") if f"kill_resume/{loop}/kills" in found]
+
+    def row(what: str, name: str) -> list[str]:
+        return [what, *(f"{found[f'kill_resume/{loop}/{name}']['value']:g}" for loop in loops)]
+
+    rows = [["", *({"sync": "`train.py`", "async": "`train_async.py`"}[loop] for loop in loops)]]
+    rows.append(row("kills", "kills"))
+    cut = [
+        sum(bool(k["unfinished"]) for k in found[f"kill_resume/{loop}/kills"]["kills"])
+        for loop in loops
+    ]
+    rows.append(["of them while a checkpoint was being written", *map(str, cut)])
+    rows += [row(words, name) for name, words in ROWS.items()]
+    put("models.md", "kills", markdown(rows))
 
 
 def write_figure() -> None:

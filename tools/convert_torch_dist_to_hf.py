@@ -3,6 +3,7 @@
     python tools/convert_torch_dist_to_hf.py --input-dir SAVE --output-dir OUT --origin-hf-dir HF
 
 `--input-dir` is a checkpoint folder (its latest iteration is taken) or one iter_* directory.
+Weights pass through one at a time, so that memory holds the largest of them, not the model.
 Config, tokenizer and the tensors' names, dtypes and files are those of --origin-hf-dir. Exit codes:
 2 for bad input, 1 when writing fails.
 """
@@ -36,23 +37,22 @@ def main() -> int:
     argv = ["--hf-checkpoint", given.origin_hf_dir, "--save", given.output_dir]
     cfg = hf.in_stored_dtype(parse_convert_config(argv, checks=[hf.check_model_args]))
 
-    from vime.backends.megatron import checkpoint  # Megatron takes seconds: after the checks
-    from vime.backends.megatron.model import build_model
+    from vime.backends.megatron.model import build_model  # takes seconds: after the checks
     from vime.backends.megatron.parallel import initialize_parallel, shutdown_parallel
+    from vime.backends.megatron.streaming import StoredWeights
 
     started = time.monotonic()
     initialize_parallel(cfg, rank=0, world_size=1)
     step = "reading"
     try:
         start = resolve(None, given.input_dir)
-        print(f"1/2 reading {start.folder} as {cfg.model.dtype}", flush=True)
-        chunks = build_model(cfg)
-        checkpoint.load_checkpoint(cfg, start, chunks)
-        step = "writing"
-        print(f"2/2 writing {output}", flush=True)
-        size = sum(p.nbytes for chunk in chunks for p in chunk.parameters())
-        with ByteBar("writing", size) as bar:
-            hf.save_hf(chunks, cfg, output, bar.add)
+        print(f"1/2 laying out the model, {cfg.model.dtype}", flush=True)
+        (chunk,) = build_model(cfg)
+        stored = StoredWeights(start, chunk)
+        step, size = "writing", sum(p.nbytes for p in chunk.parameters())
+        print(f"2/2 {start.folder} -> {output}, {size / 1e9:.2f} GB", flush=True)
+        with ByteBar("converting", size) as bar:
+            hf.save_hf([chunk], cfg, output, bar.add, stored.read)
     except CheckpointError as error:
         message = str(error).replace("--ref-load", "--input-dir")
         print(f"error while {step}: {message}", file=sys.stderr)

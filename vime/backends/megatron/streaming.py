@@ -1,24 +1,30 @@
-"""HF folder -> Megatron checkpoint, a weight at a time: memory holds one, not the model."""
+"""Checkpoints converted a weight at a time: memory holds one, not the model.
+
+Memory that was allocated and never written costs nothing, so the parameters of a model that nobody
+has touched serve: each is filled when its turn comes and freed after. They are empty in the end.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
-from vime.backends.megatron import checkpoint
+from vime.backends.megatron import checkpoint, torch_dist
 from vime.backends.megatron.hf.load import HFWeights, named_weights
 from vime.backends.megatron.hf.registry import model_args
+from vime.backends.megatron.model import unwrap
+from vime.backends.megatron.start import Start, check_manifest
+from vime.backends.megatron.stored_parts import StoredParts
 from vime.config import Config
 
 
 class Conversion:
-    """From --hf-checkpoint to a Megatron checkpoint, through chunks that nobody has touched.
+    """From --hf-checkpoint to a Megatron checkpoint, a weight at a time.
 
-    Memory that was allocated and never written costs nothing, so the model's own parameters serve:
-    each is filled right before it is written and freed after. They are empty in the end. Raises
-    CheckpointError where the folder does not fit the model.
+    Raises CheckpointError where the folder does not fit the model.
     """
 
     def __init__(self, cfg: Config, chunks: Sequence[nn.Module]) -> None:
@@ -67,6 +73,30 @@ class Conversion:
         if self.latest is not None:
             self.owners[self.latest][1].untyped_storage().resize_(0)
             self.latest = None
+
+
+class StoredWeights:
+    """A Megatron checkpoint's weights, read into the chunk a weight at a time, in one process.
+
+    Raises CheckpointError where the checkpoint is damaged or does not fit the model.
+    """
+
+    def __init__(self, start: Start, chunk: nn.Module) -> None:
+        torch_dist.check_files(start.folder)
+        check_manifest(start)
+        self.stored = StoredParts(start.folder)
+        self.wanted = unwrap(chunk).sharded_state_dict()
+        self.stored.check(self.wanted)
+        self.tensors = dict([*unwrap(chunk).named_parameters(), *unwrap(chunk).named_buffers()])
+        self.latest: Tensor | None = None  # the one weight with content
+
+    @torch.no_grad()
+    def read(self, name: str) -> None:
+        """Fills the weight of that name, and frees the one before. Each once."""
+        if self.latest is not None:
+            self.latest.untyped_storage().resize_(0)
+        self.latest = self.tensors[name]
+        self.stored.fill(self.wanted[name])
 
 
 def _memory_of(tensor: Tensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -18,11 +18,14 @@ from vime.backends.megatron.hf.registry import family_for, model_args
 from vime.config import Config
 
 
-def export_hf(chunks: Iterable[nn.Module], cfg: Config) -> Iterator[tuple[str, Tensor]]:
+def export_hf(
+    chunks: Iterable[nn.Module], cfg: Config, read: Callable[[str], None] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """(HF name, full tensor) of every weight, in the model's order, dtype and device.
 
     A collective: every rank iterates to the end, and every rank gets every tensor. A tensor may be
     a view of the live weights: use it before the next optimizer step. Padded vocabulary is cut off.
+    `read` gets the name of each weight right before it is used, and may then free those before it.
     """
     args = model_args(cfg)
     family = family_for(read_config(cfg.model.hf_checkpoint))
@@ -35,6 +38,8 @@ def export_hf(chunks: Iterable[nn.Module], cfg: Config) -> Iterator[tuple[str, T
         full = None
         part = ranks.tensor if weight.expert is None else ranks.expert_tensor
         if weight.mcore in mine:
+            if read is not None:
+                read(weight.mcore)
             full = unshard(weight.kind, _gather(mine[weight.mcore].detach(), weight, part), dims)
         shapes = hf_shapes(weight.kind, shard_shape, part.size, dims)
         if weight.expert is not None and ranks.pipeline.rank == stage:

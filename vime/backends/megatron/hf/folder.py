@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vime.backends.megatron.hf.export import export_hf
-from vime.backends.megatron.hf.files import INDEX, HFFiles
+from vime.backends.megatron.hf.files import INDEX, HFFiles, read_config
+from vime.backends.megatron.hf.registry import family_for, model_args
+from vime.backends.megatron.hf.tensor_file import TensorFile
 from vime.config import Config
 from vime.errors import CheckpointError
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _ONE_FILE = "model.safetensors"
 
 
@@ -28,49 +28,63 @@ def save_hf(
     cfg: Config,
     folder: str | Path,
     done: Callable[[int], None] = lambda num_bytes: None,
+    read: Callable[[str], None] | None = None,
 ) -> None:
     """Writes the weights, and --hf-checkpoint's config, tokenizer and other small files.
 
     A collective. Names, dtypes, files and metadata are those of --hf-checkpoint, so weights that
-    did not change come back with the same bytes. `done` gets each tensor's bytes. Rank 0 writes;
-    config.json appears last. Raises CheckpointError on every rank when the disk refuses.
+    did not change come back with the same bytes. `done` gets each tensor's bytes; `read` is
+    `export_hf`'s. Rank 0 writes, each tensor as it comes; config.json appears last. Raises
+    CheckpointError on every rank when the disk refuses.
     """
     writer = problem = None
-    for step in _steps(chunks, cfg):
-        if dist.get_rank() == 0 and problem is None:
-            try:
-                if writer is None:
-                    writer = _Writer(Path(cfg.model.hf_checkpoint), Path(folder))
-                writer.finish() if step is None else writer.add(*step)
-            except (OSError, SafetensorError) as error:
-                problem = (
-                    f"{folder}: cannot write the HF folder ({error}). It is incomplete. "
-                    "Free the disk or choose another folder."
-                )
-            except CheckpointError as error:
-                problem = f"{folder}: cannot write the HF folder: {error}"
-        if step is not None:
-            done(step[1].nbytes)
+    try:
+        for step in _steps(chunks, cfg, read):
+            if dist.get_rank() == 0 and problem is None:
+                try:
+                    if writer is None:
+                        writer = _Writer(Path(cfg.model.hf_checkpoint), Path(folder), _names(cfg))
+                    writer.finish() if step is None else writer.add(*step)
+                except (OSError, SafetensorError) as error:
+                    problem = (
+                        f"{folder}: cannot write the HF folder ({error}). It is incomplete. "
+                        "Free the disk or choose another folder."
+                    )
+                except CheckpointError as error:
+                    problem = f"{folder}: cannot write the HF folder: {error}"
+            if step is not None:
+                done(step[1].nbytes)
+    finally:
+        if writer is not None:
+            writer.abandon()
     verdict = [problem]
     dist.broadcast_object_list(verdict, src=0)
     if verdict[0]:
         raise CheckpointError(verdict[0])
 
 
-def _steps(chunks: Iterable[nn.Module], cfg: Config) -> Iterator[tuple[str, Tensor] | None]:
+def _steps(
+    chunks: Iterable[nn.Module], cfg: Config, read: Callable[[str], None] | None
+) -> Iterator[tuple[str, Tensor] | None]:
     """The tensors, then None for the end."""
-    yield from export_hf(chunks, cfg)
+    yield from export_hf(chunks, cfg, read)
     yield None
 
 
-class _Writer:
-    """Collects tensors until a file is complete, then writes it under its final name."""
+def _names(cfg: Config) -> set[str]:
+    """Every tensor that an export has."""
+    family = family_for(read_config(cfg.model.hf_checkpoint))
+    return {name for weight in family.weights(model_args(cfg)) for name in weight.hf}
 
-    def __init__(self, source: Path, target: Path) -> None:
-        self.source, self.target = source, target
-        self.has_weights = any(source.glob("*.safetensors"))
-        self.files = HFFiles(source) if self.has_weights else None
-        self.waiting: dict[str, dict[str, Tensor]] = {}
+
+class _Writer:
+    """Writes tensors as they come; a file gets its final name once it has all of them."""
+
+    def __init__(self, source: Path, target: Path, names: Set[str]) -> None:
+        self.source, self.target, self.names = source, target, names
+        self.files = HFFiles(source) if any(source.glob("*.safetensors")) else None
+        self.open: dict[str, TensorFile] = {}
+        self.held: dict[str, Tensor] = {}  # where the source has no weights to be laid out like
         self.written: dict[str, str] = {}
         self.num_bytes = self.num_parameters = 0
         if source.resolve() == target.resolve():
@@ -79,17 +93,24 @@ class _Writer:
         (target / "config.json").unlink(missing_ok=True)  # the folder is incomplete from here on
 
     def add(self, name: str, tensor: Tensor) -> None:
-        known = self.files is not None and name in self.files.file_of
-        file = self.files.file_of[name] if known else _ONE_FILE
-        dtype = _DTYPES.get(self.files.dtype(name), tensor.dtype) if known else tensor.dtype
-        held = self.waiting.setdefault(file, {})
-        held[name] = tensor.detach().to("cpu", dtype, copy=True)
-        if known and len(held) == self._size(file):
-            self._write(file)
+        self.num_parameters += tensor.numel()
+        if self.files is None:
+            self.held[name] = tensor.detach().to("cpu", copy=True)
+            return
+        if name not in self.files.file_of:
+            raise CheckpointError(f"{self.source} holds no tensor {name}: it is another model's.")
+        file = self.files.file_of[name]
+        if file not in self.open:
+            self.open[file] = TensorFile(self.target / file, self.source / file, self.names)
+        self.num_bytes += self.open[file].add(name, tensor)
+        self.written[name] = file
+        if not self.open[file].missing:
+            self.open.pop(file).close()
 
     def finish(self) -> None:
-        for file in list(self.waiting):
-            self._write(file)
+        if self.held:
+            self._write_held()
+        assert not self.open, f"incomplete: {sorted(self.open)}"
         if len(set(self.written.values())) > 1:
             self._write_index()
         for path in sorted(self.source.iterdir(), key=lambda p: p.name == "config.json"):
@@ -97,23 +118,19 @@ class _Writer:
             if path.is_file() and not weights:
                 shutil.copyfile(path, self.target / path.name)
 
-    def _size(self, file: str) -> int:
-        assert self.files is not None
-        return sum(f == file for f in self.files.file_of.values())
+    def abandon(self) -> None:
+        """Deletes what is incomplete."""
+        for file in self.open.values():
+            file.abandon()
 
-    def _write(self, file: str) -> None:
-        tensors = self.waiting.pop(file)
-        metadata = (self.files.metadata(file) if self.files else None) or {"format": "pt"}
-        partial = self.target / f".{file}.partial"
+    def _write_held(self) -> None:
+        partial = self.target / f".{_ONE_FILE}.partial"
         try:
-            save_file(tensors, partial, metadata=metadata)
+            save_file(self.held, partial, metadata={"format": "pt"})
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        os.replace(partial, self.target / file)
-        self.written |= dict.fromkeys(tensors, file)
-        self.num_bytes += sum(t.nbytes for t in tensors.values())
-        self.num_parameters += sum(t.numel() for t in tensors.values())
+        os.replace(partial, self.target / _ONE_FILE)
 
     def _write_index(self) -> None:
         index = {

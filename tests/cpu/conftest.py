@@ -35,9 +35,16 @@ def tied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def untied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.cpu.tiny import write_tiny_hf
+    """A tiny random Moonlight of dense layers: latent attention, an output layer of its own."""
+    from scripts.quickstart.model import make_tokenizer
+    from tests.cpu.live_families import shape_for_engine
+    from tests.cpu.model_families import make_model
 
-    return write_tiny_hf(tmp_path_factory.mktemp("untied"), tied=False, head_dim=HEAD_DIM)
+    folder, shape = tmp_path_factory.mktemp("untied"), shape_for_engine("Moonlight")
+    shape |= {"first_k_dense_replace": 2, "max_position_embeddings": 512}
+    make_model(folder, "Moonlight", **shape)
+    make_tokenizer().save_pretrained(folder)  # vLLM wants one, whatever it says
+    return folder
 
 
 @pytest.fixture(scope="session")

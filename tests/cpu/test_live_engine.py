@@ -20,7 +20,7 @@ TEMPERATURE = 0.7
 PROMPT = [5, 17, 23, 42, 8, 61]
 
 
-@pytest.fixture(params=["tied_engine", "untied_engine"], ids=["tied-shm", "untied-gloo"])
+@pytest.fixture(params=["tied_engine", "untied_engine"], ids=["tied-shm", "latent-gloo"])
 def live(request):
     return request.getfixturevalue(request.param)
 
@@ -49,9 +49,9 @@ def hf_log_probs(model, tokens: list[int], choice: dict) -> torch.Tensor:
 
 def new_weights(hf_dir: Path, seed: int):
     """The checkpoint's model with every weight moved, and its tensors as a trainer exports them."""
-    from transformers import Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = Qwen3ForCausalLM.from_pretrained(hf_dir).float().eval()
+    model = AutoModelForCausalLM.from_pretrained(hf_dir).float().eval()
     torch.manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():

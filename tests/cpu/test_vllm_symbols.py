@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.cpu.tiny import make_config
 from vime.backends.vllm.flags import CPU_HEAD_SIZES, check_vllm_flags
@@ -71,6 +72,17 @@ def test_layerwise_reload_and_the_cpu_repack_are_there():
     assert "remove_weight" in inspect.signature(dispatch_cpu_unquantized_gemm).parameters
 
 
+def test_a_reload_ends_by_deriving_the_weights_of_latent_attention_anew():
+    """W_UK_T and W_UV, products of kv_b_proj: `finish_weight_update` does not ask for them."""
+    from vllm.model_executor.layers.attention import MLAAttention
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    assert "kv_b_proj" in inspect.getsource(MLAAttention.process_weights_after_loading)
+    assert "process_weights_after_loading(" in inspect.getsource(
+        layerwise._finalize_attention_layer
+    )
+
+
 def test_moe_experts_can_be_packed_again():
     import importlib
 
@@ -93,6 +105,30 @@ def test_the_cpu_runner_rewinds_generators_where_we_keep_them():
     assert callable(CPUModelRunner._sample)
     assert "set_offset" in inspect.getsource(CPUModelRunner._bookkeeping_sync)
     assert "discard_request_mask" in inspect.getsource(CPUModelRunner._bookkeeping_sync)
+
+
+def test_the_cpu_rotates_queries_of_three_dimensions_wrongly_where_we_do_it_rightly():
+    """The last line fails when vLLM does it right: `rotate_every_head` can go then."""
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    from vime.backends.vllm.plugin import rotate_every_head
+
+    query, positions = torch.randn(5, 3, 8), torch.arange(5)
+    rotary = RotaryEmbedding.__new__(RotaryEmbedding)
+    torch.nn.Module.__init__(rotary)
+    rotary.head_size = rotary.rotary_dim = 8
+    rotary.is_neox_style, rotary.base, rotary.max_position_embeddings = False, 1e4, 16
+    rotary.cos_sin_cache = RotaryEmbedding._compute_cos_sin_cache(rotary)
+    wanted, _ = rotary.forward_native(positions, query.clone(), query[:, :1].clone())
+
+    class Ours(RotaryEmbedding):
+        pass
+
+    rotate_every_head(Ours)
+    found, _ = Ours.forward_cpu(rotary, positions, query.clone(), query[:, :1].clone())
+    torch.testing.assert_close(found, wanted)
+    theirs, _ = RotaryEmbedding.forward_cpu(rotary, positions, query.clone(), query[:, :1].clone())
+    assert not torch.allclose(theirs, wanted)
 
 
 def test_the_cpu_head_sizes_are_those_of_vllm():

@@ -14,6 +14,8 @@ SERVED_BY_VIME = "VIME_ENGINE"  # set in the environment of the servers that vim
 FORK_ENGINE_CORE = "VIME_FORK_ENGINE_CORE"  # CPU, one worker: fork EngineCore instead of spawning
 SEEDS_ON_CPU = "VIME_SEEDS_ON_CPU"  # CPU: let a seeded request's prompt be split over steps
 
+ROTARY_ON_CPU = "VIME_ROTARY_ON_CPU"  # CPU: rotate all heads of latent attention
+
 TRANSFER_ENGINES = {
     "vime_shm": "SharedMemoryEngine",
     "vime_gloo": "GlooEngine",
@@ -38,6 +40,10 @@ def register() -> None:
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
         keep_seeds_of_split_prompts(CPUModelRunner)
+    if os.environ.get(ROTARY_ON_CPU):
+        from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+        rotate_every_head(RotaryEmbedding)
 
 
 def fork_engine_core() -> None:
@@ -90,3 +96,22 @@ def keep_seeds_of_split_prompts(runner: type) -> None:
     runner._sample = sample_finished_prompts
     runner._bookkeeping_sync = keep_books_and_generators
     runner.keeps_seeds = True
+
+
+def rotate_every_head(rotary: type) -> None:
+    """Let latent attention on CPU rotate its queries by vLLM's own PyTorch code.
+
+    It passes queries as [tokens, heads, channels]. The compiled function of vLLM 0.32 is right for
+    [tokens, heads x channels] alone, which all other models pass: answers of Moonlight were noise.
+    tests/cpu/test_vllm_symbols.py fails once it is right for both; this can go then.
+    """
+    if getattr(rotary, "rotates_every_head", False) or not hasattr(rotary, "forward_native"):
+        return
+    compiled = rotary.forward_cpu
+
+    def forward_cpu(self, positions, query, key=None):
+        forward = compiled if query.dim() == 2 else type(self).forward_native
+        return forward(self, positions, query, key)
+
+    rotary.forward_cpu = forward_cpu
+    rotary.rotates_every_head = True

@@ -68,8 +68,12 @@ class ReloadingEngine(WeightTransferEngine):
     def start_weight_update(self) -> None:
         self.loaded: set[str] = set()
         self.in_place = self.device.type == "cuda" and keeps_plain_weights(self.model)
+        self.wanted = parameter_names(self.model)
         if not self.in_place:
             initialize_layerwise_reload(self.model)
+            # The model now has what it was built with, and nothing that vLLM derived from it, such
+            # as the W_UK_T of latent attention: finishing makes that anew. (Nor is anything tied.)
+            self.wanted &= parameter_names(self.model)
 
     def update_weights(self, update_info: dict) -> None:
         try:
@@ -87,7 +91,7 @@ class ReloadingEngine(WeightTransferEngine):
     def finish_weight_update(self) -> None:
         self._settle()
         loaded, self.loaded = self.loaded, set()  # the clean-up after a refusal has nothing to add
-        missing = {name for name, _ in self.model.named_parameters()} - loaded
+        missing = self.wanted - loaded
         if missing and loaded and self.model_config.quantization is None:
             raise RuntimeError(f"this update left old weights in {sorted(missing)[:8]}")
 
@@ -188,6 +192,10 @@ class CudaIpcEngine(ReloadingEngine):
     def finish_weight_update(self) -> None:
         self.slots = {}  # the trainer frees its buffers once nobody maps them
         super().finish_weight_update()
+
+
+def parameter_names(model: torch.nn.Module) -> set[str]:
+    return {name for name, _ in model.named_parameters()}
 
 
 def keeps_plain_weights(model: torch.nn.Module) -> bool:

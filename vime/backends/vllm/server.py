@@ -90,6 +90,7 @@ def environment(cfg: Config, slots: list[int], *, dialect: Dialect, on: Platform
     env["VLLM_CPU_CI_ENV"] = "1"  # no warm-up
     env["TORCHDYNAMO_DISABLE"] = "1"
     env[plugin.SEEDS_ON_CPU] = "1"
+    env[plugin.ROTARY_ON_CPU] = "1"
     env["OMP_NUM_THREADS"] = str(cpu_threads(cfg))
     if not dialect.kv_cache_bytes_flag:
         env["VLLM_CPU_KVCACHE_SPACE"] = str(-(-cpu_kv_cache_bytes(cfg) // GIB))

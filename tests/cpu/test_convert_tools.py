@@ -27,9 +27,12 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_there_and_back_gives_the_same_file(tmp_path: Path) -> None:
+    """Two tensor parallel ranks there, whose shards and padding one process reads back."""
     source = write_tiny_hf(tmp_path / "hf", tied=True, dtype="bfloat16")
     made, back = tmp_path / "megatron", tmp_path / "back"
-    there = run(TO_MEGATRON, *MODEL_ARGS, "--hf-checkpoint", source, "--save", made)
+    two_ranks = ("-m", "torch.distributed.run", "--nproc-per-node", "2", TO_MEGATRON)
+    flags = (*MODEL_ARGS, "--tensor-model-parallel-size", "2")
+    there = run(*two_ranks, *flags, "--hf-checkpoint", source, "--save", made)
     assert there.returncode == 0, there.stderr
     assert (made / "latest_checkpointed_iteration.txt").read_text() == "release"
     paths = ("--input-dir", made, "--output-dir", back, "--origin-hf-dir", source)

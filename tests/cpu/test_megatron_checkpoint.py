@@ -232,11 +232,18 @@ def one_rank(rank: int, world: int, port: int, folder: Path, out: str) -> dict[s
     wider = write_tiny_hf(f"{out}/wider", tied=True, intermediate_size=160)
     bigger = Trainee.__new__(Trainee)
     from vime.backends.megatron.model import build_model
+    from vime.backends.megatron.streaming import StoredWeights
 
     bigger.cfg = make_config(wider)
     start = checkpoint.resolve(converted)
     seen["other model"] = failure(
         lambda: checkpoint.load_checkpoint(bigger.cfg, start, build_model(bigger.cfg))
+    )
+    seen["other model, streamed"] = failure(
+        lambda: StoredWeights(start, build_model(bigger.cfg)[0])
+    )
+    seen["other model's files"] = failure(
+        lambda: hf.load_hf_weights(build_model(bigger.cfg), folder, bigger.cfg)
     )
     half = make_config(folder, model={"dtype": "bfloat16"})
     chunks = build_model(half)
@@ -360,6 +367,8 @@ def test_a_checkpoint_is_whole_or_its_error_names_the_file(folder: Path, tmp_pat
         "gone": ("iter_0000000, which does not exist", "iter_0000001"),
         "garbled": ("latest_checkpointed_iteration.txt holds 'soon'",),
         "other model": ("release", "config.json"),
+        "other model, streamed": ("linear_fc", "stored as", "config.json"),
+        "other model's files": ("model.safetensors", "[128, 64]", "[160, 64]", "config.json"),
     }.items():
         for word in words:
             assert word in seen[name], (name, seen[name])

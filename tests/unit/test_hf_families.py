@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from vime.backends.megatron import hf
 from vime.backends.megatron.hf.family import Kind, layer_pattern
+from vime.backends.megatron.hf.files import HFFiles
 from vime.backends.megatron.hf.layout import Dims, hf_shapes, shard, unshard
 from vime.backends.megatron.start import (
     TRACKER,
@@ -170,6 +171,31 @@ def test_missing_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(CheckpointError, match="cannot be read"):
         hf.load_hf_weights([], tmp_path, cfg)
+
+
+def test_shards_that_are_cut_off_missing_or_lack_a_tensor_are_named(tmp_path: Path) -> None:
+    first, second = (tmp_path / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    save_file({"a": torch.zeros(64)}, first)
+    save_file({"b": torch.zeros(64)}, second)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": first.name, "b": second.name}}))
+    assert HFFiles(tmp_path).file_of == {"a": first.name, "b": second.name}
+
+    def refused() -> str:
+        with pytest.raises(CheckpointError) as error:
+            HFFiles(tmp_path)
+        return str(error.value)
+
+    whole = second.read_bytes()
+    second.write_bytes(whole[:-1])
+    assert f"{second} cannot be read" in refused()
+    assert "Download it again" in refused()
+    second.unlink()
+    assert f"{second} is missing, but model.safetensors.index.json names it" in refused()
+    save_file({"c": torch.zeros(64)}, second)
+    assert f"{second} lacks tensor b, which model.safetensors.index.json promises" in refused()
+    index.write_text("{}")
+    assert f"{index} is damaged" in refused()
 
 
 def test_a_run_starts_from_the_first_folder_that_holds_weights(tmp_path: Path) -> None:

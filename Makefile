@@ -5,10 +5,10 @@ PYTHON := $(VENV)/bin/python
 SEED ?= 0
 TESTS ?= tests/unit tests/cpu tests/gpu
 
-.PHONY: $(shell grep -oE '^[a-z-]+:' $(firstword $(MAKEFILE_LIST)) | tr -d :)
+.PHONY: $(shell grep -oE '^[a-z0-9-]+:' $(firstword $(MAKEFILE_LIST)) | tr -d :)
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
 
 install:  ## make .venv from requirements/cpu.txt, with a GPU gpu.txt (does nothing when it is there)
 	@VENV=$(VENV) scripts/install.sh

@@ -63,6 +63,7 @@ def every_case(rank: int, world: int, port: int, folder: Path, out: str) -> None
         the_reference_follows_the_actor,
         users_functions_take_part,
         a_resumed_run_takes_the_same_steps,
+        a_critic_learns_first_then_beside_the_actor_and_resumes,
         warm_up_wastes_no_step,
         norms_do_not_decay,
     ):
@@ -151,7 +152,7 @@ def sft_learns_the_demonstrations(trainer: Any, out: Path) -> None:
 
 
 def what_is_not_finite_changes_nothing(trainer: Any, out: Path) -> None:
-    from vime.backends.megatron.trainer import MAX_SKIPPED_STEPS
+    from vime.backends.megatron.update import MAX_SKIPPED_STEPS
 
     t = trainer()
     batch = batch_of(t)
@@ -311,6 +312,39 @@ def a_resumed_run_takes_the_same_steps(trainer: Any, out: Path) -> None:
     t.close()
     t = trainer(checkpoint={"load": str(out / "run")}, optimizer={"lr": 7e-4})
     assert t.train(batch_of(t))["train/lr"] == pytest.approx(7e-4)  # a flag wins over the past
+    t.close()
+
+
+def a_critic_learns_first_then_beside_the_actor_and_resumes(trainer: Any, out: Path) -> None:
+    ppo = {"advantage_estimator": "ppo", "num_critic_only_steps": 4}
+    rates = {"lr": 1e-3, "critic_lr": 3e-3, "critic_lr_warmup_iters": 2}
+    t = trainer(algorithm=ppo, optimizer=rates, checkpoint={"save": str(out / "ppo")})
+    before = named_weights(t)
+    alone = [t.train(batch_of(t, rollout_id=i)) for i in range(4)]
+    assert all(torch.equal(w, before[n]) for n, w in named_weights(t).items())
+    assert [m["train/critic_lr"] for m in alone] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3])
+    assert alone[0]["rollout/values"] == alone[0]["rollout/value_explained_variance"] == 0
+    assert alone[0]["train/value_loss"] == pytest.approx(0.25)  # half of the reward's mean square
+    assert alone[3]["train/value_loss"] < 0.9 * alone[0]["train/value_loss"]
+    assert alone[3]["rollout/log_probs"] == pytest.approx(alone[0]["rollout/log_probs"])
+    assert "train/loss" not in alone[0]
+    assert "perf/actor_train_tok_per_s" not in alone[0]
+    both = t.train(batch_of(t, rollout_id=4))
+    assert both["train/grad_norm"] > 0
+    assert both["train/critic_grad_norm"] > 0
+    assert both["train/lr"] == 1e-3
+    t.save(4)
+    straight = t.train(batch_of(t, rollout_id=5))
+    expected = named_weights(t)
+    t.close()
+    t = trainer(algorithm=ppo, optimizer=rates, checkpoint={"load": str(out / "ppo")})
+    resumed = t.train(batch_of(t, rollout_id=t.start_rollout_id))
+    same = [n for n in straight if not n.startswith("perf/")]
+    assert {n: resumed[n] for n in same} == {n: straight[n] for n in same}
+    assert all(torch.equal(w, expected[n]) for n, w in named_weights(t).items())
+    t.close()
+    t = trainer(checkpoint={"load": str(out / "ppo")})  # another estimator needs no critic
+    assert t.start_rollout_id == 5
     t.close()
 
 

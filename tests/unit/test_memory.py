@@ -91,6 +91,14 @@ def test_a_step_of_the_founding_recipe(tmp_path):
     assert peak == pytest.approx(sum(found.values()))
 
 
+def test_a_critic_is_the_model_again_with_a_value_in_place_of_logits(tmp_path):
+    """Tied, on one stage: the same parameters and the head's 2560."""
+    found = bytes_of(tmp_path, advantage_estimator="ppo")
+    actor = found["weights"] + found["gradients"] + found["optimizer"]
+    critic = found["critic"] + found["its gradients"]
+    assert critic == pytest.approx(actor + 2560 * (2 + 4 + 12))
+
+
 def test_the_distributed_optimizer_is_a_share(tmp_path):
     whole = bytes_of(tmp_path)
     shared = bytes_of(tmp_path, use_distributed_optimizer=None)

@@ -81,6 +81,7 @@ class Estimator:
     whiten        always whiten over the step, as under --normalize-advantages
     policy_loss   of one token
     sequence_ratio  every token has its sequence's ratio (`policy.sequence_ratio`)
+    critic        a value model judges each token (`critic.generalized_advantages`); no `spread`
     """
 
     baseline: Baseline
@@ -89,6 +90,7 @@ class Estimator:
     whiten: bool = False
     policy_loss: PolicyLoss = clipped_policy_loss
     sequence_ratio: bool = False
+    critic: bool = False
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -101,6 +103,7 @@ ESTIMATORS: dict[str, Estimator] = {
     # REINFORCE++ (arXiv:2501.03262), without and with a group baseline
     "reinforce_plus_plus": Estimator(no_baseline, no_baseline, discounted_returns, whiten=True),
     "reinforce_plus_plus_baseline": Estimator(centred_baseline, centred_baseline, whiten=True),
+    "ppo": Estimator(no_baseline, no_baseline, critic=True),  # PPO (arXiv:1707.06347)
 }
 
 

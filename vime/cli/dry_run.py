@@ -165,7 +165,7 @@ def _engine(cfg: Config, shape: Shape, num_bytes: int) -> Iterator[str]:
 def _sharing(cfg: Config, shape: Shape, num_bytes: int) -> Iterator[str]:
     held = trainer_memory(cfg, shape, num_bytes).held
     if cfg.cluster.offload_train:
-        state = total([p for p in held if p.name != "gradients"]) / GIB
+        state = total([p for p in held if not p.name.endswith("gradients")]) / GIB
         yield (
             f"While engines generate, the trainer's weights and optimizer wait in host memory: "
             f"{state:.3f} GiB, pinned, for each GPU."

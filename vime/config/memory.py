@@ -89,6 +89,9 @@ class _Stage:
         layers = self.dense * shape.dense_layer + sparse * shape.expert_layer
         dense = (ends * shape.matrix + layers) / self.p.tp + self.is_last * shape.hidden
         routed = sparse * shape.routed / (self.p.ep * self.p.etp)
+        # a critic has the embedding, and a value in place of the output matrix
+        self.critic = (self.is_first * shape.matrix + layers) / self.p.tp + routed
+        self.critic += self.is_last * 2 * shape.hidden
         self.parameters = dense + routed
         self.optimized = self.parameters  # those whose optimizer state is here
         if self.p.use_distributed_optimizer:
@@ -109,6 +112,11 @@ class _Stage:
             state, counted = state + 4, f"{counted} + 4 for float32 weights"
         shards = f", of {self.optimized:,.0f}" if self.optimized < here else ""
         yield Part("optimizer", self.optimized * state, f"P x ({counted}){shards}")
+        if self.cfg.algorithm.needs_critic:
+            each = b + state * self.optimized / here
+            counted = f"C = {self.critic:,.0f} parameters x {each:.3g} for weights and optimizer"
+            yield Part("critic", self.critic * each, counted)
+            yield Part("its gradients", self.critic * gradient, f"C x {gradient}")
 
     def _phases(self) -> Iterator[tuple[str, list[Part]]]:
         kept, one_unit, counted = self._activations()

@@ -190,6 +190,24 @@ def overlong_buffer_fits(cfg: Config) -> Iterator[str]:
         )
 
 
+def the_critic_has_a_part(cfg: Config) -> Iterator[str]:
+    a, o, total = cfg.algorithm, cfg.optimizer, cfg.batch.num_rollout
+    if a.needs_critic and total is not None and a.num_critic_only_steps >= total:
+        yield (
+            f"--num-critic-only-steps {a.num_critic_only_steps} leaves nothing of --num-rollout "
+            f"{total} to train the actor. Lower the first, or raise the second."
+        )
+    for name, value in (
+        ("--critic-lr", o.critic_lr),
+        ("--critic-lr-warmup-iters", o.critic_lr_warmup_iters),
+    ):
+        if value is not None and not a.needs_critic:
+            yield (
+                f"{name} {value} has no effect without a critic. Add --advantage-estimator ppo, or "
+                "leave it out."
+            )
+
+
 def loss_and_rollout_agree(cfg: Config) -> Iterator[str]:
     function, loss = cfg.rollout.function_path, cfg.algorithm.loss_type
     if loss == "sft_loss" and function == VLLM_ROLLOUT:
@@ -235,6 +253,7 @@ RULES: tuple[Rule, ...] = (
     overlong_buffer_fits,
     balance_knows_the_model,
     reference_is_in_every_checkpoint,
+    the_critic_has_a_part,
     loss_and_rollout_agree,
 )
 

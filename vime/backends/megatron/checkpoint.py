@@ -50,6 +50,7 @@ __all__ = [
     "save_checkpoint",
 ]
 
+_CRITIC = "critic"  # its entry; every key of its tensors has this in front
 _STATE = "vime"  # our own entry of the common state: layout and the caller's extra values
 
 
@@ -62,6 +63,7 @@ def save_checkpoint(
     scheduler: Any = None,
     extra: dict[str, Any] | None = None,
     *,
+    critic: Any = None,
     commit: bool = True,
     background: BackgroundSaves | None = None,
     fill: Callable[[Tensor], None] | None = None,
@@ -70,6 +72,7 @@ def save_checkpoint(
 
     iteration  the rollout just trained; None writes `release/`: weights alone
     optimizer  left out when None (--no-save-optim)
+    critic     a `Critic`, saved beside the actor; its optimizer as the actor's
     extra      JSON-able values that `load_checkpoint` gives back; the same on every rank
     background copies the state, returns, and writes and commits while training goes on
     fill       called with each tensor, or part of one, right before it is written
@@ -92,6 +95,8 @@ def save_checkpoint(
     with _named(refused):
         with_rng = iteration is not None
         state = _sharded_state(chunks, optimizer, scheduler, with_rng=with_rng, loading=False)
+        if critic is not None:
+            state[_CRITIC] = _critic_state(critic, optimizer is not None, loading=False)
         state |= {
             "args": Namespace(**_arguments(cfg)),
             "checkpoint_version": 3.0,
@@ -101,6 +106,7 @@ def save_checkpoint(
                 "optimizer": optimizer is not None,
                 "scheduler": scheduler is not None,
                 "rng": with_rng,
+                "critic": critic is not None,
                 "extra": json.dumps(extra or {}),
             },
         }
@@ -181,6 +187,49 @@ def load_checkpoint(
 
             restore_rng_state(state["rng_state"])
     return json.loads(saved.get("extra", "{}"))
+
+
+def load_critic(cfg: Config, start: Start, critic: Any) -> bool:
+    """Fills a `Critic` from a checkpoint that resumes and has one. A collective.
+
+    Otherwise it stays as it is and the answer is False. Raises CheckpointError on every rank.
+    """
+    if not start.resume or start.is_hf:
+        return False
+    from megatron.core import dist_checkpointing
+
+    from vime.backends.megatron import torch_dist
+
+    with _agreed(f"{start.folder / 'common.pt'} is damaged"):
+        common = dist_checkpointing.load_common_state_dict(str(start.folder))
+    saved = common.get(_STATE, {})
+    if not saved.get("critic"):
+        return False
+    with_optimizer = cfg.checkpoint.load_optim and saved["optimizer"]
+    with _named(f"{start.folder}: cannot load the critic; choose another with --ckpt-step"):
+        wanted = {_CRITIC: _critic_state(critic, with_optimizer, loading=True)}
+        state = torch_dist.load(wanted, start.folder)[_CRITIC]
+        for key, chunk in _keyed(critic.chunks):
+            chunk.load_state_dict(state[key])
+        if with_optimizer:
+            critic.optimizer.load_state_dict(state["optimizer"])
+            compat.allocate_optimizer_state(critic.optimizer)
+        else:
+            critic.optimizer.reload_model_params()
+        critic.scheduler.num_steps = 0  # Megatron adds the saved ones to it
+        critic.scheduler.load_state_dict(state["opt_param_scheduler"])
+    return True
+
+
+def _critic_state(critic: Any, with_optimizer: bool, *, loading: bool) -> dict[str, Any]:
+    from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+
+    optimizer = critic.optimizer if with_optimizer else None
+    state = _sharded_state(
+        critic.chunks, optimizer, critic.scheduler, with_rng=False, loading=loading
+    )
+    add_prefix_for_sharding(state, f"{_CRITIC}.")
+    return state
 
 
 def _keyed(chunks: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:

@@ -22,6 +22,7 @@ from vime.backends.megatron.freeze import freeze_parameters
 from vime.backends.megatron.hf import model_args
 from vime.backends.megatron.kernels import chosen
 from vime.backends.megatron.layer_spec import decoder_spec
+from vime.backends.megatron.value_head import ValueHead
 from vime.config import Config
 
 # Modules whose weight is cut over tensor parallel ranks, and the axis of the cut.
@@ -35,9 +36,10 @@ _SHARDED: dict[type[nn.Module], int] = {
 _RENAMED = {"num_experts": "num_moe_experts", "norm_epsilon": "layernorm_epsilon"}
 
 
-def build_model(cfg: Config) -> list[GPTModel]:
+def build_model(cfg: Config, *, critic: bool = False) -> list[GPTModel]:
     """This rank's chunks, in --dtype, on this rank's device. Weights are uninitialised: load them.
 
+    critic  gives values in place of logits, from a float32 head that starts at zero
     Needs `initialize_parallel`. Raises ConfigError on an unknown family, or where a pattern of
     --freeze-params-name-list matches nothing. A collective.
     """
@@ -56,7 +58,9 @@ def build_model(cfg: Config) -> list[GPTModel]:
             pre_process=mpu.is_pipeline_first_stage(**where),
             post_process=mpu.is_pipeline_last_stage(**where),
             parallel_output=True,
-            share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
+            share_embeddings_and_output_weights=not (
+                critic or args["untie_embeddings_and_output_weights"]
+            ),
             position_embedding_type="rope",
             rotary_percent=args["rotary_percent"],
             rotary_base=args["rotary_base"],
@@ -64,9 +68,12 @@ def build_model(cfg: Config) -> list[GPTModel]:
         )
         if args.get("use_rope_scaling"):
             _scale_rope(chunk, args)
+        if critic and chunk.post_process:
+            chunk.output_layer = ValueHead(config)
         _mark_shards(chunk)
         _mark_experts(chunk)
-        _hide_padded_vocab(chunk, args["vocab_size"])
+        if not critic:
+            _hide_padded_vocab(chunk, args["vocab_size"])
         here = platform.current()
         chunks.append(chunk.cuda() if here.is_cuda else chunk)
     freeze_parameters(chunks, args, cfg)

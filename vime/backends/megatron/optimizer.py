@@ -97,12 +97,16 @@ def apply_flags_again(cfg: Config, optimizer: Any, scheduler: OptimizerParamSche
 
 
 def total_steps(cfg: Config) -> int | None:
-    """Optimizer steps of the run; None where only the data can tell (--num-epoch)."""
+    """Optimizer steps of the model (actor or critic, by `cfg`) in this run.
+
+    None where only the data can tell (--num-epoch).
+    """
     if cfg.optimizer.lr_decay_iters is not None:
         return cfg.optimizer.lr_decay_iters
     if cfg.batch.num_rollout is None:
         return None
-    return cfg.batch.num_rollout * cfg.batch.steps_per_rollout
+    rollouts = cfg.batch.num_rollout - cfg.algorithm.num_critic_only_steps
+    return rollouts * cfg.batch.steps_per_rollout
 
 
 def _scheduler(cfg: Config, optimizer: Any) -> OptimizerParamScheduler:

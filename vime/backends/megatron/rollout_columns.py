@@ -10,6 +10,7 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from vime.algorithms.advantages import ESTIMATORS, same_for_every_token, whiten
+from vime.algorithms.critic import generalized_advantages
 from vime.algorithms.hooks import TrainingHooks, user_advantages
 from vime.algorithms.kl import kl_estimate
 from vime.backends.megatron.layout import MicroBatch, lay_out, token_table
@@ -57,6 +58,8 @@ class RolloutColumns:
             self.own_logp_N = self.table.column()
         self.mismatch_metrics = cfg.algorithm.mismatch_metrics
         self.ref_logp_N: Tensor | None = None
+        self.value_N: Tensor | None = None  # of a critic, before the rollout's first step
+        self.return_N: Tensor | None = None  # what the critic learns
         self.adv_N = self.table.column()
         self.laid_out: dict[int, list[MicroBatch]] = {}
         self.owned_N = self.table.column()
@@ -90,6 +93,8 @@ class RolloutColumns:
             penalty_N = cfg.kl_coef * kl_N * table.mask_N
         if hooks is not None and hooks.advantage is not None:
             adv_N = self._users_advantages(hooks)
+        elif estimator.critic:
+            adv_N = self._generalized(penalty_N, cfg)
         elif estimator.spread is same_for_every_token:
             adv_N = estimator.spread(table.score_N, penalty_N, cfg.gamma)
         else:
@@ -105,6 +110,28 @@ class RolloutColumns:
                 mask_N = self._mask_of(positions)
                 adv_N += whiten(whole_N, mask_N, _sum_over_tokens)
         self.adv_N = adv_N
+
+    def _generalized(self, penalty_N: Tensor, cfg: AlgorithmConfig) -> Tensor:
+        """GAE over each sequence's loss tokens; also sets the returns.
+
+        A token that the policy did not choose is no step: it belongs to the way from the token
+        before it to the next state. The score comes with the last loss token.
+        """
+        assert self.value_N is not None
+        self.value_N = self._whole(self.value_N)
+        value_N, mask_N = self.value_N.cpu(), self.table.mask_N.cpu() > 0
+        reward_N, adv_N = -penalty_N.double().cpu(), torch.zeros_like(value_N)
+        return_N = torch.zeros_like(value_N)
+        for position, response in self.table.responses.items():
+            rows = torch.arange(response.start, response.stop)[mask_N[response]]
+            if len(rows):
+                reward_N[rows[-1]] += self.batch.sequences[position].reward
+                adv_T, return_T = generalized_advantages(
+                    reward_N[rows], value_N[rows], gamma=cfg.gamma, lambd=cfg.lambd
+                )
+                adv_N[rows], return_N[rows] = adv_T.float(), return_T.float()
+        self.return_N = return_N.to(self.value_N.device)
+        return adv_N.to(self.value_N.device)
 
     def _whole(self, column_N: Tensor) -> Tensor:
         """The column at every token of this rank's sequences, on the last pipeline stage."""
@@ -175,16 +202,36 @@ class RolloutColumns:
             columns |= _mismatch(log_ratio_N, sampled_N)
         if self.ref_logp_N is not None:
             columns["rollout/ref_log_probs"] = self.ref_logp_N * mask_N
+        if self.value_N is not None and self.return_N is not None:
+            columns |= _of_values(self.value_N, self.return_N, mask_N)
         sums = self.reduce({name: c.sum() for name, c in columns.items()}, list(columns))
         tokens, sampled = sums.pop("tokens"), sums.pop("sampled")
         engine = {name: sums.pop(name) for name in _OF_THE_ENGINE if name in sums}
         metrics = {name: total / max(tokens, 1.0) for name, total in sums.items()}
+        if self.value_N is not None:
+            error = metrics.pop("squared_error") - metrics.pop("error") ** 2
+            spread = metrics.pop("squared_return") - metrics["rollout/returns"] ** 2
+            if spread > 1e-6:  # else there is nothing to explain
+                metrics["rollout/value_explained_variance"] = 1 - error / spread
         if sampled:
             metrics |= {name: total / sampled for name, total in engine.items()}
             worst = apart_N.max() if on_last_stage() else apart_N.new_zeros(())
             dist.all_reduce(worst, dist.ReduceOp.MAX)
             metrics["train/train_rollout_logprob_abs_diff_max"] = float(worst)
         return metrics
+
+
+def _of_values(value_N: Tensor, return_N: Tensor, mask_N: Tensor) -> dict[str, Tensor]:
+    """Values and returns, and what the variance that values explain is made of."""
+    value_N, return_N, mask_N = value_N.double(), return_N.double(), mask_N.double()
+    error_N = return_N - value_N
+    return {
+        "rollout/values": value_N * mask_N,
+        "rollout/returns": return_N * mask_N,
+        "error": error_N * mask_N,
+        "squared_error": error_N.square() * mask_N,
+        "squared_return": return_N.square() * mask_N,
+    }
 
 
 def _mismatch(log_ratio_N: Tensor, sampled_N: Tensor) -> dict[str, Tensor]:

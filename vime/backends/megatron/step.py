@@ -11,6 +11,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from vime.algorithms.critic import clipped_value_loss
 from vime.algorithms.objective import sft_loss
 from vime.algorithms.policy import SequenceSum, TokenLoss
 from vime.backends.megatron.layout import MicroBatch, TokenTable
@@ -43,23 +44,38 @@ def run_pass(
     Megatron divides a loss by the number of micro-batches, and gradients by the data and context
     parallel ranks. The loss is multiplied by both here, so gradients are those of the plain sum.
     """
-    scale = len(micro_batches) * mpu.get_data_parallel_world_size(with_context_parallel=True)
     group = mpu.get_tensor_model_parallel_group()
+
+    def judge_logits(batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Sums]:
+        logps = token_logprobs(
+            logits.squeeze(0),  # logits[0] would copy the gradient, which is as large
+            table.targets_N[batch.rows_T],
+            temperature=temperature,
+            group=group,
+            chunk_tokens=chunk_tokens,
+            owned=True,
+        )
+        return judge(batch, logps)
+
+    return run_chunks(chunks, micro_batches, judge_logits, forward_only=forward_only)
+
+
+def run_chunks(
+    chunks: Sequence[nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    judge: Callable[[MicroBatch, Tensor], tuple[Tensor, Sums]],
+    *,
+    forward_only: bool,
+) -> Sums:
+    """`run_pass` for a judge that reads what the model gives: [1, T, logits or one value]."""
+    scale = len(micro_batches) * mpu.get_data_parallel_world_size(with_context_parallel=True)
 
     def forward_step(batches: Any, chunk: nn.Module) -> tuple[Tensor, Callable]:
         batch = next(batches)
         out = chunk(batch.tokens, batch.positions, None, packed_seq_params=batch.pack)
 
-        def loss_of(logits: Tensor) -> tuple[Tensor, Tensor, Sums]:
-            logps = token_logprobs(
-                logits.squeeze(0),  # logits[0] would copy the gradient, which is as large
-                table.targets_N[batch.rows_T],
-                temperature=temperature,
-                group=group,
-                chunk_tokens=chunk_tokens,
-                owned=True,
-            )
-            loss, sums = judge(batch, logps)
+        def loss_of(output: Tensor) -> tuple[Tensor, Tensor, Sums]:
+            loss, sums = judge(batch, output)
             one = torch.ones((), dtype=torch.int, device=loss.device)  # no division by tokens
             return loss * scale, one, sums
 
@@ -161,6 +177,32 @@ def _watch(logp_T: Tensor, spoilt_N: Tensor | None, rows_T: Tensor) -> None:
             spoilt_N[rows_T] += gradient_T
 
         logp_T.register_hook(note)
+
+
+def value_judge(
+    table: TokenTable, old_value_N: Tensor, return_N: Tensor, *, clip: float
+) -> Callable[[MicroBatch, Tensor], tuple[Tensor, Sums]]:
+    """The critic's loss, for `run_chunks`."""
+
+    def judge(batch: MicroBatch, values: Tensor) -> tuple[Tensor, Sums]:
+        rows_T = batch.rows_T[batch.kept_T]
+        value_T = values[0, batch.kept_T, 0]
+        loss = clipped_value_loss(value_T, old_value_N[rows_T], return_N[rows_T], clip=clip)
+        return _weigh(loss.value_T, loss.stats, table.weight_N[rows_T])
+
+    return judge
+
+
+def remember_values(
+    column_N: Tensor,
+) -> Callable[[MicroBatch, Tensor], tuple[Tensor, Sums]]:
+    """For forward-only passes: each token's value goes into the column."""
+
+    def judge(batch: MicroBatch, values: Tensor) -> tuple[Tensor, Sums]:
+        column_N[batch.rows_T] = values[0, :, 0]
+        return values.new_zeros(()), {}
+
+    return judge
 
 
 def _sequence_sum(table: TokenTable, rows_T: Tensor) -> SequenceSum:

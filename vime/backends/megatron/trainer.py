@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,13 +26,12 @@ from vime.backends.megatron.offload import (
 from vime.backends.megatron.parallel import initialize_parallel, shutdown_parallel
 from vime.backends.megatron.reference import WeightCopy
 from vime.backends.megatron.report import Clock, mean_of_steps, samples_of
+from vime.backends.megatron.update import Updates
 from vime.config import Config
 from vime.errors import ConfigError
 from vime.types import StepPlan, TrainBatch
 
 log = logging.getLogger(__name__)
-
-MAX_SKIPPED_STEPS = 5  # in a row, before the run stops
 
 
 class MegatronTrainer:
@@ -77,8 +76,6 @@ class MegatronTrainer:
         self.sender: Any = None
         self.away = Offload()
         self.saves: BackgroundSaves | None = None
-        self.skipped_in_a_row = 0
-        self.lr = 0.0  # of the latest step
 
         files, hf = cfg.checkpoint, cfg.model.hf_checkpoint
         start = resolve(files.load, files.ref_load, hf, files.ckpt_step)
@@ -109,6 +106,13 @@ class MegatronTrainer:
                 )
             self.reference = WeightCopy(self.chunks)
 
+        self.updates = Updates(self.optimizer, self.scheduler, f"--lr {cfg.optimizer.lr}")
+        self.critic: Any = None
+        if cfg.algorithm.needs_critic:
+            from vime.backends.megatron.critic import Critic
+
+            self.critic = Critic(cfg, start, self.chunks)
+
         self.hooks = hooks or TrainingHooks()
         self.objective = objective_of(cfg.algorithm, self.hooks)
 
@@ -132,17 +136,27 @@ class MegatronTrainer:
         self._wait_for_weights()
         is_sft = self.cfg.algorithm.loss_type == "sft_loss"
         columns = RolloutColumns(batch, self.cfg, self.device)
+        critic_only = self.cfg.algorithm.num_critic_only_steps if self.critic is not None else 0
+        trains_actor = batch.rollout_id >= critic_only
         if not is_sft:
             with clock.timed("perf/log_probs_time"):
-                self._old_logps(batch, columns)
+                self._old_logps(batch, columns, trains_actor)
             if self.reference is not None:
                 with clock.timed("perf/ref_log_probs_time"), self.reference.swapped_in():
                     columns.ref_logp_N = self._logps(columns, self._forward_plans(batch, 0))
+            if self.critic is not None:
+                with clock.timed("perf/values_time"):
+                    columns.value_N = self.critic.values(columns, self._forward_plans(batch, 0))
             columns.set_advantages(self.cfg.algorithm, self.hooks)
         steps = []
         with clock.timed("perf/actor_train_time"):
-            for step_id, plan in enumerate(batch.steps):
+            for step_id, plan in enumerate(batch.steps if trains_actor else ()):
                 steps.append(self._step(batch, columns, plan, step_id))
+        if self.critic is not None:
+            with clock.timed("perf/critic_train_time"):
+                for step_id, plan in enumerate(batch.steps):
+                    samples = partial(samples_of, batch, plan)
+                    steps.append(self.critic.step(columns, plan, _where(batch, step_id), samples))
         self._wait_for_weights()
         interval = self.cfg.algorithm.ref_update_interval
         if self.reference is not None and interval and (batch.rollout_id + 1) % interval == 0:
@@ -150,18 +164,23 @@ class MegatronTrainer:
         metrics = {**mean_of_steps(steps), **clock.seconds}
         if not is_sft:
             metrics |= columns.metrics()
+        if not trains_actor:
+            return metrics
         tokens = sum(s.length for s in batch.sequences)
         metrics["perf/actor_train_tok_per_s"] = tokens / clock.seconds["perf/actor_train_time"]
         return metrics
 
-    def _old_logps(self, batch: TrainBatch, columns: Any) -> None:
+    def _old_logps(self, batch: TrainBatch, columns: Any, trains_actor: bool) -> None:
         """Log-probabilities under the weights before this rollout's first step.
 
         The first step needs no pass of its own: its own forward pass still has those weights.
+        trains_actor  else no step follows, and the metrics alone want them
         """
-        if self.cfg.algorithm.use_rollout_logprobs:
-            return  # the columns have them from the engine
-        first = 1 if self._first_step_is_on_policy else 0
+        if self.cfg.algorithm.use_rollout_logprobs:  # the columns have them from the engine
+            if not trains_actor:
+                columns.own_logp_N = self._logps(columns, self._forward_plans(batch, 0))
+            return
+        first = 1 if self._first_step_is_on_policy and trains_actor else 0
         if len(batch.steps) > first:
             columns.old_logp_N = self._logps(columns, self._forward_plans(batch, first))
 
@@ -234,59 +253,44 @@ class MegatronTrainer:
         def samples() -> str:
             return samples_of(batch, plan, columns.spoilt(plan, spoilt_N))
 
-        where = f"rollout {batch.rollout_id}, step {step_id}"
-        norm = self._update(metrics["train/loss"], where, samples)
+        norm = self.updates.take(metrics["train/loss"], _where(batch, step_id), samples)
         if norm is None:
             return {"train/skipped_steps": 1.0}
         return {
             **metrics,
             "train/grad_norm": norm,
-            "train/lr": self.lr,
+            "train/lr": self.updates.lr,
             "train/skipped_steps": 0.0,
         }
-
-    def _update(self, loss: float, where: str, samples: Callable[[], str]) -> float | None:
-        """The optimizer's step. Returns the gradient norm, or None where the step was skipped.
-
-        samples  says which samples are at fault; a collective, asked only when a step is skipped
-        """
-        overflow = self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
-        if overflow or not (math.isfinite(loss) and math.isfinite(norm)):
-            self.skipped_in_a_row += 1
-            problem = f"{where} ({samples()}): loss {loss}, gradient norm {norm}"
-            log.warning("skipped the optimizer step of %s", problem)
-            if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-                raise RuntimeError(
-                    f"{self.skipped_in_a_row} optimizer steps in a row were not finite, the last "
-                    f"at {problem}. Lower --lr {self.cfg.optimizer.lr}, or continue from an older "
-                    "checkpoint with --ckpt-step."
-                )
-            return None
-        self.lr = float(self.optimizer.param_groups[0]["lr"])
-        self.optimizer.step()
-        self.scheduler.step(1)
-        self.skipped_in_a_row = 0
-        return norm
 
     def _wait_for_weights(self) -> None:
         """With --overlap-param-gather weights arrive during the next forward pass; not later."""
         if self.cfg.parallel.overlap_param_gather:
-            for chunk in self.chunks:
-                chunk.start_param_sync(force_sync=True)
+            for model in self._models():
+                for chunk in model.chunks:
+                    chunk.start_param_sync(force_sync=True)
+
+    def _models(self) -> Iterator[Any]:
+        """Actor and critic: what has `chunks` and an `optimizer`."""
+        yield self
+        if self.critic is not None:
+            yield self.critic
 
     # -- sharing a GPU -----------------------------------------------------------------------------
 
     def offload(self, keep_weights: bool) -> None:
-        """Makes room for engines on the same GPU: all state, or all but the weights, moves out."""
+        """Makes room for engines on the same GPU: all state, or all but the actor's weights."""
         self._wait_for_weights()
-        self.optimizer.zero_grad()
-        weights = list(weights_of(self.chunks))
-        state = optimizer_state_of(self.optimizer)
+        leaving: list[Tensor] = []
+        dropped: list[Tensor] = []
+        for model in self._models():
+            model.optimizer.zero_grad()
+            leaving += [*weights_of(model.chunks), *optimizer_state_of(model.optimizer)]
+            dropped += gradients_of(model.chunks)
         if keep_weights:
-            stay = {w.untyped_storage()._cdata for w in weights}
-            weights, state = [], (t for t in state if t.untyped_storage()._cdata not in stay)
-        self.away.leave([*weights, *state], dropped=gradients_of(self.chunks))
+            stay = {w.untyped_storage()._cdata for w in weights_of(self.chunks)}
+            leaving = [t for t in leaving if t.untyped_storage()._cdata not in stay]
+        self.away.leave(leaving, dropped=dropped)
 
     def free_cache(self) -> None:
         """Makes room without moving state: gives back what torch keeps for later allocations."""
@@ -344,7 +348,9 @@ class MegatronTrainer:
         if files.async_save and self.saves is None:
             self.saves = BackgroundSaves()
         state = (self.chunks, optimizer, self.scheduler, extra)
-        save_checkpoint(self.cfg, files.save, rollout_id, *state, background=self.saves)
+        save_checkpoint(
+            self.cfg, files.save, rollout_id, *state, critic=self.critic, background=self.saves
+        )
 
     def finish_saves(self) -> None:
         """Waits until the checkpoint under way is committed. CheckpointError if it failed."""
@@ -387,6 +393,10 @@ _STEP_SUMS = (
     "tis_clipfrac",
     "opsm_clipfrac",
 )
+
+
+def _where(batch: TrainBatch, step_id: int) -> str:
+    return f"rollout {batch.rollout_id}, step {step_id}"
 
 
 def _names_on_all_ranks(sums: dict[str, Tensor]) -> list[str]:

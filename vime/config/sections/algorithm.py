@@ -22,6 +22,7 @@ class AlgorithmConfig(Section):
             "rloo",
             "reinforce_plus_plus",
             "reinforce_plus_plus_baseline",
+            "ppo",
         ),
     )
     use_kl_loss: bool = flag(
@@ -45,7 +46,28 @@ class AlgorithmConfig(Section):
     dual_clip: float | None = flag(
         "--eps-clip-c", "dual clip's constant, above 1", default=None, above=1
     )
-    gamma: float = flag("--gamma", default=1.0, at_least=0, at_most=1)
+    gamma: float = flag(
+        "--gamma", "discount of a later token's reward", default=1.0, at_least=0, at_most=1
+    )
+    lambd: float = flag(
+        "--lambd",
+        "ppo: GAE's lambda; 1: the critic is a baseline only",
+        default=1.0,
+        at_least=0,
+        at_most=1,
+    )
+    value_clip: float = flag(
+        "--value-clip",
+        "ppo: how far a value may move from the rollout's first before its gradient ends",
+        default=0.2,
+        above=0,
+    )
+    num_critic_only_steps: int = flag(
+        "--num-critic-only-steps",
+        "ppo: the first so many rollouts train the critic alone",
+        default=0,
+        at_least=0,
+    )
     per_token_loss: bool = flag(
         "--calculate-per-token-loss",
         "mean over the step's tokens, not over samples of token means",
@@ -157,7 +179,21 @@ class AlgorithmConfig(Section):
     def needs_reference(self) -> bool:
         return self.loss_type == "policy_loss" and (self.use_kl_loss or self.kl_coef != 0.0)
 
+    @property
+    def needs_critic(self) -> bool:
+        return self.loss_type == "policy_loss" and self.advantage_estimator == "ppo"
+
     def problems(self) -> Iterator[str]:
+        if self.advantage_estimator != "ppo":
+            for name, value, default in (
+                ("--lambd", self.lambd, 1.0),
+                ("--value-clip", self.value_clip, 0.2),
+                ("--num-critic-only-steps", self.num_critic_only_steps, 0),
+            ):
+                if value != default:
+                    yield f"{name} {value} has no effect without a critic. Add --advantage-estimator ppo, or leave it out."
+        elif self.custom_advantage_path is not None:
+            yield f"--custom-advantage-function-path {self.custom_advantage_path} gives the critic of --advantage-estimator ppo nothing to learn. Choose another estimator, or drop the function."
         if self.kl_coef and self.kl_loss_coef:
             yield (
                 f"--kl-coef {self.kl_coef} and --kl-loss-coef {self.kl_loss_coef} exclude each other: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vime.config.fields import Path, Section, flag
@@ -92,6 +92,18 @@ class OptimizerConfig(Section):
     lr_warmup_fraction: float | None = flag(
         "--lr-warmup-fraction", default=None, at_least=0, at_most=1
     )
+    critic_lr: float | None = flag(
+        "--critic-lr",
+        "peak learning rate of ppo's critic (default: --lr)",
+        default=None,
+        at_least=0,
+    )
+    critic_lr_warmup_iters: int | None = flag(
+        "--critic-lr-warmup-iters",
+        "optimizer steps of its linear warm-up (default: the actor's)",
+        default=None,
+        at_least=0,
+    )
     weight_decay: float = flag("--weight-decay", default=0.01, at_least=0)
     beta1: float = flag("--adam-beta1", default=0.9, at_least=0, at_most=1)
     beta2: float = flag("--adam-beta2", default=0.999, at_least=0, at_most=1)
@@ -117,9 +129,24 @@ class OptimizerConfig(Section):
         nargs="+",
     )
 
+    @property
+    def of_critic(self) -> OptimizerConfig:
+        """The same for ppo's critic, which trains whole."""
+        warmup = self.critic_lr_warmup_iters
+        return replace(
+            self,
+            lr=self.lr if self.critic_lr is None else self.critic_lr,
+            lr_warmup_iters=self.lr_warmup_iters if warmup is None else warmup,
+            lr_warmup_fraction=self.lr_warmup_fraction if warmup is None else None,
+            freeze_names=None,
+            train_names=None,
+        )
+
     def problems(self) -> Iterator[str]:
         if self.min_lr > self.lr:
             yield f"--min-lr {self.min_lr} is above --lr {self.lr}. Lower it."
+        if self.critic_lr is not None and self.min_lr > self.critic_lr:
+            yield f"--min-lr {self.min_lr} is above --critic-lr {self.critic_lr}. Lower it."
         if self.lr_warmup_fraction is not None and self.lr_warmup_iters:
             yield f"--lr-warmup-fraction {self.lr_warmup_fraction} and --lr-warmup-iters {self.lr_warmup_iters} both set the warm-up. Give one."
         if self.freeze_names and self.train_names:

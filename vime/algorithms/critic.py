@@ -1,0 +1,50 @@
+"""What a critic is for: advantages from its values, and the loss that teaches it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vime.algorithms.policy import TokenLoss
+
+
+def generalized_advantages(
+    rewards_T: Tensor, values_T: Tensor, *, gamma: float, lambd: float
+) -> tuple[Tensor, Tensor]:
+    """GAE (arXiv:1506.02438) over one response: (advantages [T], returns [T]), in float64.
+
+    rewards_T  [T] what choosing each token earned
+    values_T   [T] the critic's value of the state before each token; after the last token it is 0
+
+    delta_t = r_t + gamma * V_{t+1} - V_t; A_t = delta_t + gamma * lambd * A_{t+1}; the return, as
+    the critic learns it, is A_t + V_t. With lambd 1 it is the discounted reward-to-go.
+    """
+    advantages, running, following = [], 0.0, 0.0
+    for reward, value in zip(
+        reversed(rewards_T.tolist()), reversed(values_T.tolist()), strict=True
+    ):
+        running = reward + gamma * following - value + gamma * lambd * running
+        following = value
+        advantages.append(running)
+    adv_T = torch.tensor(advantages[::-1], dtype=torch.float64)
+    return adv_T, adv_T + values_T.double()
+
+
+def clipped_value_loss(
+    value_T: Tensor, old_value_T: Tensor, return_T: Tensor, *, clip: float
+) -> TokenLoss:
+    """Half the squared error, no smaller than that of a value held near the old one.
+
+    PPO's value clipping as in OpenAI's baselines: a value that left old_value - clip .. old_value +
+    clip towards its return gets no further gradient.
+
+    value_T      [T] critic being trained, carries grad
+    old_value_T  [T] critic before this rollout's first step, no grad
+    return_T     [T] what to learn, no grad
+    """
+    held_T = old_value_T + (value_T - old_value_T).clamp(-clip, clip)
+    free_loss_T = (value_T - return_T).square()
+    held_loss_T = (held_T - return_T).square()
+    loss_T = torch.maximum(free_loss_T, held_loss_T) / 2
+    clipped_T = held_loss_T > free_loss_T
+    return TokenLoss(loss_T, {"value_clipfrac": clipped_T.to(value_T.dtype)})

@@ -1,0 +1,92 @@
+"""PPO's critic: a value model beside the actor, on the same ranks and in the same layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vime.backends.megatron.checkpoint import load_critic
+from vime.backends.megatron.model import build_model, unwrap
+from vime.backends.megatron.optimizer import (
+    apply_flags_again,
+    build_optimizer,
+    wrap_for_training,
+)
+from vime.backends.megatron.start import Start
+from vime.backends.megatron.step import remember_values, run_chunks, value_judge
+from vime.backends.megatron.update import Updates
+from vime.config import Config
+from vime.types import StepPlan
+
+
+class Critic:
+    """Model, optimizer and loss. It starts as a copy of the actor with a value head of zeros.
+
+    start  a checkpoint that resumes brings the critic that it has
+    actor  its chunks, already loaded
+    Built by every rank together; every method but `tensors` is a collective.
+    """
+
+    def __init__(self, cfg: Config, start: Start, actor: Sequence[nn.Module]) -> None:
+        algorithm = replace(cfg.algorithm, num_critic_only_steps=0)
+        cfg = replace(cfg, optimizer=cfg.optimizer.of_critic, algorithm=algorithm)
+        self.cfg = cfg
+        self.chunks = wrap_for_training(cfg, build_model(cfg, critic=True))
+        _copy(actor, self.chunks)
+        self.optimizer, self.scheduler = build_optimizer(cfg, self.chunks)
+        load_critic(cfg, start, self)
+        apply_flags_again(cfg, self.optimizer, self.scheduler)
+        self.updates = Updates(self.optimizer, self.scheduler, f"--critic-lr {cfg.optimizer.lr}")
+
+    def values(self, columns: Any, plans: Sequence[StepPlan]) -> Tensor:
+        """A column: at each token's row the value of the state before it, by the weights of now."""
+        value_N = columns.table.column()
+        batches = [b for plan in plans for b in columns.micro_batches(plan)]
+        run_chunks(self.chunks, batches, remember_values(value_N), forward_only=True)
+        return value_N
+
+    def step(
+        self, columns: Any, plan: StepPlan, where: str, samples: Callable[[], str]
+    ) -> dict[str, float]:
+        """One optimizer step towards the columns' returns; its metrics. The rest: `Updates.take`"""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        clip = self.cfg.algorithm.value_clip
+        judge = value_judge(columns.table, columns.value_N, columns.return_N, clip=clip)
+        batches = columns.micro_batches(plan)
+        sums = run_chunks(self.chunks, batches, judge, forward_only=False)
+        figures = columns.reduce(sums, ("weight", "loss", "value_clipfrac"))
+        weight = figures.pop("weight", 0.0)
+        loss = figures.pop("loss", 0.0)
+        metrics = {"train/value_loss": loss}
+        metrics |= {f"train/{name}": total / weight for name, total in figures.items() if weight}
+        norm = self.updates.take(loss, f"the critic in {where}", samples)
+        if norm is None:
+            return {"train/skipped_steps": 1.0}
+        return {
+            **metrics,
+            "train/critic_grad_norm": norm,
+            "train/critic_lr": self.updates.lr,
+            "train/skipped_steps": 0.0,
+        }
+
+
+@torch.no_grad()
+def _copy(source: Sequence[nn.Module], target: Sequence[nn.Module]) -> None:
+    """Every weight and buffer but the head's; the layouts are the same."""
+    for a, b in zip(source, target, strict=True):
+        known = dict(_tensors(a))
+        for name, tensor in _tensors(b):
+            if not name.startswith("output_layer."):
+                tensor.copy_(known[name])
+
+
+def _tensors(chunk: nn.Module) -> Any:
+    model = unwrap(chunk)
+    return chain(model.named_parameters(), model.named_buffers())

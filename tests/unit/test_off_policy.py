@@ -101,6 +101,19 @@ def test_importance_weights_by_level_and_mode(level, mode, expected):
     close(weights, expected)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_one_absurd_token_vetoes_its_sequence_at_every_level(level):
+    # the second token is 1e-5 times as likely under the trainer; the other sequence keeps 0.25
+    old = torch.tensor([3.0, 1e-5, 0.25]).log()
+    mismatch = Mismatch(level=level, veto=1e-4)
+    weights, stats = mismatch.weights(old, torch.zeros(3), sequence_sum)
+    close(weights, [0.0, 0.0, 0.25])
+    close(stats["tis_vetofrac"], [1.0, 1.0, 0.0])
+    kept, _ = Mismatch(level=level, veto=1e-6).weights(old, torch.zeros(3), sequence_sum)
+    plain, _ = Mismatch(level=level).weights(old, torch.zeros(3), sequence_sum)
+    assert torch.equal(kept, plain)
+
+
 def test_tis_weighs_the_loss_and_its_gradient_and_reports_what_it_cut():
     objective = PolicyObjective(mismatch=Mismatch(high=2.0))
     rollout = torch.tensor([1 / 3, 2.0, 1.0]).log()
@@ -201,6 +214,8 @@ def test_the_flags_offer_what_there_is():
         {"unbiased_kl": True},
         {"use_tis": True, "use_rollout_logprobs": True},
         {"use_tis": True, "tis_clip_low": 3.0},
+        {"tis_veto": 1e-4},
+        {"use_tis": True, "tis_veto": 1e-4, "custom_tis_path": "mine.tis"},
         {"tis_mode": "mask"},
         {"advantage_estimator": "dr_grpo", "per_token_loss": True},
         {"advantage_estimator": "dr_grpo", "custom_reducer_path": "a.b"},

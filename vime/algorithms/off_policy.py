@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,18 +24,21 @@ class Mismatch:
     mode   clip: the weight is held at low .. high (TIS; low 0: only truncated from above);
            mask: outside low .. high it is 0 (IcePop on tokens, arXiv:2510.18855; masked importance
            sampling on sequences)
+    veto   the weights of a whole sequence are 0 where one of its tokens' own ratio is below this:
+           the trainer would hardly ever have said it; None: never
     """
 
     low: float = 0.0
     high: float = 2.0
     level: str = "token"
     mode: str = "clip"
+    veto: float | None = None
 
     def weights(
         self, old_logp_T: Tensor, rollout_logp_T: Tensor, sequence_sum: SequenceSum
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weights [T] without grad, and figures per token."""
-        log_T = (old_logp_T - rollout_logp_T).detach()
+        token_log_T = log_T = (old_logp_T - rollout_logp_T).detach()
         if self.level == "sequence":
             log_T = sequence_sum(log_T)
         elif self.level == "geometric":
@@ -46,7 +50,13 @@ class Mismatch:
         outside_T = held_T != raw_T
         if self.mode == "mask":
             held_T = torch.where(outside_T, 0.0, raw_T)
-        return held_T, {"tis": raw_T, "tis_clipfrac": outside_T.to(raw_T.dtype)}
+        stats = {"tis": raw_T, "tis_clipfrac": outside_T.to(raw_T.dtype)}
+        if self.veto is not None:
+            absurd_T = (token_log_T < math.log(self.veto)).to(raw_T.dtype)
+            vetoed_T = sequence_sum(absurd_T) > 0
+            held_T = torch.where(vetoed_T, 0.0, held_T)
+            stats["tis_vetofrac"] = vetoed_T.to(raw_T.dtype)
+        return held_T, stats
 
 
 def stale_and_bad(

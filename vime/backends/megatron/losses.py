@@ -17,7 +17,13 @@ def objective_of(a: AlgorithmConfig, hooks: TrainingHooks) -> Callable[..., Toke
     if hooks.loss is not None:
         return user_loss(hooks)
     estimator = ESTIMATORS[a.advantage_estimator]
-    mismatch = Mismatch(low=a.tis_clip_low, high=a.tis_clip, level=a.tis_level, mode=a.tis_mode)
+    mismatch = Mismatch(
+        low=a.tis_clip_low,
+        high=a.tis_clip,
+        level=a.tis_level,
+        mode=a.tis_mode,
+        veto=a.tis_veto,
+    )
     return PolicyObjective(
         policy_loss=estimator.policy_loss,
         sequence_ratio=estimator.sequence_ratio,

@@ -391,6 +391,7 @@ _STEP_SUMS = (
     "entropy_loss",
     "tis",
     "tis_clipfrac",
+    "tis_vetofrac",
     "opsm_clipfrac",
 )
 

@@ -115,6 +115,13 @@ class AlgorithmConfig(Section):
         default="clip",
         choices=("clip", "mask"),
     )
+    tis_veto: float | None = flag(
+        "--tis-veto",
+        "a sequence with a token whose own weight is below this gets no loss, for example 1e-4",
+        default=None,
+        above=0,
+        at_most=1,
+    )
     custom_tis_path: str | None = flag(
         "--custom-tis-function-path",
         "f(args, *, pg_loss, train_log_probs, rollout_log_probs, sequence_sum) -> (pg_loss, stats), in place of the --tis-* weights",
@@ -214,6 +221,8 @@ class AlgorithmConfig(Section):
             self.tis_mode,
         ) != (2.0, 0.0, "token", "clip"):
             yield f"--tis-clip {self.tis_clip}, --tis-clip-low {self.tis_clip_low}, --tis-level {self.tis_level}, --tis-mode {self.tis_mode} have no effect without --use-tis. Add that, or leave them out."
+        if self.tis_veto is not None and (not self.use_tis or self.custom_tis_path is not None):
+            yield f"--tis-veto {self.tis_veto} is part of vime's own --use-tis. Add that, without --custom-tis-function-path, or leave it out."
         if self.advantage_estimator == "dr_grpo" and self.per_token_loss:
             yield "--calculate-per-token-loss divides by the response tokens, and --advantage-estimator dr_grpo by a constant. Drop one of the two."
         hooks = {

@@ -17,7 +17,8 @@ def train(cfg: Config) -> None:
                 run.train(batch)
                 if run.due(cfg.checkpoint.save_interval, step):
                     run.save(step)
-            run.sync_weights(version=step + 1)
+            if run.due(cfg.engine.update_weights_interval, step):
+                run.sync_weights(version=step + 1)
             if run.due(cfg.eval.interval, step):
                 run.evaluate(step)
 

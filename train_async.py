@@ -24,7 +24,8 @@ def train_async(cfg: Config) -> None:
             run.finish(upcoming)  # one rollout has one set of weights: none changes under way
             if run.due(cfg.checkpoint.save_interval, step):
                 run.save(step)  # with the upcoming rollout: a run that resumes trains on it
-            run.sync_weights(version=step + 1)
+            if run.due(cfg.engine.update_weights_interval, step):
+                run.sync_weights(version=step + 1)
             if run.due(cfg.eval.interval, step):
                 run.evaluate(step)
 

@@ -151,4 +151,5 @@ class TrainBatch:
     sequences: tuple[TrainSequence, ...]
     steps: tuple[StepPlan, ...]
     forward: StepPlan | None = None  # packing of forward-only passes; None = the steps' own
+    weight_version: int | None = None  # the newest that made a token with loss; None = not known
     metrics: dict[str, float] = field(default_factory=dict)  # of the rollout and of the packing

@@ -102,13 +102,21 @@ def test_ctrl_c_ends_every_process_that_the_run_started(job_in):
 
 
 def test_the_async_loop_trains_decoupled_and_over_gloo(job_in):
+    """With the weights kept that generated each rollout, no rollout's old policy drifts."""
     job = job_in(
-        "async", entry="train_async.py", colocate="", rollout_num_gpus="1", num_rollout="4"
+        "async",
+        entry="train_async.py",
+        colocate="",
+        rollout_num_gpus="1",
+        num_rollout="6",
+        keep_old_actor=None,
+        update_weights_interval="2",
     )
     job.run()
     steps = [m for m in job.metrics() if "train/loss" in m]
-    assert len(steps) == 4
-    assert steps[0]["train/train_rollout_logprob_abs_diff"] < EXACT
+    assert [m["rollout/weight_version/max"] for m in steps] == [0, 0, 0, 2, 2, 4]
+    assert max(m["train/train_rollout_logprob_abs_diff"] for m in steps) < EXACT
+    assert max(abs(m["train/ppo_kl"]) for m in steps) > 1e-6
     assert steps[-1]["rollout/raw_reward"] > steps[0]["rollout/raw_reward"]
 
 

@@ -60,6 +60,7 @@ def every_case(rank: int, world: int, port: int, folder: Path, out: str) -> None
         a_step_without_a_token_to_learn_from_has_gradient_0,
         memory_that_ran_out_names_the_flags,
         the_old_policy_may_be_the_engines,
+        the_old_policy_may_be_the_one_that_generated,
         the_reference_follows_the_actor,
         users_functions_take_part,
         a_resumed_run_takes_the_same_steps,
@@ -245,6 +246,39 @@ def the_old_policy_may_be_the_engines(trainer: Any, out: Path) -> None:
 def batch_of_plain(trainer: Any) -> Any:
     """A batch that needs nothing of an engine."""
     return build_train_batch(samples_of(4, 4), make_config("unused", batch=BATCH), 0)
+
+
+def the_old_policy_may_be_the_one_that_generated(trainer: Any, out: Path) -> None:
+    """As in the asynchronous loop: the second rollout was made by the weights of the first."""
+    t = trainer(algorithm={"keep_old_actor": True})
+    sampled = logps_of_tokens(t, batch_of_plain(t))
+
+    def batch_made_by(version: int, logps: list | None = sampled) -> Any:
+        groups = samples_of(4, 4)
+        for sample, logp in zip(sum(groups, []), logps or [None] * 16, strict=True):
+            sample.rollout_log_probs = logp
+            sample.weight_versions = [version] * sample.response_length
+        return batch_of(t, groups)
+
+    t.sent.keep(0)
+    first = t.train(batch_made_by(0))
+    assert first["train/ppo_kl_first_step"] == 0.0  # the weights are still those: no second pass
+    t.sent.keep(1)
+    before = named_weights(t)
+    second = t.train(batch_made_by(0))
+    assert second["train/train_rollout_logprob_abs_diff_max"] < 1e-5
+    assert second["rollout/log_probs"] == pytest.approx(first["rollout/log_probs"], abs=1e-5)
+    assert abs(second["train/ppo_kl_first_step"]) > 1e-3
+    assert any(not torch.equal(w, before[n]) for n, w in named_weights(t).items())
+    t.train(batch_made_by(1))
+    assert list(t.sent.copies) == [1]
+    # what was generated before the run began has no copy: the engine's figures, or an error
+    again = t.train(batch_made_by(0))
+    assert again["rollout/rollout_log_probs"] == pytest.approx(first["rollout/log_probs"], abs=1e-5)
+    assert again["rollout/log_probs"] != pytest.approx(first["rollout/log_probs"], abs=1e-4)
+    with pytest.raises(ValueError, match="no copy for rollout 0, made by weights 0, and sample 0"):
+        t.train(batch_made_by(0, None))
+    t.close()
 
 
 def the_reference_follows_the_actor(trainer: Any, out: Path) -> None:

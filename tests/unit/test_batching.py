@@ -313,3 +313,12 @@ def test_balancing_by_flops_asks_the_model(tmp_path):
     # 4 x 8 x 8 of attention, 3 x 8 x 16 of the MLP, half of 8 x 100; 8 attention columns
     assert rules.attention_equals_rest == (256 + 384 + 400) / 8
     assert PackingRules.of(make_config()).attention_equals_rest == ATTENTION_EQUALS_REST
+
+
+def test_a_batch_names_the_newest_weights_that_made_a_token_with_loss():
+    groups = [[sample(0, 0, weight_versions=[3, 3, 4]), sample(1, 0, weight_versions=[-1] * 3)]]
+    assert build_train_batch(groups, make_config(1), 0).weight_version == 4
+    groups[0][0].loss_mask = [1, 1, 0]
+    assert build_train_batch(groups, make_config(1), 0).weight_version == 3
+    groups[0][0].weight_versions = []
+    assert build_train_batch(groups, make_config(1), 0).weight_version is None

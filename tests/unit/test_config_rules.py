@@ -26,6 +26,19 @@ REFUSED = {
         "--use-dynamic-batch-size needs the size of a pack. Add --max-tokens-per-gpu, for example "
         "9216.",
     ),
+    "engines that forget between updates": (
+        {
+            "--colocate": None,
+            "--update-weights-interval": "2",
+        },
+        "--update-weights-interval 2: under --colocate engines drop their weights while the "
+        "trainer works. Add --no-offload-rollout, or leave the interval out.",
+    ),
+    "a checkpoint between weight updates": (
+        {"--update-weights-interval": "2", "--save": "there", "--save-interval": "3"},
+        "--update-weights-interval 2 does not divide --save-interval 3. Give a multiple of 2 to "
+        "the second.",
+    ),
     "no length of the run": (
         {"--num-rollout": ""},
         "--num-rollout is missing. Give it, or --num-epoch in its place.",

@@ -213,6 +213,8 @@ def test_the_flags_offer_what_there_is():
     [
         {"unbiased_kl": True},
         {"use_tis": True, "use_rollout_logprobs": True},
+        {"keep_old_actor": True, "use_rollout_logprobs": True},
+        {"keep_old_actor": True, "loss_type": "sft_loss"},
         {"use_tis": True, "tis_clip_low": 3.0},
         {"tis_veto": 1e-4},
         {"use_tis": True, "tis_veto": 1e-4, "custom_tis_path": "mine.tis"},

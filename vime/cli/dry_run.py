@@ -126,8 +126,10 @@ def _memory(cfg: Config) -> Iterator[str]:
     if cfg.cluster.colocate and not (cfg.debug.rollout_only or cfg.debug.no_engines):
         yield from _sharing(cfg, shape, dtype.itemsize)
     yield "Not counted: CUDA context, collectives' buffers, fragmentation, kernels' workspaces."
+    copy = shape.parameters * dtype.itemsize / (cfg.parallel.tp * cfg.parallel.pp)
+    if cfg.algorithm.keep_old_actor:
+        yield f"Weights that engines were given wait there too, {copy / GIB:.3f} GiB a version."
     if cfg.algorithm.needs_reference:
-        copy = shape.parameters * dtype.itemsize / (cfg.parallel.tp * cfg.parallel.pp)
         yield f"The reference waits in host memory: {copy / GIB:.3f} GiB for each trainer GPU."
 
 

@@ -190,6 +190,26 @@ def overlong_buffer_fits(cfg: Config) -> Iterator[str]:
         )
 
 
+def weights_are_due_in_time(cfg: Config) -> Iterator[str]:
+    """What reads the engines' weights, or continues from a checkpoint, expects the newest there."""
+    interval = cfg.engine.update_weights_interval
+    name = f"--update-weights-interval {interval}"
+    if interval > 1 and cfg.cluster.offload_rollout:
+        yield (
+            f"{name}: under --colocate engines drop their weights while the trainer works. Add "
+            "--no-offload-rollout, or leave the interval out."
+        )
+    for other, value in (
+        ("--eval-interval", cfg.eval.interval),
+        ("--save-interval", cfg.checkpoint.save_interval),
+    ):
+        if value is not None and value % interval:
+            yield (
+                f"{name} does not divide {other} {value}. Give a multiple of {interval} to the "
+                "second."
+            )
+
+
 def the_critic_has_a_part(cfg: Config) -> Iterator[str]:
     a, o, total = cfg.algorithm, cfg.optimizer, cfg.batch.num_rollout
     if a.needs_critic and total is not None and a.num_critic_only_steps >= total:
@@ -253,6 +273,7 @@ RULES: tuple[Rule, ...] = (
     overlong_buffer_fits,
     balance_knows_the_model,
     reference_is_in_every_checkpoint,
+    weights_are_due_in_time,
     the_critic_has_a_part,
     loss_and_rollout_agree,
 )

@@ -78,7 +78,8 @@ def build_train_batch(
         for members in _steps(len(samples), kept, cfg.batch.steps_per_rollout)
     ]
     metrics = _sample_metrics(samples, usable, group_ids, raw, scores)
-    return plan_batch(steps, cfg, rollout_id, metrics, weigh=weigh)
+    batch = plan_batch(steps, cfg, rollout_id, metrics, weigh=weigh)
+    return replace(batch, weight_version=_newest_version([samples[i] for i in kept]))
 
 
 def plan_batch(
@@ -159,6 +160,17 @@ def _users_weights(weigh: Weigh, masks: list[np.ndarray], per_token: bool) -> li
         raise PluginError(f"{name} returned a weight that is not finite; return finite numbers.")
     # what the mask leaves out stays out
     return [w * (m > 0) for w, m in zip(weights, masks, strict=True)]
+
+
+def _newest_version(samples: Sequence[Sample]) -> int | None:
+    """Of the weights that made the tokens with loss; versions below 0 stand for no weights."""
+    known = [
+        version
+        for s in samples
+        for version, m in zip(s.weight_versions, _loss_mask(s), strict=False)
+        if m and version >= 0
+    ]
+    return max(known, default=None)
 
 
 def _check_rollout_logp(steps: Sequence[Sequence[TrainSequence]], cfg: Config) -> None:

@@ -38,6 +38,28 @@ class WeightCopy:
             torch.cuda.current_stream().synchronize()
 
 
+class SentWeights:
+    """Copies of the weights that engines were given, for as long as rollouts may come of them."""
+
+    def __init__(self, chunks: Sequence[nn.Module]) -> None:
+        self.chunks = chunks
+        self.copies: dict[int, WeightCopy] = {}
+        self.current: int | None = None  # the version that the chunks still hold
+
+    def are_current(self, version: int | None) -> bool:
+        return version is not None and version == self.current
+
+    def keep(self, version: int) -> None:
+        self.copies[version] = WeightCopy(self.chunks)
+        self.current = version
+
+    def trained(self, version: int | None) -> None:
+        """The chunks have moved on, and no later rollout comes of older weights than `version`."""
+        self.current = None
+        if version is not None:
+            self.copies = {v: copy for v, copy in self.copies.items() if v >= version}
+
+
 def _on_cpu(p: nn.Parameter) -> Tensor:
     """Pinned where there is a GPU to copy from and to."""
     held = torch.empty(p.shape, dtype=p.dtype, device="cpu", pin_memory=p.is_cuda)

@@ -54,8 +54,7 @@ class RolloutColumns:
         # the trainer's own, where the old policy is the engine's
         self.own_logp_N: Tensor | None = None
         if cfg.algorithm.use_rollout_logprobs:
-            self.old_logp_N = self.table.rollout_logp_N.nan_to_num()
-            self.own_logp_N = self.table.column()
+            self.old_logp_from_engine()
         self.mismatch_metrics = cfg.algorithm.mismatch_metrics
         self.ref_logp_N: Tensor | None = None
         self.value_N: Tensor | None = None  # of a critic, before the rollout's first step
@@ -66,6 +65,17 @@ class RolloutColumns:
         for plan in batch.steps:
             for b in self.micro_batches(plan):
                 self.owned_N[b.rows_T] = 1.0
+
+    def lacking_logp(self) -> list[int]:
+        """This rank's samples, by index, with a loss token that the engine gave no figure for."""
+        lacking_N = self.table.rollout_logp_N.isnan() & (self.table.mask_N > 0)
+        rows = self.table.responses.items()
+        return [self.batch.sequences[p].index for p, r in rows if bool(lacking_N[r].any())]
+
+    def old_logp_from_engine(self) -> None:
+        """The old policy is the engine's; the trainer's own figures come with the passes."""
+        self.old_logp_N = self.table.rollout_logp_N.nan_to_num()
+        self.own_logp_N = self.table.column()
 
     def micro_batches(self, plan: StepPlan) -> list[MicroBatch]:
         """This rank's micro-batches of a plan; laid out once."""

@@ -24,7 +24,7 @@ from vime.backends.megatron.offload import (
     weights_of,
 )
 from vime.backends.megatron.parallel import initialize_parallel, shutdown_parallel
-from vime.backends.megatron.reference import WeightCopy
+from vime.backends.megatron.reference import SentWeights, WeightCopy
 from vime.backends.megatron.report import Clock, mean_of_steps, samples_of
 from vime.backends.megatron.update import Updates
 from vime.config import Config
@@ -106,6 +106,7 @@ class MegatronTrainer:
                 )
             self.reference = WeightCopy(self.chunks)
 
+        self.sent = SentWeights(self.chunks) if cfg.algorithm.keep_old_actor else None
         self.updates = Updates(self.optimizer, self.scheduler, f"--lr {cfg.optimizer.lr}")
         self.critic: Any = None
         if cfg.algorithm.needs_critic:
@@ -135,12 +136,13 @@ class MegatronTrainer:
         clock = Clock()
         self._wait_for_weights()
         is_sft = self.cfg.algorithm.loss_type == "sft_loss"
+        on_policy = False
         columns = RolloutColumns(batch, self.cfg, self.device)
         critic_only = self.cfg.algorithm.num_critic_only_steps if self.critic is not None else 0
         trains_actor = batch.rollout_id >= critic_only
         if not is_sft:
             with clock.timed("perf/log_probs_time"):
-                self._old_logps(batch, columns, trains_actor)
+                on_policy = self._old_logps(batch, columns, trains_actor)
             if self.reference is not None:
                 with clock.timed("perf/ref_log_probs_time"), self.reference.swapped_in():
                     columns.ref_logp_N = self._logps(columns, self._forward_plans(batch, 0))
@@ -151,7 +153,7 @@ class MegatronTrainer:
         steps = []
         with clock.timed("perf/actor_train_time"):
             for step_id, plan in enumerate(batch.steps if trains_actor else ()):
-                steps.append(self._step(batch, columns, plan, step_id))
+                steps.append(self._step(batch, columns, plan, step_id, on_policy))
         if self.critic is not None:
             with clock.timed("perf/critic_train_time"):
                 for step_id, plan in enumerate(batch.steps):
@@ -159,6 +161,8 @@ class MegatronTrainer:
                     steps.append(self.critic.step(columns, plan, _where(batch, step_id), samples))
         self._wait_for_weights()
         interval = self.cfg.algorithm.ref_update_interval
+        if self.sent is not None and trains_actor:
+            self.sent.trained(batch.weight_version)
         if self.reference is not None and interval and (batch.rollout_id + 1) % interval == 0:
             self.reference = WeightCopy(self.chunks)
         metrics = {**mean_of_steps(steps), **clock.seconds}
@@ -170,19 +174,45 @@ class MegatronTrainer:
         metrics["perf/actor_train_tok_per_s"] = tokens / clock.seconds["perf/actor_train_time"]
         return metrics
 
-    def _old_logps(self, batch: TrainBatch, columns: Any, trains_actor: bool) -> None:
-        """Log-probabilities under the weights before this rollout's first step.
+    def _old_logps(self, batch: TrainBatch, columns: Any, trains_actor: bool) -> bool:
+        """Log-probabilities under the weights before this rollout's first step, or those kept.
 
-        The first step needs no pass of its own: its own forward pass still has those weights.
+        The first step needs no pass of its own where its own forward pass still has those weights:
+        the answer is then True.
         trains_actor  else no step follows, and the metrics alone want them
         """
         if self.cfg.algorithm.use_rollout_logprobs:  # the columns have them from the engine
             if not trains_actor:
                 columns.own_logp_N = self._logps(columns, self._forward_plans(batch, 0))
-            return
-        first = 1 if self._first_step_is_on_policy and trains_actor else 0
+            return False
+        if self.sent is not None and not self.sent.are_current(batch.weight_version):
+            self._logps_of_generator(batch, columns)
+            return False
+        on_policy = self._first_step_is_on_policy and trains_actor
+        first = 1 if on_policy else 0
         if len(batch.steps) > first:
             columns.old_logp_N = self._logps(columns, self._forward_plans(batch, first))
+        return on_policy
+
+    def _logps_of_generator(self, batch: TrainBatch, columns: Any) -> None:
+        """Those of the weights that generated the rollout.
+
+        Of a rollout that was generated before this run began no copy is kept; the engine's own
+        log-probabilities then take the place.
+        """
+        assert self.sent is not None
+        copy = self.sent.copies.get(batch.weight_version)
+        if copy is None:
+            if lacking := columns.lacking_logp():
+                raise ValueError(
+                    f"--keep-old-actor has no copy for rollout {batch.rollout_id}, made by weights "
+                    f"{batch.weight_version}, and sample {lacking[0]} has no rollout_log_probs for "
+                    "some token of its loss. Let the rollout keep them, or drop the flag."
+                )
+            columns.old_logp_from_engine()
+            return
+        with copy.swapped_in():
+            columns.old_logp_N = self._logps(columns, self._forward_plans(batch, 0))
 
     @property
     def _first_step_is_on_policy(self) -> bool:
@@ -212,7 +242,7 @@ class MegatronTrainer:
         return column_N
 
     def _step(
-        self, batch: TrainBatch, columns: Any, plan: StepPlan, step_id: int
+        self, batch: TrainBatch, columns: Any, plan: StepPlan, step_id: int, on_policy: bool
     ) -> dict[str, float]:
         from vime.backends.megatron.step import policy_judge, run_pass, sft_judge
 
@@ -229,7 +259,7 @@ class MegatronTrainer:
                 columns.adv_N,
                 columns.old_logp_N,
                 columns.ref_logp_N,
-                on_policy=step_id == 0 and self._first_step_is_on_policy,
+                on_policy=step_id == 0 and on_policy,
                 own_logp_N=columns.own_logp_N,
                 spoilt_N=spoilt_N,
             )
@@ -328,6 +358,8 @@ class MegatronTrainer:
             raise RuntimeError("update_weights before connect_engines: no engine is known")
         self._wait_for_weights()
         report = self.sender.send(export_hf(self.chunks, self.cfg), version)
+        if self.sent is not None:
+            self.sent.keep(version)
         return {
             "perf/update_weights_time": report.seconds,
             "perf/update_weights_bytes": float(report.bytes),

@@ -96,6 +96,11 @@ class AlgorithmConfig(Section):
         "the old policy is the engine's: the ratio starts from the log-probabilities that sampling returned",
         default=False,
     )
+    keep_old_actor: bool = flag(
+        "--keep-old-actor",
+        "the old policy is the one that generated: kept copies of the weights that engines were given",
+        default=False,
+    )
     use_tis: bool = flag(
         "--use-tis",
         "weigh each token's loss by trainer's over engine's probability (truncated importance sampling)",
@@ -210,6 +215,10 @@ class AlgorithmConfig(Section):
             yield f"--kl-loss-coef {self.kl_loss_coef} has no effect without --use-kl-loss. Add that, or set the coefficient to 0."
         if self.unbiased_kl and not self.use_kl_loss:
             yield "--use-unbiased-kl has no effect without --use-kl-loss. Add that, or leave it out."
+        if self.keep_old_actor and self.use_rollout_logprobs:
+            yield "--keep-old-actor and --use-rollout-logprobs both say what the old policy is. Drop one of the two."
+        if self.keep_old_actor and self.loss_type != "policy_loss":
+            yield f"--keep-old-actor has no part in --loss-type {self.loss_type}. Leave it out."
         if self.use_tis and self.use_rollout_logprobs:
             yield "--use-tis weighs by the trainer's over the engine's old policy, and --use-rollout-logprobs makes them one. Drop one of the two."
         if self.tis_clip_low > self.tis_clip:

@@ -203,6 +203,12 @@ class EngineConfig(Section):
         default=512 << 20,
         at_least=1,
     )
+    update_weights_interval: int = flag(
+        "--update-weights-interval",
+        "give the engines new weights after every so many rollouts",
+        default=1,
+        at_least=1,
+    )
     check_weight_update_equal: bool = flag(
         "--check-weight-update-equal",
         "compare checksums, tensor by tensor, after each update",

@@ -61,7 +61,7 @@ class Run:
             self.gpus.trainer_started()
         if not self.gpus.engines_yield:
             self._engines_started(engines)
-        if self.start_step > 0 and (self.trainer or cfg.checkpoint.load):
+        if self.start_step > 0 and (cfg.checkpoint.load or not cfg.debug.begins_anywhere):
             self._ask(self.manager.load.remote(self.start_step - 1), "the data state to be loaded")
         self.num_rollouts = self._num_rollouts()
         if self.engine_urls and self.trainer:

@@ -277,5 +277,10 @@ class DebugConfig(Section):
                 yield f"{name} {path} names one file for all rollouts. Put {{rollout_id}} into it, as in 'debug/{{rollout_id}}.pt'."
 
     @property
+    def begins_anywhere(self) -> bool:
+        """Whether a run may begin at any rollout without the data state of the one before."""
+        return self.rollout_only or self.load_rollout_data is not None
+
+    @property
     def no_engines(self) -> bool:
         return self.train_only or self.load_rollout_data is not None

@@ -208,6 +208,17 @@ def test_the_flags_offer_what_there_is():
     assert flags["tis_mode"].choices == MODES
 
 
+def test_a_loss_of_ones_own_is_a_policy_loss_by_either_name():
+    for loss_type in ("policy_loss", "custom_loss"):
+        asked = AlgorithmConfig(
+            loss_type=loss_type, custom_loss_path="a.b", use_kl_loss=True, mismatch_metrics=True
+        )
+        assert asked.wants_reward
+        assert asked.needs_reference
+        assert asked.needs_rollout_logp == "--get-mismatch-metrics"
+    assert not AlgorithmConfig(loss_type="sft_loss").wants_reward
+
+
 @pytest.mark.parametrize(
     "asked",
     [
@@ -224,6 +235,7 @@ def test_the_flags_offer_what_there_is():
         {"overlong_penalty": 2.0},
         {"custom_loss_path": "a.b", "loss_type": "sft_loss"},
         {"custom_loss_path": "a.b", "use_tis": True},
+        {"loss_type": "custom_loss"},
         {"custom_advantage_path": "a.b", "kl_coef": 0.1},
         {"custom_tis_path": "a.b"},
         {"ref_update_interval": 2},

@@ -235,9 +235,9 @@ def loss_and_rollout_agree(cfg: Config) -> Iterator[str]:
             f"--loss-type sft_loss learns from given answers, and --rollout-function-path "
             f"{function} samples new ones. Add --rollout-function-path {SFT_ROLLOUT}."
         )
-    if loss == "policy_loss" and function == SFT_ROLLOUT:
+    if cfg.algorithm.wants_reward and function == SFT_ROLLOUT:
         yield (
-            f"--rollout-function-path {function} makes no rewards, which --loss-type policy_loss "
+            f"--rollout-function-path {function} makes no rewards, which --loss-type {loss} "
             "needs. Add --loss-type sft_loss."
         )
     loads = cfg.debug.load_rollout_data is not None
@@ -315,7 +315,7 @@ def notices(cfg: Config) -> list[str]:
         found.append(
             f"no --ref-load: the reference model is --hf-checkpoint {cfg.model.hf_checkpoint}."
         )
-    if cfg.algorithm.loss_type == "policy_loss" and (rollout.top_p < 1 or rollout.top_k > 0):
+    if cfg.algorithm.wants_reward and (rollout.top_p < 1 or rollout.top_k > 0):
         found.append(
             f"--rollout-top-p {rollout.top_p} and --rollout-top-k {rollout.top_k} cut the sampled "
             "distribution, which the trainer does not see: expect a larger "
@@ -331,7 +331,7 @@ def notices(cfg: Config) -> list[str]:
 
 def _relies_on_metadata_for_rewards(cfg: Config) -> bool:
     return (
-        cfg.algorithm.loss_type == "policy_loss"
+        cfg.algorithm.wants_reward
         and cfg.rollout.function_path == VLLM_ROLLOUT
         and cfg.rollout.custom_generate_path is None
         and cfg.reward.rm_type is None

@@ -53,7 +53,7 @@ def build_train_batch(
         for position, group in enumerate(groups)
         for s in group
     ]
-    wants_reward = cfg.algorithm.loss_type == "policy_loss"
+    wants_reward = cfg.algorithm.wants_reward
     usable = [i for i, s in enumerate(samples) if _is_usable(s, wants_reward)]
     if not usable:
         reasons = sorted({s.failure or "no reward" for s in samples})[:3]

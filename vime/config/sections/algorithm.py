@@ -10,7 +10,12 @@ from vime.config.fields import Section, flag
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlgorithmConfig(Section):
-    loss_type: str = flag("--loss-type", default="policy_loss", choices=("policy_loss", "sft_loss"))
+    loss_type: str = flag(
+        "--loss-type",
+        "custom_loss: that of --custom-loss-function-path, which policy_loss takes too",
+        default="policy_loss",
+        choices=("policy_loss", "sft_loss", "custom_loss"),
+    )
     advantage_estimator: str = flag(
         "--advantage-estimator",
         default="grpo",
@@ -172,9 +177,14 @@ class AlgorithmConfig(Section):
     seed: int = flag("--seed", default=1234)
 
     @property
+    def wants_reward(self) -> bool:
+        """A policy learns from its own samples; not so under sft_loss."""
+        return self.loss_type != "sft_loss"
+
+    @property
     def needs_rollout_logp(self) -> str | None:
         """The flag that cannot do without the engine's log-probabilities, if any."""
-        if self.loss_type != "policy_loss":
+        if not self.wants_reward:
             return None
         asked = {
             "--use-rollout-logprobs": self.use_rollout_logprobs,
@@ -189,11 +199,11 @@ class AlgorithmConfig(Section):
 
     @property
     def needs_reference(self) -> bool:
-        return self.loss_type == "policy_loss" and (self.use_kl_loss or self.kl_coef != 0.0)
+        return self.wants_reward and (self.use_kl_loss or self.kl_coef != 0.0)
 
     @property
     def needs_critic(self) -> bool:
-        return self.loss_type == "policy_loss" and self.advantage_estimator == "ppo"
+        return self.wants_reward and self.advantage_estimator == "ppo"
 
     def problems(self) -> Iterator[str]:
         if self.advantage_estimator != "ppo":
@@ -217,7 +227,7 @@ class AlgorithmConfig(Section):
             yield "--use-unbiased-kl has no effect without --use-kl-loss. Add that, or leave it out."
         if self.keep_old_actor and self.use_rollout_logprobs:
             yield "--keep-old-actor and --use-rollout-logprobs both say what the old policy is. Drop one of the two."
-        if self.keep_old_actor and self.loss_type != "policy_loss":
+        if self.keep_old_actor and not self.wants_reward:
             yield f"--keep-old-actor has no part in --loss-type {self.loss_type}. Leave it out."
         if self.use_tis and self.use_rollout_logprobs:
             yield "--use-tis weighs by the trainer's over the engine's old policy, and --use-rollout-logprobs makes them one. Drop one of the two."
@@ -234,12 +244,14 @@ class AlgorithmConfig(Section):
             yield f"--tis-veto {self.tis_veto} is part of vime's own --use-tis. Add that, without --custom-tis-function-path, or leave it out."
         if self.advantage_estimator == "dr_grpo" and self.per_token_loss:
             yield "--calculate-per-token-loss divides by the response tokens, and --advantage-estimator dr_grpo by a constant. Drop one of the two."
+        if self.loss_type == "custom_loss" and self.custom_loss_path is None:
+            yield "--loss-type custom_loss needs a loss. Add --custom-loss-function-path, or choose policy_loss."
         hooks = {
             "--custom-loss-function-path": self.custom_loss_path,
             "--custom-advantage-function-path": self.custom_advantage_path,
         }
         for name, path in hooks.items():
-            if path is not None and self.loss_type != "policy_loss":
+            if path is not None and not self.wants_reward:
                 yield f"{name} {path} has no part in --loss-type {self.loss_type}. Leave out one of the two."
         if self.custom_loss_path is not None and (self.use_tis or self.use_opsm):
             yield f"--custom-loss-function-path {self.custom_loss_path} takes the place of --use-tis and --use-opsm. Drop them, or the function."

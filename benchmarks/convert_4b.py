@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.cpu_step import PACKAGES, cpu_name
+from benchmarks.tables import markdown, put
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks/results/convert_4b.json"
@@ -41,9 +42,25 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="vime-convert-") as tmp:
         figures = measure(Path(tmp), given.layers)
     given.output.write_text(json.dumps(figures, indent=1) + "\n")
+    if given.output == RESULT:
+        put("models.md", "convert", table_of(figures))
     for figure in figures:
         print(f"{figure['name']:40} {figure['value']:10.2f} {figure['unit']}")
     return int(not all(f["value"] for f in figures if f["name"].endswith("bytes_are_equal")))
+
+
+def table_of(figures: list[dict[str, Any]]) -> str:
+    """Markdown: seconds and peak memory of either direction, beside a plain copy's seconds."""
+    value = {f["name"].removeprefix("convert_4b/"): f["value"] for f in figures}
+    rows = [[f"{value['model']:.1f} GB of weights", "seconds", "peak memory"]]
+    for way, what in (
+        ("hf_to_torch_dist", "Hugging Face to Megatron"),
+        ("torch_dist_to_hf", "Megatron to Hugging Face"),
+    ):
+        memory = f"{value[f'{way}/peak_memory']:.1f} GB"
+        rows.append([what, f"{value[f'{way}/time']:.0f}", memory])
+    rows.append(["a plain copy of the files", f"{value['copy/time']:.0f}", ""])
+    return markdown(rows)
 
 
 def measure(root: Path, num_layers: int) -> list[dict[str, Any]]:

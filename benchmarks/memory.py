@@ -79,6 +79,7 @@ CASES = {
     "0.6b-none": Case("0.6b", 16384, 1024),
     "0.6b-full": Case("0.6b", 32768, 8192, FULL),
     "1.7b-selective": Case("1.7b", 8192, 2048, SELECTIVE),
+    "0.6b-ppo": Case("0.6b", 16384, 1024, "--advantage-estimator ppo"),
     "0.6b-block": Case("0.6b", 16384, 4096, BLOCK),
     "4b-full": Case("4b", 9216, 4608, FULL),  # 64 GiB of state: an H200
     "tiny": Case("tiny", 256, 64),

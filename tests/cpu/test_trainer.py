@@ -47,7 +47,8 @@ def every_case(rank: int, world: int, port: int, folder: Path, out: str) -> None
 
     def trainer(hooks: TrainingHooks | None = None, **sections: Any) -> MegatronTrainer:
         sections = {"batch": BATCH, "optimizer": {"lr": 1e-3}} | sections
-        cfg = make_config(folder, **sections)
+        model = {"hf_checkpoint": str(folder), "dtype": sections.pop("dtype", "auto")}
+        cfg = make_config(folder, model=model, **sections)
         return MegatronTrainer(cfg, master_port=free_port(), hooks=hooks)
 
     for case in (
@@ -379,6 +380,34 @@ def a_critic_learns_first_then_beside_the_actor_and_resumes(trainer: Any, out: P
     t.close()
     t = trainer(checkpoint={"load": str(out / "ppo")})  # another estimator needs no critic
     assert t.start_rollout_id == 5
+    t.close()
+    for sharded in (False, True):
+        a_float32_head_on_a_bfloat16_critic_resumes(trainer, out / f"half{sharded}", sharded)
+
+
+def a_float32_head_on_a_bfloat16_critic_resumes(trainer: Any, saved: Path, sharded: bool) -> None:
+    sections = {
+        "algorithm": {"advantage_estimator": "ppo"},
+        "dtype": "bfloat16",
+        "parallel": {"use_distributed_optimizer": sharded},
+        "checkpoint": {"load": str(saved), "save": str(saved)},
+    }
+
+    def state(t: Any) -> list[torch.Tensor]:
+        inner = [x.optimizer for x in getattr(t.critic.optimizer, "chained_optimizers", ())]
+        inner = inner or [t.critic.optimizer.optimizer]
+        main = [p for o in inner for g in o.param_groups for p in g["params"]]
+        return [*main, *(v for o in inner for p in main for _, v in sorted(o.state[p].items()))]
+
+    t = trainer(**sections)
+    for _ in range(2):
+        t.train(batch_of(t))
+    t.save(0)
+    before = [x.detach().clone() for x in state(t)]
+    t.close()
+    t = trainer(**sections)
+    assert t.start_rollout_id == 1
+    assert all(torch.equal(a, b) for a, b in zip(state(t), before, strict=True))
     t.close()
 
 

@@ -1,4 +1,4 @@
-"""PPO on a GPU: bfloat16 with a float32 value head, offloaded between rollouts."""
+"""PPO on a GPU: bfloat16 with a float32 value head, offloaded between rollouts, resumed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vime.data.batching import build_train_batch
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["", "distributed optimizer"])
-def test_actor_and_critic_leave_the_gpu_and_train_on(sharded: bool, tmp_path: Path) -> None:
+def test_actor_and_critic_leave_the_gpu_train_on_and_resume(sharded: bool, tmp_path: Path) -> None:
     shape = {"hidden_size": 256, "intermediate_size": 320, "head_dim": 64, "tied": True}
     folder = write_tiny_hf(tmp_path / "hf", **shape)
     (found,) = run_ranks(train, 1, folder=folder, sharded=sharded)
@@ -26,6 +26,7 @@ def test_actor_and_critic_leave_the_gpu_and_train_on(sharded: bool, tmp_path: Pa
     assert losses[0] == pytest.approx(0.25)  # half of the reward's mean square: values are 0
     assert losses[-1] < 0.9 * losses[0]
     assert found["away"] == found["home"]
+    assert found["resumed"] == (True, True)
 
 
 def train(rank: int, world: int, port: int, folder: Path, sharded: bool) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def train(rank: int, world: int, port: int, folder: Path, sharded: bool) -> dict
         },
         algorithm={"advantage_estimator": "ppo", "value_clip": 9.0},
         optimizer={"lr": 1e-4, "critic_lr": 1e-3},
+        checkpoint={"load": f"{folder}-saved", "save": f"{folder}-saved"},
     )
     trainer = MegatronTrainer(cfg, master_port=free_port())
     batch = build_train_batch(samples_of(4, 4), cfg, 0)
@@ -64,6 +66,12 @@ def train(rank: int, world: int, port: int, folder: Path, sharded: bool) -> dict
     trainer.onload()
     home = values()
     losses.append(trainer.train(batch)["train/value_loss"])
+    trainer.save(0)
+    saved = values()
+    straight = trainer.train(batch)["train/critic_grad_norm"]
+    trainer.close()
+    trainer = MegatronTrainer(cfg, master_port=free_port())
+    resumed = values() == saved, trainer.train(batch)["train/critic_grad_norm"] == straight
     critic = unwrap(trainer.critic.chunks[0])
     trainer.close()
     return {
@@ -71,6 +79,7 @@ def train(rank: int, world: int, port: int, folder: Path, sharded: bool) -> dict
         "away": away,
         "home": home,
         "held": held,
+        "resumed": resumed,
         "freed": freed,
         "head": critic.output_layer.weight.dtype,
         "trunk": critic.embedding.word_embeddings.weight.dtype,

@@ -258,6 +258,36 @@ def _spread(tensors: dict[str, Any], buffer: Any) -> None:
                 first += length
 
 
+def _float32_beside_bfloat16() -> None:
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+    stock = Float16OptimizerWithFloat16Params.sharded_state_dict
+    stock_load = Float16OptimizerWithFloat16Params.load_state_dict
+    main = "fp32_from_fp16_params"
+
+    @functools.wraps(stock)
+    def with_float32(self: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = self.float16_groups
+        self.float16_groups = [
+            a + b for a, b in zip(plain, self.fp32_from_fp32_groups, strict=True)
+        ]
+        try:
+            state = stock(self, *args, **kwargs)
+        finally:
+            self.float16_groups = plain
+        state[main] = [group for group in state[main] if group]  # empty lists are not saved
+        return state
+
+    @functools.wraps(stock_load)
+    def load(self: Any, state_dict: dict[str, Any]) -> Any:
+        saved = iter(state_dict[main])
+        groups = [next(saved) if group else [] for group in self.fp32_from_float16_groups]
+        return stock_load(self, {**state_dict, main: groups})
+
+    Float16OptimizerWithFloat16Params.sharded_state_dict = with_float32
+    Float16OptimizerWithFloat16Params.load_state_dict = load
+
+
 def _many_tensors() -> None:
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads, optimizer
@@ -281,6 +311,7 @@ def _weight_gradients() -> None:
         layers._grad_accum_fusion_available = True
 
 
+_HALF = "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params"
 _DISTOPT = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
 
 PATCHES = (
@@ -325,6 +356,15 @@ PATCHES = (
             f"{_DISTOPT}.get_parameter_state_dp_zero",
         ),
         _bucket_padding,
+    ),
+    Patch(
+        "float32 beside bfloat16",
+        "a checkpoint of the plain bfloat16 optimizer counts its parameters without those that are "
+        "float32 themselves, such as a critic's head, and cannot be loaded where a group has no "
+        "others (0.16 to 0.19)",
+        "sharded_state_dict and load_state_dict know fp32_from_fp32_groups",
+        (f"{_HALF}.sharded_state_dict", f"{_HALF}.load_state_dict"),
+        _float32_beside_bfloat16,
     ),
     Patch(
         "many tensors",

@@ -67,6 +67,9 @@ def build_optimizer(
         overlap_param_gather=cfg.parallel.overlap_param_gather,
     )
     overrides = mcore_optimizer.get_standard_config_overrides(config)
+    # A group of its own, by a mark that changes no rate: Megatron mixes up the state of a group
+    # that has two precisions.
+    overrides[mcore_optimizer.ParamKey(attr="is_value_head")] = {"is_decoupled_lr": True}
     optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
     if platform.current().is_cuda:
         _fuse(optimizer)

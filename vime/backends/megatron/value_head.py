@@ -25,6 +25,7 @@ class ValueHead(nn.Module):
         device = torch.cuda.current_device() if platform.current().is_cuda else "cpu"
         self.weight = nn.Parameter(torch.zeros(1, config.hidden_size, device=device))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.is_value_head = True  # type: ignore[attr-defined]  # see `build_optimizer`
         self.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:

@@ -53,9 +53,10 @@ class SentWeights:
         self.copies[version] = WeightCopy(self.chunks)
         self.current = version
 
-    def trained(self, version: int | None) -> None:
-        """The chunks have moved on, and no later rollout comes of older weights than `version`."""
-        self.current = None
+    def trained(self, version: int | None, *, moved: bool) -> None:
+        """No later rollout comes of older weights than `version`; the chunks may have moved on."""
+        if moved:
+            self.current = None
         if version is not None:
             self.copies = {v: copy for v, copy in self.copies.items() if v >= version}
 

@@ -161,8 +161,8 @@ class MegatronTrainer:
                     steps.append(self.critic.step(columns, plan, _where(batch, step_id), samples))
         self._wait_for_weights()
         interval = self.cfg.algorithm.ref_update_interval
-        if self.sent is not None and trains_actor:
-            self.sent.trained(batch.weight_version)
+        if self.sent is not None:
+            self.sent.trained(batch.weight_version, moved=trains_actor)
         if self.reference is not None and interval and (batch.rollout_id + 1) % interval == 0:
             self.reference = WeightCopy(self.chunks)
         metrics = {**mean_of_steps(steps), **clock.seconds}

@@ -1,0 +1,35 @@
+"""Copies of the weights that engines were given: which are kept, and what they hold."""
+
+import torch
+
+from vime.backends.megatron.reference import SentWeights
+
+
+def test_copies_stay_as_long_as_rollouts_may_come_of_them():
+    layer = torch.nn.Linear(2, 1)
+    sent = SentWeights([layer])
+    sent.keep(0)
+    assert sent.are_current(0)
+    assert not sent.are_current(None)
+    before = layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.weight += 1
+    sent.trained(0, moved=True)
+    assert not sent.are_current(0)
+    sent.keep(1)
+    with sent.copies[0].swapped_in():
+        assert torch.equal(layer.weight, before)
+    assert torch.equal(layer.weight, before + 1)
+    sent.trained(0, moved=True)  # the asynchronous loop: one more rollout of version 0
+    assert sorted(sent.copies) == [0, 1]
+    sent.trained(1, moved=True)
+    assert sorted(sent.copies) == [1]
+
+
+def test_while_a_critic_trains_alone_copies_do_not_pile_up():
+    sent = SentWeights([torch.nn.Linear(2, 1)])
+    for version in range(5):
+        sent.keep(version)
+        sent.trained(version, moved=False)
+        assert sent.are_current(version)
+    assert list(sent.copies) == [4]

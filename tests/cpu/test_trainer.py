@@ -64,6 +64,7 @@ def every_case(rank: int, world: int, port: int, folder: Path, out: str) -> None
         the_old_policy_may_be_the_one_that_generated,
         the_reference_follows_the_actor,
         users_functions_take_part,
+        users_functions_are_called_at_their_moments,
         a_resumed_run_takes_the_same_steps,
         a_critic_learns_first_then_beside_the_actor_and_resumes,
         warm_up_wastes_no_step,
@@ -323,6 +324,37 @@ def users_functions_take_part(trainer: Any, out: Path) -> None:
     assert found["train/pg_loss"] == pytest.approx(metrics["train/pg_loss"], abs=1e-5)
     for name, weight in named_weights(t).items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=2e-5)
+    t.close()
+
+
+def users_functions_are_called_at_their_moments(trainer: Any, out: Path) -> None:
+    seen: list[tuple] = []
+
+    def halved(
+        args: Any, rollout_id: int, step_id: int, model: Any, optimizer: Any, _: Any
+    ) -> None:
+        seen.append(("step", rollout_id, step_id, len(model)))
+        for group in optimizer.param_groups:
+            group["lr"] /= 2
+
+    hooks = TrainingHooks(
+        init=lambda args: seen.append(("init", torch.distributed.get_world_size())),
+        model=lambda args, model: seen.append(("model", model.pre_process)) or model,
+        before_log_probs=lambda args, model, prefix: seen.append(("pass", prefix)),
+        before_train_step=halved,
+    )
+    two_steps = {"batch": BATCH | {"steps_asked": 2}, "algorithm": {"use_kl_loss": True}}
+    t = trainer(hooks=hooks, **two_steps)
+    metrics = t.train(batch_of(t))
+    assert seen == [
+        ("init", 1),
+        ("model", True),
+        ("pass", ""),
+        ("pass", "ref_"),
+        ("step", 0, 0, 1),
+        ("step", 0, 1, 1),
+    ]
+    assert metrics["train/lr"] == pytest.approx(5e-4)  # the schedule gives 1e-3 each time
     t.close()
 
 

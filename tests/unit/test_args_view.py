@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from tests.unit.command_lines import Flags, words
+from tests.unit.command_lines import Flags, refused, words
 from vime.cli import parse_config
 from vime.config.fields import flags_in
 from vime.config.view import SECTIONS, ArgsView
@@ -87,3 +87,29 @@ def test_it_travels_to_other_processes(tmp_path):
     for twin in (pickle.loads(pickle.dumps(args)), copy.deepcopy(args)):
         assert twin.config == args.config
         assert twin.vllm_router_port == 8123
+
+
+def test_values_of_the_users_own_stand_beside_the_flags(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("tool_url: http://127.0.0.1:9\nlimits: {calls: 3}\n")
+    args = view(tmp_path, {"--custom-config-path": str(own)})
+    assert (args.tool_url, args.limits) == ("http://127.0.0.1:9", {"calls": 3})
+    assert pickle.loads(pickle.dumps(args)).tool_url == args.tool_url
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rollout_batch_size: 3", "rollout_batch_size is vime's own. Give --rollout-batch-size"),
+        ("- a", "is no mapping of names to values"),
+        ("a: [", "is not YAML"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_of_own_values_that_cannot_be_used_is_refused(capsys, tmp_path, text, words):
+    own = tmp_path / "own.yaml"
+    if text is not None:
+        own.write_text(text)
+    (problem,) = refused(capsys, tmp_path, {"--custom-config-path": str(own)})
+    assert problem.startswith(f"--custom-config-path {own}")
+    assert words in problem

@@ -1,5 +1,6 @@
 """Users' functions in the loss: refused at start where they do not fit, called as documented."""
 
+import inspect
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +68,9 @@ def test_functions_that_fit_are_loaded():
         ("custom_advantage_path", "--custom-advantage-function-path"),
         ("custom_tis_path", "--custom-tis-function-path"),
         ("custom_reducer_path", "--custom-pg-loss-reducer-function-path"),
+        ("model_provider_path", "--custom-model-provider-path"),
+        ("before_log_probs_path", "--custom-megatron-before-log-prob-hook-path"),
+        ("before_train_step_path", "--custom-megatron-before-train-step-hook-path"),
     ],
 )
 def test_a_function_that_does_not_fit_is_refused_with_its_flag(field, flag):
@@ -74,6 +78,26 @@ def test_a_function_that_does_not_fit_is_refused_with_its_flag(field, flag):
     [problem] = check_training_hooks(named(**{field: f"{HERE}.too_short"}, **more))
     assert problem.startswith(f"{flag} {HERE}.too_short")
     assert "Expected: f(args, " in problem
+
+
+def test_every_function_of_the_examples_fits_its_flag():
+    import examples.hooks.training_hooks as examples
+
+    fields = {
+        "megatron_init_path": "print_rank",
+        "model_provider_path": "with_embeddings_held",
+        "before_log_probs_path": "announce_pass",
+        "before_train_step_path": "start_gently",
+    }
+    paths = {field: f"{examples.__name__}.{name}" for field, name in fields.items()}
+    assert check_training_hooks(named(**paths)) == []
+    assert set(fields.values()) == {
+        name for name, value in vars(examples).items() if inspect.isfunction(value)
+    }
+    hooks = training_hooks(named(**paths))
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}])
+    hooks.before_train_step(SimpleNamespace(lr=1e-3), 1, 0, [], optimizer, None)
+    assert optimizer.param_groups == [{"lr": 5e-4}]
 
 
 def test_the_documents_examples_work():

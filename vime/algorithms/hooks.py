@@ -1,4 +1,4 @@
-"""Users' functions in place of parts of the algorithm, with their results checked."""
+"""Users' functions in place of parts of the algorithm, results checked, or called beside it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,22 @@ class TrainingHooks:
     loss       the whole loss, called as `PolicyObjective` is
     advantage  f(args, sequences, old_logp, ref_logp) -> a tensor [R] for each sequence
     correct    f(args, *, pg_loss, train_log_probs, rollout_log_probs, sequence_sum)
+    model      f(args, model) -> the chunk of Megatron's model to train
+
+    Called at their moments on every rank, for what they do; their results are not looked at:
+    init               f(args), once the ranks are connected
+    before_log_probs   f(args, model, store_prefix), the model being a list of Megatron's chunks
+    before_train_step  f(args, rollout_id, step_id, model, optimizer, opt_param_scheduler)
     """
 
     args: Any = None
+    init: Callable | None = None
+    before_log_probs: Callable | None = None
+    before_train_step: Callable | None = None
     loss: Callable | None = None
     advantage: Callable | None = None
     correct: Callable | None = None
+    model: Callable | None = None
 
 
 def user_loss(hooks: TrainingHooks) -> Callable[..., TokenLoss]:

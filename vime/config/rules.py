@@ -13,6 +13,7 @@ from typing import Any
 
 from vime.config import Config
 from vime.config.evaluation import eval_datasets
+from vime.config.own_values import own_values_are_their_own
 
 Rule = Callable[[Config], Iterable[str]]
 
@@ -260,6 +261,7 @@ def loss_and_rollout_agree(cfg: Config) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
+    own_values_are_their_own,
     checkpoint_is_there,
     reference_is_there,
     run_has_a_length,

@@ -9,6 +9,7 @@ from typing import Any
 
 from vime.config import Config
 from vime.config.fields import flags_in
+from vime.config.own_values import own_values
 from vime.errors import PluginError
 
 SECTIONS = tuple(Config.__dataclass_fields__)
@@ -35,7 +36,8 @@ class ArgsView:
     """`args.rollout_batch_size` and the like: the flag without dashes.
 
     Holds resolved values: `eps_clip_high` is never None, `eval_*` has inherited, MODEL_ARGS stand
-    under their Megatron names and vLLM's under `vllm_*`. `args.config` is the typed `Config`.
+    under their Megatron names and vLLM's under `vllm_*`, those of --custom-config-path beside them.
+    `args.config` is the typed `Config`.
     runtime adds what only a running job knows (`vllm_router_ip`, `vllm_router_port`).
 
     Pickles. Reading an unknown name raises AttributeError; writing raises PluginError.
@@ -46,7 +48,9 @@ class ArgsView:
     def __init__(self, config: Config, **runtime: Any) -> None:
         object.__setattr__(self, "_config", config)
         object.__setattr__(self, "_runtime", runtime)
-        object.__setattr__(self, "_values", MappingProxyType({**resolved(config), **runtime}))
+        own = own_values(config.rollout.custom_config_path)
+        values = {**own, **resolved(config), **runtime}
+        object.__setattr__(self, "_values", MappingProxyType(values))
 
     @property
     def config(self) -> Config:

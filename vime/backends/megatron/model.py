@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -36,10 +37,13 @@ _SHARDED: dict[type[nn.Module], int] = {
 _RENAMED = {"num_experts": "num_moe_experts", "norm_epsilon": "layernorm_epsilon"}
 
 
-def build_model(cfg: Config, *, critic: bool = False) -> list[GPTModel]:
+def build_model(
+    cfg: Config, *, critic: bool = False, provider: Callable[[GPTModel], GPTModel] | None = None
+) -> list[GPTModel]:
     """This rank's chunks, in --dtype, on this rank's device. Weights are uninitialised: load them.
 
-    critic  gives values in place of logits, from a float32 head that starts at zero
+    critic    gives values in place of logits, from a float32 head that starts at zero
+    provider  changes a chunk, or gives another with the same weights' names
     Needs `initialize_parallel`. Raises ConfigError on an unknown family, or where a pattern of
     --freeze-params-name-list matches nothing. A collective.
     """
@@ -70,6 +74,8 @@ def build_model(cfg: Config, *, critic: bool = False) -> list[GPTModel]:
             _scale_rope(chunk, args)
         if critic and chunk.post_process:
             chunk.output_layer = ValueHead(config)
+        if provider is not None:
+            chunk = provider(chunk)
         _mark_shards(chunk)
         _mark_experts(chunk)
         if not critic:

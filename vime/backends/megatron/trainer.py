@@ -52,6 +52,9 @@ class MegatronTrainer:
         hooks: TrainingHooks | None = None,
     ) -> None:
         initialize_parallel(cfg, rank, world_size, local_rank, master_address, master_port)
+        self.hooks = hooks or TrainingHooks()
+        if self.hooks.init is not None:
+            self.hooks.init(self.hooks.args)
         # Megatron can be imported only now: the patches come first.
         from megatron.core import parallel_state as mpu
 
@@ -79,7 +82,8 @@ class MegatronTrainer:
 
         files, hf = cfg.checkpoint, cfg.model.hf_checkpoint
         start = resolve(files.load, files.ref_load, hf, files.ckpt_step)
-        self.chunks = wrap_for_training(cfg, build_model(cfg))
+        provider = self.hooks.model and partial(self.hooks.model, self.hooks.args)
+        self.chunks = wrap_for_training(cfg, build_model(cfg, provider=provider))
         log.info("the model is built; weights come from %s", start.folder)
         self.reference: WeightCopy | None = None
         reference = None
@@ -114,7 +118,6 @@ class MegatronTrainer:
 
             self.critic = Critic(cfg, start, self.chunks)
 
-        self.hooks = hooks or TrainingHooks()
         self.objective = objective_of(cfg.algorithm, self.hooks)
 
     # -- training ----------------------------------------------------------------------------------
@@ -145,7 +148,8 @@ class MegatronTrainer:
                 on_policy = self._old_logps(batch, columns, trains_actor)
             if self.reference is not None:
                 with clock.timed("perf/ref_log_probs_time"), self.reference.swapped_in():
-                    columns.ref_logp_N = self._logps(columns, self._forward_plans(batch, 0))
+                    plans = self._forward_plans(batch, 0)
+                    columns.ref_logp_N = self._logps(columns, plans, "ref_")
             if self.critic is not None:
                 with clock.timed("perf/values_time"):
                     columns.value_N = self.critic.values(columns, self._forward_plans(batch, 0))
@@ -224,10 +228,15 @@ class MegatronTrainer:
     def _forward_plans(self, batch: TrainBatch, first_step: int) -> list[StepPlan]:
         return [batch.forward] if batch.forward is not None else list(batch.steps[first_step:])
 
-    def _logps(self, columns: Any, plans: list[StepPlan]) -> Tensor:
-        """A column of log-probabilities under the weights that the chunks hold now."""
+    def _logps(self, columns: Any, plans: list[StepPlan], prefix: str = "") -> Tensor:
+        """A column of log-probabilities under the weights that the chunks hold now.
+
+        prefix  tells the user's hook whose they are
+        """
         from vime.backends.megatron.step import remember_logps, run_pass
 
+        if self.hooks.before_log_probs is not None:
+            self.hooks.before_log_probs(self.hooks.args, self.chunks, prefix)
         column_N = columns.table.column()
         batches = [b for plan in plans for b in columns.micro_batches(plan)]
         run_pass(
@@ -246,6 +255,10 @@ class MegatronTrainer:
     ) -> dict[str, float]:
         from vime.backends.megatron.step import policy_judge, run_pass, sft_judge
 
+        if self.hooks.before_train_step is not None:
+            optimizer, scheduler = self.optimizer, self.scheduler
+            where = (batch.rollout_id, step_id)
+            self.hooks.before_train_step(self.hooks.args, *where, self.chunks, optimizer, scheduler)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()

@@ -152,6 +152,26 @@ class AlgorithmConfig(Section):
         "f(args, loss_masks, per_token) -> each token's weight in its step's loss",
         default=None,
     )
+    megatron_init_path: str | None = flag(
+        "--custom-megatron-init-path",
+        "f(args): runs in every trainer rank once it is connected, before the model is built",
+        default=None,
+    )
+    model_provider_path: str | None = flag(
+        "--custom-model-provider-path",
+        "f(args, model) -> the chunk of Megatron's model to train: changed, or another with the same weights' names",
+        default=None,
+    )
+    before_log_probs_path: str | None = flag(
+        "--custom-megatron-before-log-prob-hook-path",
+        "f(args, model, store_prefix): before a pass for log-probabilities; the prefix is 'ref_' for the reference's",
+        default=None,
+    )
+    before_train_step_path: str | None = flag(
+        "--custom-megatron-before-train-step-hook-path",
+        "f(args, rollout_id, step_id, model, optimizer, opt_param_scheduler): before every optimizer step",
+        default=None,
+    )
     ref_update_interval: int | None = flag(
         "--ref-update-interval",
         "the reference becomes the actor after every so many rollouts (default: never)",

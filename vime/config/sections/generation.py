@@ -270,6 +270,11 @@ class RolloutConfig(Section):
         "f(args, rollout_id, batch): changes the TrainBatch, or returns another",
         default=None,
     )
+    custom_config_path: str | None = flag(
+        "--custom-config-path",
+        "YAML of names and values of your own, which functions read as args.NAME",
+        default=None,
+    )
     concurrency: int = flag(
         "--vllm-server-concurrency", "requests in flight per engine", default=512, at_least=1
     )

@@ -138,10 +138,20 @@ def untied_model(quickstart_assets, tmp_path_factory) -> Path:
 def test_two_data_parallel_ranks_keep_two_engines_exact_with_an_untied_head(
     job_in, straight_run, untied_model
 ):
-    job = job_in("dp2", actor_num_gpus_per_node="2", cpu_slots="2", num_rollout="3")
+    """By PPO: the critic has a value in place of that head."""
+    job = job_in(
+        "dp2",
+        actor_num_gpus_per_node="2",
+        cpu_slots="2",
+        num_rollout="3",
+        advantage_estimator="ppo",
+    )
     job.checkpoint = untied_model
     job.run()
     check_two_ranks(job, straight_run)
+    norms = [m["train/critic_grad_norm"] for m in job.metrics() if "train/loss" in m]
+    assert len(norms) == 3
+    assert min(norms) > 0
 
 
 def test_two_tensor_parallel_ranks_keep_the_engine_exact(job_in, straight_run):

@@ -385,7 +385,8 @@ def a_resumed_run_takes_the_same_steps(trainer: Any, out: Path) -> None:
 def a_critic_learns_first_then_beside_the_actor_and_resumes(trainer: Any, out: Path) -> None:
     ppo = {"advantage_estimator": "ppo", "num_critic_only_steps": 4}
     rates = {"lr": 1e-3, "critic_lr": 3e-3, "critic_lr_warmup_iters": 2}
-    t = trainer(algorithm=ppo, optimizer=rates, checkpoint={"save": str(out / "ppo")})
+    saving = {"save": str(out / "ppo"), "async_save": True}
+    t = trainer(algorithm=ppo, optimizer=rates, checkpoint=saving)
     before = named_weights(t)
     alone = [t.train(batch_of(t, rollout_id=i)) for i in range(4)]
     assert all(torch.equal(w, before[n]) for n, w in named_weights(t).items())
@@ -402,6 +403,7 @@ def a_critic_learns_first_then_beside_the_actor_and_resumes(trainer: Any, out: P
     assert both["train/lr"] == 1e-3
     t.save(4)
     straight = t.train(batch_of(t, rollout_id=5))
+    t.finish_saves()
     expected = named_weights(t)
     t.close()
     t = trainer(algorithm=ppo, optimizer=rates, checkpoint={"load": str(out / "ppo")})

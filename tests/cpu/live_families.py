@@ -26,9 +26,6 @@ _LATENT = {
     "qk_nope_head_dim": 64,
     "qk_rope_head_dim": 64,
     "v_head_dim": 64,
-    # as published folders say; vLLM routes otherwise without
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
 }
 PROMPTS = ([5, 17, 23, 42, 8, 61], [3, 3, 90, 12], [77, 1, 2, 50, 50, 31, 9, 14, 66])
 NUM_TOKENS = 24

@@ -44,6 +44,8 @@ _LATENT = {
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 2.446,
     "norm_topk_prob": True,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 

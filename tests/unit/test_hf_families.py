@@ -151,6 +151,15 @@ def test_unknown_families_and_rope_scaling_are_refused(tmp_path: Path) -> None:
     assert "does not exist" in hf.check_model_args(config(tmp_path / "none"))[0]
 
 
+def test_a_router_that_the_engine_would_take_for_another_is_refused(tmp_path: Path) -> None:
+    published = json.loads((Path(__file__).parent / "hf_configs" / "moonlight.json").read_text())
+    assert hf.check_model_args(config(tmp_path / "a", published)) == []
+    lost = {k: v for k, v in published.items() if k != "scoring_func"}
+    (problem,) = hf.check_model_args(config(tmp_path / "b", lost))
+    assert "scoring_func None in config.json is not supported" in problem
+    assert 'has scoring_func "sigmoid": add it' in problem
+
+
 def test_missing_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
     small = QWEN3_4B | {"num_hidden_layers": 1, "hidden_size": 4, "vocab_size": 8}
     cfg = config(tmp_path, small)

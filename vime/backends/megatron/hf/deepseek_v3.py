@@ -68,11 +68,19 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+_REMEDIES = {
+    name: f' A model in the published form has {name} "{value}": add it where it was lost.'
+    for name, value in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"))
+}
+
+
 def _refuse_other_routing(config: dict[str, Any]) -> None:
     rope, topk_group = rope_parameters(config), config.get("topk_group") or 1
     grouped = (config.get("n_group") or 1) > 1
     wanted = {
-        "scoring_func": config.get("scoring_func", "sigmoid") == "sigmoid",
+        # vLLM, told nothing, routes by softmax and without the bias; transformers never does.
+        "scoring_func": config.get("scoring_func") == "sigmoid",
+        "topk_method": config.get("topk_method") == "noaux_tc",
         "norm_topk_prob": bool(config.get("norm_topk_prob", True)),
         "rope_interleave": bool(config.get("rope_interleave", True)),
         # Megatron ranks groups by their best topk / topk_group experts, the model by its best two.
@@ -82,7 +90,7 @@ def _refuse_other_routing(config: dict[str, Any]) -> None:
     }
     problems = [
         f"--hf-checkpoint: {name} {config.get(name, rope.get(name))!r} in config.json is not "
-        "supported for deepseek_v3."
+        "supported for deepseek_v3." + _REMEDIES.get(name, "")
         for name, fits in wanted.items()
         if not fits
     ]

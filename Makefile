@@ -41,6 +41,9 @@ bench: install  ## where a CPU step's time goes; writes benchmarks/results/cpu_s
 bench-rollout: install  ## throughput through HTTP and router against the engine in process
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.rollout
 
+bench-long-prompt-file: install  ## a start on ten million prompts: memory against the file's size
+	$(PYTHON) -m benchmarks.long_prompt_file
+
 bench-grading: install  ## rate of grading 10,000 answers against one process
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/grading.py
 

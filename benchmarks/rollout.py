@@ -2,7 +2,7 @@
 
     make bench-rollout
 
-512 requests in flight, 256 tokens each, of a 0.7M-parameter Qwen3: once by `generate_rollout`
+512 requests in flight, 448 tokens each, of a 0.7M-parameter Qwen3: once by `generate_rollout`
 through vllm-router to a vLLM server, and once by the same engine called in process
 (`rollout_peer.py`) with the same prompts and lengths. The two take turns, so that a busy machine
 is unfair to neither. The ratio of their throughputs has a target of 0.95; where other work shares
@@ -40,7 +40,7 @@ from vime.rollout.vllm_rollout import generate, generate_rollout  # noqa: E402
 RESULT = ROOT / "benchmarks/results/rollout_http_ratio_cpu.json"
 TARGET = 0.95
 PROMPTS, SAMPLES = 64, 8
-NUM_TOKENS = 256
+NUM_TOKENS = 448
 
 
 async def fixed_length(args: Any, sample: Any, sampling_params: dict[str, Any]) -> Any:

@@ -46,6 +46,16 @@ class Sample:
     generate_function_path: str | None = None
     session_id: str | None = None  # requests that share it go to one engine, where the router can
     non_generation_time: float = 0.0  # seconds spent on tools and the like; for the metrics
+    apply_chat_template_kwargs: dict[str, Any] | None = None  # in place of the flag's, for messages
+    # What functions of the user's own may carry along. vime keeps these and reads none of them.
+    teacher_log_probs: list[float] | None = None  # [R]
+    rollout_routed_experts: Any = None
+    rollout_top_p_token_ids: list[int] | None = None
+    rollout_top_p_token_offsets: list[int] | None = None
+    multimodal_inputs: dict[str, Any] | None = None
+    multimodal_train_inputs: dict[str, Any] | None = None
+    spec_info: dict[str, Any] | None = None
+    prefix_cache_info: dict[str, Any] | None = None
 
     @property
     def prompt_length(self) -> int:

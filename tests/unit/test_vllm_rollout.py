@@ -7,11 +7,12 @@ import logging
 import pytest
 
 from tests.unit.fake_engine import FakeEngine, ids_of, make_config, write_prompts, write_tokenizer
+from vime.data import chat
 from vime.errors import EngineError
 from vime.rollout.client import GenerateClient, RequestFailed
 from vime.rollout.data_source import RolloutDataSourceWithBuffer
 from vime.rollout.vllm_rollout import generate, generate_rollout
-from vime.types import DynamicFilterOutput, Status
+from vime.types import DynamicFilterOutput, Sample, Status
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +292,29 @@ def test_a_custom_generation_function_can_talk_to_the_engine_twice(config):
     assert sample.loss_mask == [1] * count + [0] * 3 + [1] * count
     assert sample.response == "\\boxed{0}<|im_end|>ok?\\boxed{0}<|im_end|>"
     assert len(sample.rollout_log_probs) == sample.response_length
+
+
+async def from_messages(args, sample, sampling_params):
+    sample.tokens, sample.prompt = [], [{"role": "user", "content": "hm"}]
+    return await generate(args, sample, sampling_params)
+
+
+def test_a_prompt_of_messages_is_tokenised_by_the_chat_template(config, hf):
+    cfg = config(rollout={"custom_generate_path": f"{__name__}.from_messages"})
+    with FakeEngine(lambda prompt, params: (boxed("0"), 0.001)) as engine:
+        output, _ = run(engine, cfg)
+    tokenizer = chat.load_tokenizer(hf)
+    wanted = chat.encode(tokenizer, [chat.render(tokenizer, "hm")])[0]
+    for sample in output.samples[0]:
+        assert sample.tokens[: sample.prompt_length] == wanted
+
+
+def test_a_sample_survives_as_a_dict_with_every_field():
+    values = {"teacher_log_probs": [-1.0], "multimodal_inputs": {"a": 1}, "spec_info": {"k": 2}}
+    sample = Sample(index=3, tokens=[1, 2], response_length=1, status=Status.TRUNCATED, **values)
+    assert Sample.from_dict(sample.to_dict()) == sample
+    with pytest.raises(KeyError, match="unknown Sample fields: ..tokns"):
+        Sample.from_dict({"tokns": []})
 
 
 def test_a_rollout_of_zeros_for_want_of_a_thinking_mark_is_announced(config, caplog):

@@ -221,7 +221,7 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any]) -
     params = dict(sampling_params)
     context = params.pop("max_context_len", None)
     if not sample.tokens:
-        sample.tokens = chat.encode(rollout.tokenizer, [sample.prompt])[0]
+        sample.tokens = _prompt_tokens(rollout, sample)
     left = params["max_tokens"] - sample.response_length
     if context is not None:
         left = min(left, context - len(sample.tokens))
@@ -240,6 +240,15 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any]) -
             skip_special_tokens=bool(params.get("skip_special_tokens")),
         )
     return sample
+
+
+def _prompt_tokens(rollout: Rollout, sample: Sample) -> list[int]:
+    """Of a prompt that no data set has tokenised: text, or messages for the chat template."""
+    text = sample.prompt
+    if not isinstance(text, str):
+        kwargs = sample.apply_chat_template_kwargs or rollout.cfg.data.apply_chat_template_kwargs
+        text = chat.render(rollout.tokenizer, text, template_kwargs=kwargs)
+    return chat.encode(rollout.tokenizer, [text])[0]
 
 
 def append(sample: Sample, generation: Any) -> None:

@@ -12,7 +12,7 @@ from vime.errors import EngineError
 from vime.rollout.client import GenerateClient, RequestFailed
 from vime.rollout.data_source import RolloutDataSourceWithBuffer
 from vime.rollout.vllm_rollout import generate, generate_rollout
-from vime.types import DynamicFilterOutput, Sample, Status
+from vime.types import DynamicFilterOutput, Status
 
 
 @pytest.fixture(scope="module")
@@ -307,14 +307,6 @@ def test_a_prompt_of_messages_is_tokenised_by_the_chat_template(config, hf):
     wanted = chat.encode(tokenizer, [chat.render(tokenizer, "hm")])[0]
     for sample in output.samples[0]:
         assert sample.tokens[: sample.prompt_length] == wanted
-
-
-def test_a_sample_survives_as_a_dict_with_every_field():
-    values = {"teacher_log_probs": [-1.0], "multimodal_inputs": {"a": 1}, "spec_info": {"k": 2}}
-    sample = Sample(index=3, tokens=[1, 2], response_length=1, status=Status.TRUNCATED, **values)
-    assert Sample.from_dict(sample.to_dict()) == sample
-    with pytest.raises(KeyError, match="unknown Sample fields: ..tokns"):
-        Sample.from_dict({"tokns": []})
 
 
 def test_a_rollout_of_zeros_for_want_of_a_thinking_mark_is_announced(config, caplog):

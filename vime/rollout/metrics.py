@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -46,8 +47,9 @@ def of_rollout(args: Any, sampled: Sampled, seconds: float) -> dict[str, float]:
 
 def _versions(sample: Sample) -> set[int]:
     """The weights that made the tokens with loss; a tool's tokens were made by none."""
-    mask = sample.loss_mask or [1] * sample.response_length
-    return {v for v, m in zip(sample.weight_versions, mask, strict=False) if m}
+    if sample.loss_mask is None:
+        return set(sample.weight_versions)
+    return set(itertools.compress(sample.weight_versions, sample.loss_mask))
 
 
 def lengths(samples: Sequence[Sample], prefix: str = "rollout") -> dict[str, float]:

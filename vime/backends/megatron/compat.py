@@ -288,6 +288,15 @@ def _float32_beside_bfloat16() -> None:
     Float16OptimizerWithFloat16Params.load_state_dict = load
 
 
+def _learning_rates_name_no_group() -> None:
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    for module in (optimizer, distrib_optimizer):
+        known = module.param_group_identifier_keys
+        of_a_flag = ("max_lr", "min_lr", "start_wd", "end_wd")
+        module.param_group_identifier_keys = tuple(key for key in known if key not in of_a_flag)
+
+
 def _many_tensors() -> None:
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads, optimizer
@@ -365,6 +374,17 @@ PATCHES = (
         "sharded_state_dict and load_state_dict know fp32_from_fp32_groups",
         (f"{_HALF}.sharded_state_dict", f"{_HALF}.load_state_dict"),
         _float32_beside_bfloat16,
+    ),
+    Patch(
+        "learning rates name no group",
+        "a checkpoint's parameter groups are found by their learning rate too, so that a run "
+        "cannot be continued with another --lr (0.19)",
+        "groups are matched by what does not come from a flag",
+        (
+            "megatron.core.optimizer.optimizer.param_group_identifier_keys",
+            "megatron.core.optimizer.distrib_optimizer.param_group_identifier_keys",
+        ),
+        _learning_rates_name_no_group,
     ),
     Patch(
         "many tensors",

@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -56,7 +57,9 @@ def decoder_spec(
         attention.core_attention = PackedAttention
         if config.multi_latent_attention:
             parts.self_attention.module = LatentAttention
-            attention.q_layernorm = attention.kv_layernorm = RMSNorm
+            attention.kv_layernorm = RMSNorm
+            # queries that are not compressed are not normed either
+            attention.q_layernorm = IdentityOp if config.q_lora_rank is None else RMSNorm
         elif config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
         if args.get("post_self_attn_layernorm"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 from ranks import run_ranks
 
@@ -47,3 +49,12 @@ def test_patches_apply_once_and_stand_in_for_cuda() -> None:
         pytest.skip("this machine has CUDA: nothing is stood in for")
     (seen,) = run_ranks(apply_twice, 1)
     assert all(seen.values()), seen
+
+
+def test_latent_attention_overrides_what_is_there() -> None:
+    from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+
+    assert "submodules" in inspect.signature(MLASelfAttention.__init__).parameters
+    asked = getattr(MLASelfAttention, "_resolve_qk_norm_config", None)
+    if asked is not None:  # from megatron-core 0.19 on
+        assert list(inspect.signature(asked).parameters) == ["self", "submodules"]

@@ -18,6 +18,11 @@ class LatentAttention(MLASelfAttention):
     share of that rank's own gradient: the other ranks' heads would not count (0.16 to 0.19).
     """
 
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        """The layers that the spec names. Only 0.19 asks; it would norm uncompressed queries."""
+        names = "linear_q_proj linear_q_up_proj linear_kv_up_proj q_layernorm kv_layernorm"
+        return {name: getattr(submodules, name) for name in names.split()}
+
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple:
         query, key, *rest = super().get_query_key_value_tensors(*args, **kwargs)
         if mpu.get_tensor_model_parallel_world_size() > 1:

@@ -29,7 +29,7 @@ class Critic:
 
     start  a checkpoint that resumes brings the critic that it has
     actor  its chunks, already loaded
-    Built by every rank together; every method but `tensors` is a collective.
+    Built by every rank together; every method is a collective.
     """
 
     def __init__(self, cfg: Config, start: Start, actor: Sequence[nn.Module]) -> None:

@@ -21,9 +21,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vime.config.yaml_file import read_yaml
 from vime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -92,16 +92,8 @@ _LEAST = {"n_samples_per_eval_prompt": 1, "temperature": 0, "top_k": -1, "max_re
 def read_eval_config(path: str) -> dict[str, Any]:
     """{"defaults": {..}, "datasets": [{..}, ..]} of a YAML file. Raises ConfigError with all that
     is wrong with it."""
-    import yaml
-
     name = f"--eval-config {path}"
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"{name} cannot be read ({error.strerror}). Correct the path.") from None
-    except yaml.YAMLError as error:
-        where = " ".join(str(error).split())
-        raise ConfigError(f"{name} is not YAML: {where}. Correct the file.") from None
+    content = read_yaml(name, path)
     part = content.get("eval") if isinstance(content, dict) else None
     if not isinstance(part, dict) or not isinstance(part.get("datasets"), list):
         raise ConfigError(

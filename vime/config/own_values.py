@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vime.config.yaml_file import read_yaml
 from vime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,16 +16,8 @@ def own_values(path: str | None) -> dict[str, Any]:
     """{name: value}; {} without a file. Raises ConfigError when it cannot be read as that."""
     if path is None:
         return {}
-    import yaml
-
     name = f"--custom-config-path {path}"
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"{name} cannot be read ({error.strerror}). Correct the path.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = " ".join(str(error).split())
-        raise ConfigError(f"{name} is not YAML: {where}. Correct the file.") from None
+    content = read_yaml(name, path)
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"{name} is no mapping of names to values. Write lines of `name: value`.")
     return content

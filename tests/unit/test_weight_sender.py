@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -122,6 +124,46 @@ def test_the_export_is_read_to_its_end_when_an_engine_fails():
     with pytest.raises(EngineError):
         sender(Notes(fail_on="update")).send(weights, 7)
     assert len(exported) == len(WEIGHTS)
+
+
+class Counts(SharedMemory):
+    """Every rank sends, or skips, each bucket once: the ranks meet there."""
+
+    met = 0
+
+    def send(self, bucket):
+        self.met += 1
+        return super().send(bucket)
+
+    def skip(self):
+        self.met += 1
+
+
+@pytest.mark.parametrize("call", ["pause keep", "start", "update", "finish"])
+def test_no_other_rank_waits_in_vain_whatever_call_fails(call):
+    broken = sender(Notes(fail_on=call))
+    broken.transport = Counts(broken.clients, 10)
+    with pytest.raises(EngineError, match="today"):
+        broken.send(iter(WEIGHTS), 7)
+    assert broken.transport.met == 3
+
+
+def test_the_first_bucket_is_exported_while_the_engines_pause():
+    exported, seen = threading.Event(), []
+
+    class Slow(Notes):
+        def pause(self, mode):
+            seen.append(exported.wait(10))
+            super().pause(mode)
+
+    def weights():
+        for i, named in enumerate(WEIGHTS):
+            if i == 2:  # two fill a bucket
+                exported.set()
+            yield named
+
+    sender(Slow()).send(weights(), 7)
+    assert seen == [True]
 
 
 def test_other_ranks_export_and_talk_to_nobody():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from vime import platform
 from vime.config import Config
 from vime.errors import EngineError
 from vime.weight_sync import wire
-from vime.weight_sync.together import run_together
+from vime.weight_sync.together import InFlight, run_together
 from vime.weight_sync.transports import Transport, make_transport
 
 BROKEN = -1  # the version of an engine that an update left half done
@@ -25,7 +26,8 @@ class SyncReport:
     """What one update took.
 
     seconds  pause to resume, as the engines' requests feel it
-    phases   {"pause": s, "start": s, "send": s, "finish": s, "resume": s}; send includes export
+    phases   {"pause": s, "send": s, "finish": s, "resume": s}; the first bucket is exported during
+             pause, the others during send
     """
 
     version: int
@@ -93,32 +95,27 @@ class WeightSender:
                 self.transport.flush()
             raise
 
-    def _send(self, stream: Iterable[list[wire.Named]], version: int) -> SyncReport:
+    def _send(self, stream: Iterator[list[wire.Named]], version: int) -> SyncReport:
         clock = PhaseClock()
         num_bytes = num_tensors = num_buckets = 0
         self.checksums = {}
         try:
             with clock.phase("pause"):
-                self._all(lambda c: c.pause("keep"), "pause")
-            with clock.phase("start"):
-                if self.compare_checksums:
-                    self._all(lambda c: c.record_checksums(), "checksums")
-                self._all(lambda c: c.start_weight_update(), "start of the weight update")
-            try:
-                with clock.phase("send"):
-                    for bucket in stream:
-                        num_bytes += self.transport.send(bucket)
-                        num_tensors += len(bucket)
-                        num_buckets += 1
-                        if self.compare_checksums:
-                            self.checksums |= {n: wire.checksum(t) for n, t in bucket}
-                    self.transport.flush()
-                with clock.phase("finish"):
-                    self._all(lambda c: c.finish_weight_update(), "end of the weight update")
-                    self._acknowledge(version)
-            except BaseException:
-                self._leave_no_update_open()
-                raise
+                stream = self._pause_while_exporting(stream)
+            with clock.phase("send"):
+                for bucket in stream:
+                    num_bytes += self.transport.send(bucket)
+                    num_tensors += len(bucket)
+                    num_buckets += 1
+                    if self.compare_checksums:
+                        self.checksums |= {n: wire.checksum(t) for n, t in bucket}
+                self.transport.flush()
+            with clock.phase("finish"):
+                self._all(lambda c: c.finish_weight_update(), "end of the weight update")
+                self._acknowledge(version)
+        except BaseException:
+            self._leave_no_update_open()
+            raise
         finally:
             with clock.phase("resume"):
                 self._resume_whatever_happened()
@@ -130,6 +127,31 @@ class WeightSender:
             buckets=num_buckets,
             phases=clock.seconds,
         )
+
+    def _pause_while_exporting(self, stream: Iterator[list[wire.Named]]) -> Iterator:
+        """Freezes every engine, ready for new weights; returns the stream with its first bucket.
+
+        vLLM sleeps 20 ms in a pause, in which the first bucket is gathered.
+        """
+        freezing = InFlight()
+        freezing.start(self._freeze, "pause")
+        first = None
+        try:
+            try:
+                first = next(stream, None)
+            finally:
+                freezing.wait()
+        except BaseException:
+            if first is not None:  # the other ranks are sending it
+                self.transport.skip()
+            raise
+        return stream if first is None else chain([first], stream)
+
+    def _freeze(self) -> None:
+        self._all(lambda c: c.pause("keep"), "pause")
+        if self.compare_checksums:
+            self._all(lambda c: c.record_checksums(), "checksums")
+        self._all(lambda c: c.start_weight_update(), "start of the weight update")
 
     def _acknowledge(self, version: int) -> None:
         """Every worker of every engine must say the version, and what it computed must be gone."""

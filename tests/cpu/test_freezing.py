@@ -15,11 +15,17 @@ from training import named_weights, samples_of
 from vime.config.sections import OptimizerConfig
 from vime.errors import ConfigError
 
+RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"pp": 2}, {"freeze_names": ["word_embeddings", r"layers\.[12]\."]}),
     ({"pp": 2}, {"train_names": [r"layers\.0\.mlp"]}),  # nothing on the last stage
     ({"use_distributed_optimizer": True}, {"train_names": [r"layers\.3\.", "final_layernorm"]}),
     ({"tp": 2, "sequence_parallel": True}, {"freeze_names": ["linear_qkv"]}),
+    ({"tp": 2} | RECOMPUTE, {"train_names": ["norm"]}),  # what comes first is frozen
 ]
 
 
@@ -56,7 +62,7 @@ def train(rank: int, world: int, port: int, folder: Path) -> tuple[list[set[str]
 def test_only_the_chosen_weights_train(tmp_path: Path) -> None:
     folder = write_tiny_hf(tmp_path / "hf", tied=True)
     for changed, said in run_ranks(train, 2, folder=folder, timeout_s=150.0):
-        frozen, one_mlp, last, no_qkv = changed
+        frozen, one_mlp, last, no_qkv, norms = changed
         assert not [n for n in frozen if "embed" in n or "layers.1." in n or "layers.2." in n]
         assert {"model.norm.weight", "model.layers.3.mlp.up_proj.weight"} <= frozen
         assert one_mlp == {f"model.layers.0.mlp.{x}_proj.weight" for x in ("gate", "up", "down")}
@@ -64,6 +70,8 @@ def test_only_the_chosen_weights_train(tmp_path: Path) -> None:
         assert all("layers.3." in n or n == "model.norm.weight" for n in last)
         assert "model.embed_tokens.weight" in no_qkv
         assert not [n for n in no_qkv if ".q_proj" in n or ".k_proj" in n or ".v_proj" in n]
+        assert len(norms) == 4 * 4 + 1  # two of the stream, two of queries and keys; the last
+        assert all("norm" in n for n in norms)
         for words in ("--freeze-params-name-list no_such matches no weight", "word_embeddings"):
             assert words in said
 

@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from vime.backends.megatron.hf.load import named_weights
 from vime.backends.megatron.hf.ranks import Ranks
@@ -49,3 +50,16 @@ def freeze_parameters(chunks: Sequence[nn.Module], args: dict[str, Any], cfg: Co
         )
     if not any(training for _, training in found):
         raise ConfigError(f"{flag} {' '.join(patterns)} leaves no weight to train. Narrow it.")
+    if cfg.parallel.recompute_granularity:
+        for chunk in chunks:
+            if hasattr(chunk, "embedding"):
+                chunk.embedding.register_forward_hook(_ask_for_gradient)
+
+
+def _ask_for_gradient(_: nn.Module, __: Any, embedded: Tensor) -> None:
+    """Megatron's recomputation gives a layer no gradient unless its input has one.
+
+    Behind a frozen embedding no input would, and no layer of the stage would train.
+    """
+    if torch.is_grad_enabled() and not embedded.requires_grad:
+        embedded.requires_grad_()

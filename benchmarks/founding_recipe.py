@@ -129,6 +129,7 @@ def row_of(mode: str, args: argparse.Namespace, run_dir: Path) -> dict[str, Any]
         "versions": {p: version(p) for p in PACKAGES},
         "phases": {name: figures[name] for name in PHASES},
         "framework_share": figures["framework_share"],
+        "share_with_sleep_wake": figures["share_with_sleep_wake"],
         "tokens_per_s_per_gpu": round(trained / step / args.gpus, 1),
         "mean_response": round(mean, 1),
         "longest_response": max(lengths),

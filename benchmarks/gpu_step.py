@@ -8,10 +8,11 @@
 
 32 prompts x 8 samples a step, as train.py runs them with the flags below: engines behind the
 router, Megatron, live weight updates. Medians over the steps after the first two, quartiles as
-spread. The framework's share is what neither generation, log-probabilities, training nor weight
-update account for: sleeping, waking, moving state, batching, Ray, logging. Colocated, the engine
-gives up its memory while the trainer works; where the trainer's state fits beside it, it stays
-(--no-offload-train).
+spread. The framework's share is what neither vLLM's own work (generation, falling asleep, waking
+up) nor the trainer's (log-probabilities, training, weight update) accounts for: moving state,
+batching, Ray, logging. The share with sleeping and waking is given beside it. Colocated, the
+engine gives up its memory while the trainer works; where the trainer's state fits beside it, it
+stays (--no-offload-train).
 """
 
 from __future__ import annotations
@@ -107,8 +108,12 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     steps = []
     for record in records[WARM_UP:]:
         seconds = {p: sum(record.get(n, 0.0) for n in names) for p, names in PHASES.items()}
-        rest = seconds["step"] - sum(seconds[p] for p in WORK)
-        steps.append({**seconds, "framework_share": rest / seconds["step"]})
+        beside = seconds["step"] - sum(seconds[p] for p in WORK)
+        shares = {
+            "framework_share": (beside - seconds["sleep_wake"]) / seconds["step"],
+            "share_with_sleep_wake": beside / seconds["step"],
+        }
+        steps.append(seconds | shares)
     assert steps, f"{len(records)} steps are too few: {WARM_UP} are left out first"
     return {name: spread([s[name] for s in steps]) for name in steps[0]}
 
@@ -118,8 +123,8 @@ def show(args: argparse.Namespace, figures: dict[str, Any], records: list[dict[s
     whole = figures["step"]["value"]
     for name, figure in figures.items():
         low, high = figure["spread"]
-        share = "" if name == "framework_share" else f"{figure['value'] / whole:7.1%}"
-        print(f"  {name:16} {figure['value']:9.3f}  [{low:.3f}, {high:.3f}] {share}")
+        share = "" if "share" in name else f"{figure['value'] / whole:7.1%}"
+        print(f"  {name:21} {figure['value']:9.3f}  [{low:.3f}, {high:.3f}] {share}")
     mismatch = [r[MISMATCH] for r in records if MISMATCH in r]
     print(f"  {MISMATCH}: {' '.join(f'{m:.4f}' for m in mismatch)}")
     last = records[-1]
@@ -151,6 +156,8 @@ def write_results(args: argparse.Namespace, figures: dict[str, Any], peer: Any) 
         wanted[share] = ("framework_share", "1")
     for name, (figure, unit) in wanted.items():
         write(name, figures[figure], unit)
+    if args.layout == "colocated":
+        write(f"{share}_with_sleep_wake", figures["share_with_sleep_wake"], "1")
     if peer:
         ratio = round(peer["value"] / figures["step"]["value"], 3)
         low, high = figures["step"]["spread"]

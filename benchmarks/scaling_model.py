@@ -1,18 +1,20 @@
 """A GRPO step of the founding recipe on 1 to 8 GPUs, reckoned from figures of one and two.
 
-    python benchmarks/scaling_model.py                     Qwen3-4B, 256 samples, mean 2,048 tokens
+    python benchmarks/scaling_model.py                     Qwen3-4B, 256 samples, mean 1,000 tokens
     python benchmarks/scaling_model.py --mean 4096 --longest 8192
 
 Reads what other benchmarks left in benchmarks/results (train_mfu_4b, weight_update_colocated_4b_s,
 weight_update_nccl_4b_s, sleep_wake_4b_s, rollout_http_ratio_4b); where a file is missing, the value
-below stands in and the table says so. docs/performance.md explains the formulas. A prediction to be
-checked: no run of 8 GPUs is behind it. Writes benchmarks/results/scaling_model.json.
+below stands in and the table says so. docs/performance.md explains the formulas. Beside each layout
+that benchmarks/founding_recipe.py has run stands what it measured (its own lengths: log-normal, mean
+1,000, up to 8,192). Writes benchmarks/results/scaling_model.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +85,11 @@ class Layout:
     overlapped: bool = False
 
     @property
+    def mode(self) -> str:
+        """As benchmarks/founding_recipe.py calls it."""
+        return "colocated" if self.colocated else "async" if self.overlapped else "decoupled"
+
+    @property
     def gpus(self) -> int:
         generating = self.engines * self.engine_gpus
         return self.tp * self.dp if self.colocated else self.tp * self.dp + generating
@@ -92,6 +99,9 @@ LAYOUTS = (
     Layout("1, colocated", 1, 1, 1, 1),
     Layout("2, colocated", 2, 1, 1, 2),
     Layout("2, decoupled 1 + 1", 1, 1, 1, 1, colocated=False),
+    Layout("4, colocated", 2, 2, 2, 2),
+    Layout("4, decoupled 2 + 2", 2, 1, 1, 2, colocated=False),
+    Layout("4, async 2 + 2", 2, 1, 1, 2, colocated=False, overlapped=True),
     Layout("8, colocated", 2, 4, 4, 2),
     Layout("8, decoupled 2 + 6", 2, 1, 3, 2, colocated=False),
     Layout("8, async 2 + 6", 2, 1, 3, 2, colocated=False, overlapped=True),
@@ -100,7 +110,7 @@ LAYOUTS = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mean", type=int, default=2048, help="tokens of a response, on average")
+    parser.add_argument("--mean", type=int, default=1000, help="tokens of a response, on average")
     parser.add_argument("--longest", type=int, default=8192, help="of the longest response")
     parser.add_argument("--recompute", action="store_true", help="full: a forward pass more")
     parser.add_argument("--reference", action="store_true", help="a pass of the reference model")
@@ -110,7 +120,7 @@ def main() -> int:
     print("from")
     for name, k in known.items():
         print(f"  {name:<14}{k.value:>14,.4g}  {k.source}")
-    rows = {layout.name: step(layout, known, args) for layout in LAYOUTS}
+    rows = {lay.name: step(lay, known, args) | measured(lay, RESULTS) for lay in LAYOUTS}
     show(rows)
     record = {
         "name": "scaling_model",
@@ -123,7 +133,10 @@ def main() -> int:
         "versions": {},
         "spread": None,
         "inputs": {name: {"value": k.value, "source": k.source} for name, k in known.items()},
-        "rows": {name: {k: round(v, 4) for k, v in row.items()} for name, row in rows.items()},
+        "rows": {
+            name: {k: round(v, 4) for k, v in row.items() if not math.isnan(v)}
+            for name, row in rows.items()
+        },
     }
     args.output.write_text(json.dumps(record, indent=2) + "\n")
     print(f"written to {args.output}")
@@ -189,6 +202,17 @@ def step(layout: Layout, known: dict[str, Known], args: argparse.Namespace) -> d
     }
 
 
+def measured(layout: Layout, folder: Path) -> dict[str, float]:
+    """{"measured step": s, "measured tokens/s/GPU": ...}, NaN where this layout has not run."""
+    path = folder / f"founding_recipe_{layout.mode}_{layout.gpus}_gpus.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    missing = float("nan")
+    return {
+        "measured step": record.get("value", missing),
+        "measured tokens/s/GPU": record.get("tokens_per_s_per_gpu", missing),
+    }
+
+
 def tp_bytes(shape: Shape, tp: int, tokens: float, recompute: bool) -> float:
     """Bytes that a GPU sends for sequence parallelism, for `tokens` of its tensor parallel group.
 
@@ -208,11 +232,16 @@ def show(rows: dict[str, dict[str, float]]) -> None:
     names = list(next(iter(rows.values())))
     print("\n| GPUs | " + " | ".join(names) + " |\n|---" * 1 + "|---" * len(names) + "|")
     for layout, row in rows.items():
-        cells = [
-            f"{v:,.0f}" if n == "tokens/s/GPU" else f"{v:.0%}" if n == "idle share" else f"{v:.2f}"
-            for n, v in row.items()
-        ]
+        cells = [as_cell(name, value) for name, value in row.items()]
         print(f"| {layout} | " + " | ".join(cells) + " |")
+
+
+def as_cell(name: str, value: float) -> str:
+    if math.isnan(value):
+        return ""
+    if name.endswith("share"):
+        return f"{value:.0%}"
+    return f"{value:,.0f}" if name.endswith("tokens/s/GPU") else f"{value:.2f}"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,17 @@ import json
 
 import pytest
 
-from benchmarks.scaling_model import LAYOUTS, QWEN3_4B, Known, dp_bytes, figures, step, tp_bytes
+from benchmarks.scaling_model import (
+    LAYOUTS,
+    QWEN3_4B,
+    Known,
+    as_cell,
+    dp_bytes,
+    figures,
+    measured,
+    step,
+    tp_bytes,
+)
 
 ARGS = argparse.Namespace(mean=2048, longest=0, recompute=False, reference=False)
 
@@ -49,3 +59,13 @@ def test_a_measurement_takes_the_place_of_an_assumption(tmp_path):
     found = figures(tmp_path)["train_tok_s"]
     assert (found.value, found.measured) == (15_000, True)
     assert "NVIDIA H200" in found.source
+
+
+def test_what_the_recipe_measured_stands_beside_the_prediction(tmp_path):
+    run = {"value": 41.5, "tokens_per_s_per_gpu": 1800.0}
+    (tmp_path / "founding_recipe_async_4_gpus.json").write_text(json.dumps(run))
+    row = measured(layout("4, async 2 + 2"), tmp_path)
+    assert row == {"measured step": 41.5, "measured tokens/s/GPU": 1800.0}
+    assert [as_cell(*cell) for cell in row.items()] == ["41.50", "1,800"]
+    not_run = measured(layout("4, decoupled 2 + 2"), tmp_path)
+    assert [as_cell(*cell) for cell in not_run.items()] == ["", ""]

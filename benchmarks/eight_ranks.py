@@ -8,7 +8,8 @@ slots: colocated 8 of each in turn (DP 4, 4 engines), decoupled 2 + 6 (3 engines
 with train_async.py. Real Ray, Megatron over gloo, vLLM; it shows that the layout works, not how
 fast GPUs would be. Rewards are random, so that every step moves the weights. Wants 24 GB of memory
 and minutes for each mode. Writes benchmarks/results/eight_ranks.json: the largest mean difference
-between engine's and trainer's log-probability in a step, and the median step by phase.
+between engine's and trainer's log-probability in a step whose weights sampled its tokens (in async
+the first alone: later ones are one update behind, which must show), and the median step by phase.
 """
 
 from __future__ import annotations
@@ -124,7 +125,11 @@ def figures_of(mode: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]
     }
     still = [m["step"] for m in records if not m["train/grad_norm"] > 0]
     assert not still, f"{mode}: no gradient in steps {still}, so weight updates prove nothing"
-    drifts = [m[DRIFT] for m in records]
+    behind = [m["step"] - 1 - m["rollout/weight_version/min"] for m in records]  # updates
+    assert max(behind) <= (mode == "async"), f"{mode}: rollouts {behind} updates behind"
+    drifts = [m[DRIFT] for m, updates in zip(records, behind, strict=True) if updates == 0]
+    moved = [m[DRIFT] for m, updates in zip(records, behind, strict=True) if updates > 0]
+    assert all(d > TARGET for d in moved), f"{mode}: updates left the log-probabilities: {moved}"
     steps = [m[STEP_TIME] for m in records]
     phases = [phase_seconds(m) for m in records]
     medians = {
@@ -138,6 +143,7 @@ def figures_of(mode: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]
             "target": TARGET,
             "peer": {"name": "the engine's own log-probability", "value": 0.0},
             "spread": [min(drifts), max(drifts)],
+            "one_update_behind": moved,
             **common,
         },
         {

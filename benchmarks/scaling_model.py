@@ -5,9 +5,9 @@
 
 Reads what other benchmarks left in benchmarks/results (train_mfu_4b, weight_update_colocated_4b_s,
 weight_update_nccl_4b_s, sleep_wake_4b_s, rollout_http_ratio_4b); where a file is missing, the value
-below stands in and the table says so. docs/performance.md explains the formulas. Beside each layout
-that benchmarks/founding_recipe.py has run stands what it measured (its own lengths: log-normal, mean
-1,000, up to 8,192). Writes benchmarks/results/scaling_model.json.
+below stands in and the table says so. docs/performance.md explains the formulas. Beside a layout
+that benchmarks/founding_recipe.py has run stands what it measured (with its own lengths:
+log-normal, mean 1,000, up to 8,192). Writes benchmarks/results/scaling_model.json.
 """
 
 from __future__ import annotations

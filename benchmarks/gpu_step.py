@@ -23,6 +23,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ def main() -> int:
     records = [r for r in read_metrics(run_dir / "metrics.jsonl") if "perf/step_time" in r]
     figures = summarize(records)
     show(args, figures, records)
+    if args.layout != "colocated":
+        compare_with_nvlink(figures["weight_update"], records[-1]["perf/update_weights_bytes"])
     peer = trl(args, model, prompts) if args.peer else None
     write_results(args, figures, peer)
     return 0
@@ -131,6 +134,26 @@ def show(args: argparse.Namespace, figures: dict[str, Any], records: list[dict[s
     extra = ("perf/tokens_per_gpu_per_sec", "perf/actor_train_tok_per_s")
     for name in sorted(n for n in last if n in extra or n.startswith("perf/update_weights")):
         print(f"  {name}: {last[name]:.4g}")
+
+
+def compare_with_nvlink(update: dict[str, Any], num_bytes: float) -> None:
+    """Adds what share of a plain copy's rate between the two GPUs the whole update reaches."""
+    import torch
+
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda:0")
+    target = torch.empty_like(source, device="cuda:1")
+    rates = []
+    for _ in range(10):
+        torch.cuda.synchronize(0)
+        started = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize(0)
+        torch.cuda.synchronize(1)
+        rates.append(source.numel() / (time.perf_counter() - started) / 1e9)
+    rate = spread(rates[1:])["value"]
+    reached = num_bytes / update["value"] / 1e9
+    update |= {"GB_per_s": round(reached, 1), "nvlink_share": round(reached / rate, 3)}
+    print(f"  update {reached:.0f} GB/s, {reached / rate:.0%} of a copy's {rate:.0f} GB/s")
 
 
 def trl(args: argparse.Namespace, model: Path, prompts: Path) -> dict[str, Any]:

@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# SmolLM2-135M-Instruct learns arithmetic with worked steps by GRPO: one GPU, some ten minutes.
+#
+#   HF_CHECKPOINT=/root/SmolLM2-135M-Instruct bash examples/arithmetic/run-smollm2-1gpu.sh
+#   bash examples/arithmetic/run-smollm2-1gpu.sh --dry-run    what these flags mean; starts nothing
+#
+# Flags given to the script come last and win. Ctrl-C ends this run and nothing else; started again,
+# it continues from its last checkpoint.
+set -euo pipefail
+
+HERE="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &>/dev/null && pwd)"
+REPO="$(cd -- "${HERE}/../.." &>/dev/null && pwd)"
+
+ROOT="${ROOT:-/root}"
+RUN_DIR="${RUN_DIR:-${REPO}/runs/arithmetic}"
+HF_CHECKPOINT="${HF_CHECKPOINT:-${ROOT}/SmolLM2-135M-Instruct}"
+DATA="${DATA:-${RUN_DIR}/data}"
+SAVE="${SAVE:-${RUN_DIR}/grpo}"
+LOAD="${LOAD:-${SAVE}}"
+export PYTHONPATH="${REPO}${PYTHONPATH:+:${PYTHONPATH}}"
+
+source "${REPO}/scripts/models/smollm2-135M.sh"
+source "${REPO}/scripts/launch.sh"
+
+if [[ ! -f "${DATA}/train.jsonl" ]]; then
+   "${PYTHON:-python3}" -m examples.arithmetic.make "${DATA}"
+fi
+
+CKPT_ARGS=(
+   # weights and tokenizer; there is no reference model, since nothing here asks for its KL
+   --hf-checkpoint "${HF_CHECKPOINT}"
+   --load "${LOAD}"
+   --save "${SAVE}"
+   --save-interval 50
+   --keep-last 1
+   --run-dir "${RUN_DIR}"
+)
+
+ROLLOUT_ARGS=(
+   --prompt-data "${DATA}/train.jsonl"
+   --input-key prompt
+   --label-key label
+   --apply-chat-template
+   --custom-rm-path examples.arithmetic.reward.reward
+   --num-rollout 200
+   # 64 prompts x 16 responses = 1024 samples a rollout. At the start few answers are right: of 16
+   # one mostly is, and a group needs one right and one wrong answer to teach anything.
+   --rollout-batch-size 64
+   --n-samples-per-prompt 16
+   # Two optimizer steps a rollout: generating costs as much as training here, and the clip range
+   # bounds how far the second step's policy is from the one that made the samples.
+   --num-steps-per-rollout 2
+   --rollout-max-response-len 96
+   --rollout-temperature 1
+   --balance-data
+)
+
+EVAL_ARGS=(
+   # 256 problems each that are not among the prompts, worked once, greedily
+   --eval-interval 10
+   --eval-prompt-data two_digits "${DATA}/two_digits.jsonl" three_digits "${DATA}/three_digits.jsonl"
+   --eval-temperature 0
+)
+
+PERF_ARGS=(
+   --tensor-model-parallel-size 1
+   --use-dynamic-batch-size
+   --max-tokens-per-gpu 32768
+)
+
+GRPO_ARGS=(
+   --advantage-estimator grpo
+   --entropy-coef 0.00
+   # the wider upper bound keeps rare right answers growing (DAPO, arXiv:2503.14476)
+   --eps-clip 0.2
+   --eps-clip-high 0.28
+)
+
+OPTIMIZER_ARGS=(
+   # ten times what a 4B model takes: the smaller the model, the larger the step it bears
+   --optimizer adam
+   --lr 2e-5
+   --lr-decay-style constant
+   --lr-warmup-iters 5
+   --weight-decay 0
+   --adam-beta1 0.9
+   --adam-beta2 0.95
+   --clip-grad 1
+)
+
+VLLM_ARGS=(
+   --rollout-num-gpus-per-engine 1
+   --vllm-gpu-memory-utilization 0.4
+   --vllm-max-model-len 1024
+   --vllm-max-num-seqs 1024
+   --vllm-server-concurrency 1024
+)
+
+CLUSTER_ARGS=(
+   --actor-num-nodes 1
+   --actor-num-gpus-per-node 1
+   --colocate
+   # the trainer's 2 GB stay where they are while the engine works
+   --no-offload-train
+)
+
+launch train.py \
+   "${CLUSTER_ARGS[@]}" "${MODEL_ARGS[@]}" "${CKPT_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${EVAL_ARGS[@]}" \
+   "${PERF_ARGS[@]}" "${GRPO_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${VLLM_ARGS[@]}" "$@"

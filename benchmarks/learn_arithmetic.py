@@ -75,7 +75,8 @@ def train(args: argparse.Namespace, model: Path) -> None:
     Raises RuntimeError when the run fails, or when it is stopped before its first evaluation.
     """
     paths = {"HF_CHECKPOINT": model.resolve(), "RUN_DIR": args.run_dir.resolve()}
-    env = {"PYTHON": sys.executable, **os.environ, **{k: str(v) for k, v in paths.items()}}
+    env = {"PYTHON": sys.executable, "VLLM_USE_FLASHINFER_SAMPLER": "0", **os.environ}
+    env |= {name: str(path) for name, path in paths.items()}
     args.run_dir.mkdir(parents=True, exist_ok=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     common = {"device": device(), "versions": versions(), "flags": args.flags}

@@ -1,18 +1,17 @@
 """The example's prompts: `python -m examples.arithmetic.make FOLDER`.
 
-Sums and differences of two- and of three-digit numbers. Every prompt holds the same worked
-examples as earlier turns of the chat, so that the model knows the form of the work:
+Sums and differences of two- and of three-digit numbers. Every prompt holds one worked example of
+its kind as an earlier turn of the chat, so that the model knows the form of the work:
 
-    478+356
-    478+300=778
-    778+50=828
-    828+6=834
+    What is 478 + 356?
+    478 + 300 = 778
+    778 + 50 = 828
+    828 + 6 = 834
     Answer: 834
 
-The second number is added, or taken away, one digit at a time from the left: every line changes
-one number by one digit, and a tokenizer that splits numbers into digits, as SmolLM2's does, copies
-what stays. Nothing in the data shows how the asked problem is worked: that is learned from the
-reward.
+The second number is added, or taken away, one digit at a time from the left: a line changes one
+number by one digit. Spaces around the signs, and one example rather than several, since the
+untrained model sums better so.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from scripts.quickstart.data import write_jsonl
 
 NUM_TRAIN = 6400  # 100 rollouts of 64 before one comes again
 NUM_EVAL = 256  # of two digits, and of three
-SYSTEM = "Work step by step, as in the examples."
+SYSTEM = "Solve step by step."
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +38,6 @@ class Problem:
     b: int
 
     @property
-    def question(self) -> str:
-        return f"{self.a}{self.sign}{self.b}"
-
-    @property
     def answer(self) -> int:
         return self.a + self.b if self.sign == "+" else self.a - self.b
 
@@ -50,13 +45,19 @@ class Problem:
     def num_digits(self) -> int:
         return len(str(self.a))
 
+    def __str__(self) -> str:
+        return f"{self.a} {self.sign} {self.b}"
 
-EXAMPLES = (
-    Problem(47, "+", 38),
-    Problem(624, "-", 251),
-    Problem(478, "+", 356),
-    Problem(82, "-", 35),
-)
+
+EXAMPLES = {
+    (p.sign, p.num_digits): p
+    for p in (
+        Problem(47, "+", 38),
+        Problem(82, "-", 35),
+        Problem(478, "+", 356),
+        Problem(624, "-", 251),
+    )
+}
 
 
 def main() -> None:
@@ -77,7 +78,7 @@ def problems(
     """Problems of `fewest` to `most` digits without repeats, the examples and those in `besides`
     left out; a sequence of its own for each purpose. No difference is below 0."""
     rng = random.Random(purpose)
-    seen = {*besides, *EXAMPLES}
+    seen = {*besides, *EXAMPLES.values()}
     while True:
         problem = draw(rng, rng.randint(fewest, most))
         if problem not in seen:
@@ -92,12 +93,15 @@ def draw(rng: random.Random, num_digits: int) -> Problem:
 
 
 def prompt(problem: Problem) -> dict[str, Any]:
-    """{"prompt": messages, "label": "834"}"""
-    messages = [said("system", SYSTEM)]
-    for example in EXAMPLES:
-        messages += [said("user", example.question), said("assistant", work(example))]
-    messages.append(said("user", problem.question))
-    return {"prompt": messages, "label": str(problem.answer)}
+    """{"prompt": messages, "label": "834", "metadata": {"work": what earns all credit}}"""
+    example = EXAMPLES[problem.sign, problem.num_digits]
+    messages = [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": f"What is {example}?"},
+        {"role": "assistant", "content": work(example)},
+        {"role": "user", "content": f"What is {problem}?"},
+    ]
+    return {"prompt": messages, "label": str(problem.answer), "metadata": {"work": work(problem)}}
 
 
 def work(problem: Problem) -> str:
@@ -105,12 +109,8 @@ def work(problem: Problem) -> str:
     for place in reversed(range(problem.num_digits)):
         change = Problem(total, problem.sign, problem.b // 10**place % 10 * 10**place)
         total = change.answer
-        lines.append(f"{change.question}={total}")
+        lines.append(f"{change} = {total}")
     return "\n".join([*lines, f"Answer: {total}"])
-
-
-def said(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
 
 
 if __name__ == "__main__":

@@ -41,10 +41,12 @@ ROLLOUT_ARGS=(
    --input-key prompt
    --label-key label
    --apply-chat-template
-   --custom-rm-path examples.arithmetic.reward.reward
+   --metadata-key metadata
+   --custom-rm-path examples.arithmetic.reward.grade
+   --reward-key credit
    --num-rollout 200
-   # 64 prompts x 16 responses = 1024 samples a rollout. At the start few answers are right: of 16
-   # one mostly is, and a group needs one right and one wrong answer to teach anything.
+   # 64 prompts x 16 responses = 1024 samples a rollout: at the start the next right digit is
+   # rare, and a group learns it only where one of its samples finds it
    --rollout-batch-size 64
    --n-samples-per-prompt 16
    # Two optimizer steps a rollout: generating costs as much as training here, and the clip range
@@ -56,7 +58,8 @@ ROLLOUT_ARGS=(
 )
 
 EVAL_ARGS=(
-   # 256 problems each that are not among the prompts, worked once, greedily
+   # 256 problems each that are not among the prompts, worked once, greedily; right or wrong
+   --eval-reward-key right
    --eval-interval 10
    --eval-prompt-data two_digits "${DATA}/two_digits.jsonl" three_digits "${DATA}/three_digits.jsonl"
    --eval-temperature 0
@@ -77,9 +80,9 @@ GRPO_ARGS=(
 )
 
 OPTIMIZER_ARGS=(
-   # ten times what a 4B model takes: the smaller the model, the larger the step it bears
+   # a small model bears, and needs, larger steps than the 1e-6 of one of 4B
    --optimizer adam
-   --lr 2e-5
+   --lr 4e-5
    --lr-decay-style constant
    --lr-warmup-iters 5
    --weight-decay 0

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.learn_arithmetic import curve_of, summary
 from examples.arithmetic import make
 from examples.arithmetic.make import EXAMPLES, Problem, prompt, work
-from examples.arithmetic.reward import reward
+from examples.arithmetic.reward import grade
 from vime.types import Sample, Status
 
 
@@ -25,7 +25,7 @@ def files(tmp_path_factory):
 
 
 def question(row: dict) -> str:
-    return row["prompt"][-1]["content"]
+    return row["prompt"][-1]["content"].removeprefix("What is ").removesuffix("?")
 
 
 def test_held_out_problems_are_not_among_the_prompts_or_the_examples(files):
@@ -34,49 +34,58 @@ def test_held_out_problems_are_not_among_the_prompts_or_the_examples(files):
     )
     assert (len(train), len(two), len(three)) == (make.NUM_TRAIN, make.NUM_EVAL, make.NUM_EVAL)
     assert not train & (two | three)
-    assert not (train | two | three) & {e.question for e in EXAMPLES}
+    assert not (train | two | three) & {str(e) for e in EXAMPLES.values()}
 
 
 def test_every_label_is_the_answer_and_none_is_below_0(files):
     for row in [row for rows in files.values() for row in rows]:
         assert int(row["label"]) == eval(question(row)) >= 0
+        assert row["metadata"]["work"].endswith(f"\nAnswer: {row['label']}")
+        for line in row["metadata"]["work"].splitlines()[:-1]:
+            assert eval(line.replace("=", "=="))
 
 
 def test_digits_and_signs_come_in_even_shares(files):
     for name, share in (("train", 0.5), ("two_digits", 1), ("three_digits", 0)):
         rows = files[name]
-        two = sum(len(question(r).replace("-", "+").split("+")[0]) == 2 for r in rows)
+        two = sum(len(question(r).split()[0]) == 2 for r in rows)
         plus = sum("+" in question(r) for r in rows)
         assert two / len(rows) == pytest.approx(share, abs=0.05)
         assert plus / len(rows) == pytest.approx(0.5, abs=0.1)
 
 
-def test_the_examples_are_worked_as_the_page_says():
-    assert work(Problem(478, "+", 356)).splitlines() == [
-        "478+300=778",
-        "778+50=828",
-        "828+6=834",
-        "Answer: 834",
+def test_a_prompt_shows_one_problem_of_its_kind_as_it_is_to_be_worked():
+    assert prompt(Problem(123, "+", 456))["prompt"] == [
+        {"role": "system", "content": "Solve step by step."},
+        {"role": "user", "content": "What is 478 + 356?"},
+        {
+            "role": "assistant",
+            "content": "478 + 300 = 778\n778 + 50 = 828\n828 + 6 = 834\nAnswer: 834",
+        },
+        {"role": "user", "content": "What is 123 + 456?"},
     ]
-    assert work(Problem(82, "-", 35)) == "82-30=52\n52-5=47\nAnswer: 47"
-    assert prompt(Problem(12, "+", 34))["prompt"][-1] == {"role": "user", "content": "12+34"}
+    assert work(Problem(82, "-", 35)) == "82 - 30 = 52\n52 - 5 = 47\nAnswer: 47"
+
+
+WORK = "47 + 30 = 77\n77 + 8 = 85\nAnswer: 85"  # 35 characters
 
 
 @pytest.mark.parametrize(
-    ("response", "status", "value"),
+    ("response", "status", "right", "credit"),
     [
-        ("47+30=77\nAnswer: 85<|im_end|>", Status.COMPLETED, 1),
-        ("Answer: 85", Status.COMPLETED, 1),
-        ("47+30=77\nAnswer: 85<|im_end|>", Status.TRUNCATED, 0),
-        ("Answer: 85\n12+3=15\nAnswer: 15<|im_end|>", Status.COMPLETED, 0),
-        ("Answer: 15\nAnswer: 85<|im_end|>", Status.COMPLETED, 1),
-        ("Answer: 850<|im_end|>", Status.COMPLETED, 0),
-        ("85<|im_end|>", Status.COMPLETED, 0),
+        (WORK + "<|im_end|>", Status.COMPLETED, 1, 1),
+        ("Answer: 85", Status.COMPLETED, 1, 1),
+        ("12 + 3 = 15\nAnswer: 15\nAnswer: 85<|im_end|>", Status.COMPLETED, 1, 1),
+        (WORK, Status.TRUNCATED, 0, 0.5),
+        (WORK + "\nAnswer: 15<|im_end|>", Status.COMPLETED, 0, 0.5),
+        (WORK + "0<|im_end|>", Status.COMPLETED, 0, 0.5),
+        ("47 + 38 = 85<|im_end|>", Status.COMPLETED, 0, 0.5 * 6 / 35),
+        ("Well: 85<|im_end|>", Status.COMPLETED, 0, 0),
     ],
 )
-def test_the_reward_is_for_the_last_line_of_an_answer_that_ends(response, status, value):
-    sample = Sample(response=response, label="85", status=status)
-    assert asyncio.run(reward(None, sample)) == value
+def test_a_wrong_answer_gets_credit_up_to_its_first_mistake(response, status, right, credit):
+    sample = Sample(response=response, label="85", status=status, metadata={"work": WORK})
+    assert asyncio.run(grade(None, sample)) == {"right": right, "credit": pytest.approx(credit)}
 
 
 def test_the_target_is_met_at_the_first_evaluation_that_reaches_it():

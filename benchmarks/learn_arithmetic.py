@@ -172,7 +172,7 @@ def draw(result: dict[str, Any], path: Path) -> Path:
                 linewidth=2.4 if name == "pass_rate" else 1.2, label=f"{words} {rates[-1]:.2f}",
             )  # fmt: skip
         axes.set_xlim(0, max(p[x] for p in curve) or 1)
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, 1.03)
         axes.set_xlabel(label, color=INK)
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)

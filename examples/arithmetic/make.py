@@ -1,7 +1,7 @@
 """The example's prompts: `python -m examples.arithmetic.make FOLDER`.
 
-Sums and differences of two- and of three-digit numbers. Every prompt holds one worked example of
-its kind as an earlier turn of the chat, so that the model knows the form of the work:
+Sums and differences of two- and of three-digit numbers. Every prompt holds two worked examples
+of its kind as earlier turns of the chat, so that the model knows the form of the work:
 
     What is 478 + 356?
     478 + 300 = 778
@@ -10,8 +10,7 @@ its kind as an earlier turn of the chat, so that the model knows the form of the
     Answer: 834
 
 The second number is added, or taken away, one digit at a time from the left: a line changes one
-number by one digit. Spaces around the signs, and one example rather than several, since the
-untrained model sums better so.
+number by one digit.
 """
 
 from __future__ import annotations
@@ -50,13 +49,10 @@ class Problem:
 
 
 EXAMPLES = {
-    (p.sign, p.num_digits): p
-    for p in (
-        Problem(47, "+", 38),
-        Problem(82, "-", 35),
-        Problem(478, "+", 356),
-        Problem(624, "-", 251),
-    )
+    ("+", 2): (Problem(47, "+", 38), Problem(95, "+", 61)),
+    ("-", 2): (Problem(82, "-", 35), Problem(97, "-", 41)),
+    ("+", 3): (Problem(478, "+", 356), Problem(709, "+", 184)),
+    ("-", 3): (Problem(624, "-", 251), Problem(873, "-", 648)),
 }
 
 
@@ -78,7 +74,7 @@ def problems(
     """Problems of `fewest` to `most` digits without repeats, the examples and those in `besides`
     left out; a sequence of its own for each purpose. No difference is below 0."""
     rng = random.Random(purpose)
-    seen = {*besides, *EXAMPLES.values()}
+    seen = set(besides).union(*EXAMPLES.values())
     while True:
         problem = draw(rng, rng.randint(fewest, most))
         if problem not in seen:
@@ -94,13 +90,11 @@ def draw(rng: random.Random, num_digits: int) -> Problem:
 
 def prompt(problem: Problem) -> dict[str, Any]:
     """{"prompt": messages, "label": "834", "metadata": {"work": what earns all credit}}"""
-    example = EXAMPLES[problem.sign, problem.num_digits]
-    messages = [
-        {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": f"What is {example}?"},
-        {"role": "assistant", "content": work(example)},
-        {"role": "user", "content": f"What is {problem}?"},
-    ]
+    messages = [{"role": "system", "content": SYSTEM}]
+    for example in EXAMPLES[problem.sign, problem.num_digits]:
+        messages.append({"role": "user", "content": f"What is {example}?"})
+        messages.append({"role": "assistant", "content": work(example)})
+    messages.append({"role": "user", "content": f"What is {problem}?"})
     return {"prompt": messages, "label": str(problem.answer), "metadata": {"work": work(problem)}}
 
 

@@ -49,9 +49,9 @@ ROLLOUT_ARGS=(
    # rare, and a group learns it only where one of its samples finds it
    --rollout-batch-size 64
    --n-samples-per-prompt 16
-   # Two optimizer steps a rollout: generating costs as much as training here, and the clip range
-   # bounds how far the second step's policy is from the one that made the samples.
-   --num-steps-per-rollout 2
+   # four optimizer steps a rollout: generating costs as much as training here, and the clip range
+   # bounds how far the last step's policy is from the one that made the samples
+   --num-steps-per-rollout 4
    --rollout-max-response-len 96
    --rollout-temperature 1
    --balance-data
@@ -95,8 +95,7 @@ VLLM_ARGS=(
    --rollout-num-gpus-per-engine 1
    --vllm-gpu-memory-utilization 0.4
    --vllm-max-model-len 1024
-   --vllm-max-num-seqs 1024
-   --vllm-server-concurrency 1024
+   --vllm-max-num-seqs 512
 )
 
 CLUSTER_ARGS=(

@@ -34,7 +34,7 @@ def test_held_out_problems_are_not_among_the_prompts_or_the_examples(files):
     )
     assert (len(train), len(two), len(three)) == (make.NUM_TRAIN, make.NUM_EVAL, make.NUM_EVAL)
     assert not train & (two | three)
-    assert not (train | two | three) & {str(e) for e in EXAMPLES.values()}
+    assert not (train | two | three) & {str(e) for examples in EXAMPLES.values() for e in examples}
 
 
 def test_every_label_is_the_answer_and_none_is_below_0(files):
@@ -54,15 +54,15 @@ def test_digits_and_signs_come_in_even_shares(files):
         assert plus / len(rows) == pytest.approx(0.5, abs=0.1)
 
 
-def test_a_prompt_shows_one_problem_of_its_kind_as_it_is_to_be_worked():
-    assert prompt(Problem(123, "+", 456))["prompt"] == [
-        {"role": "system", "content": "Solve step by step."},
-        {"role": "user", "content": "What is 478 + 356?"},
-        {
-            "role": "assistant",
-            "content": "478 + 300 = 778\n778 + 50 = 828\n828 + 6 = 834\nAnswer: 834",
-        },
-        {"role": "user", "content": "What is 123 + 456?"},
+def test_a_prompt_shows_two_problems_of_its_kind_as_it_is_to_be_worked():
+    messages = prompt(Problem(123, "+", 456))["prompt"]
+    assert [m["role"] for m in messages] == ["system", *["user", "assistant"] * 2, "user"]
+    assert [m["content"] for m in messages[1:]] == [
+        "What is 478 + 356?",
+        "478 + 300 = 778\n778 + 50 = 828\n828 + 6 = 834\nAnswer: 834",
+        "What is 709 + 184?",
+        "709 + 100 = 809\n809 + 80 = 889\n889 + 4 = 893\nAnswer: 893",
+        "What is 123 + 456?",
     ]
     assert work(Problem(82, "-", 35)) == "82 - 30 = 52\n52 - 5 = 47\nAnswer: 47"
 

@@ -82,9 +82,9 @@ GRPO_ARGS=(
 OPTIMIZER_ARGS=(
    # a small model bears, and needs, larger steps than the 1e-6 of one of 4B
    --optimizer adam
-   --lr 4e-5
+   --lr 1e-4
    --lr-decay-style constant
-   --lr-warmup-iters 5
+   --lr-warmup-iters 10
    --weight-decay 0
    --adam-beta1 0.9
    --adam-beta2 0.95

@@ -25,7 +25,6 @@ class Notes:
         self.calls: list[str] = []
         self.fail_on = fail_on
         self.acknowledges = acknowledges
-        self.version = 0
         self.held: dict[str, torch.Tensor] = {}
         self.received: dict[str, str] = {}
         self.group = None
@@ -67,10 +66,7 @@ class Notes:
 
     def set_weight_version(self, version):
         self.note(f"version {version}")
-        self.version = version
-
-    def weight_versions(self):
-        return [self.version if self.acknowledges is None else self.acknowledges]
+        return [version if self.acknowledges is None else self.acknowledges]
 
     def record_checksums(self):
         self.note("record")
@@ -148,7 +144,7 @@ def test_no_other_rank_waits_in_vain_whatever_call_fails(call):
     assert broken.transport.met == 3
 
 
-def test_the_first_bucket_is_exported_while_the_engines_pause():
+def test_the_first_bucket_is_gathered_while_the_engines_pause():
     exported, seen = threading.Event(), []
 
     class Slow(Notes):

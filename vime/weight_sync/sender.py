@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from vime import platform
 from vime.config import Config
 from vime.errors import EngineError
 from vime.weight_sync import wire
-from vime.weight_sync.together import InFlight, run_together
+from vime.weight_sync.together import run_together
 from vime.weight_sync.transports import Transport, make_transport
 
 BROKEN = -1  # the version of an engine that an update left half done
@@ -26,8 +25,8 @@ class SyncReport:
     """What one update took.
 
     seconds  pause to resume, as the engines' requests feel it
-    phases   {"pause": s, "send": s, "finish": s, "resume": s}; the first bucket is exported during
-             pause, the others during send
+    phases   {"pause": s, "send": s, "finish": s, "resume": s}; send includes export and the pause,
+             during which the first bucket is gathered and packed
     """
 
     version: int
@@ -95,14 +94,15 @@ class WeightSender:
                 self.transport.flush()
             raise
 
-    def _send(self, stream: Iterator[list[wire.Named]], version: int) -> SyncReport:
+    def _send(self, stream: Iterable[list[wire.Named]], version: int) -> SyncReport:
         clock = PhaseClock()
+        began = time.monotonic()
         num_bytes = num_tensors = num_buckets = 0
         self.checksums = {}
         try:
-            with clock.phase("pause"):
-                stream = self._pause_while_exporting(stream)
             with clock.phase("send"):
+                # vLLM sleeps 20 ms in every pause; the first bucket is made ready meanwhile.
+                self.transport.under_way.start(lambda: self._freeze(clock), "pause")
                 for bucket in stream:
                     num_bytes += self.transport.send(bucket)
                     num_tensors += len(bucket)
@@ -114,6 +114,8 @@ class WeightSender:
                 self._all(lambda c: c.finish_weight_update(), "end of the weight update")
                 self._acknowledge(version)
         except BaseException:
+            with contextlib.suppress(Exception):
+                self.transport.under_way.wait()  # a pause that ends later would outlive the resume
             self._leave_no_update_open()
             raise
         finally:
@@ -121,45 +123,27 @@ class WeightSender:
                 self._resume_whatever_happened()
         return SyncReport(
             version=version,
-            seconds=sum(clock.seconds.values()),
+            seconds=time.monotonic() - began,
             bytes=num_bytes,
             tensors=num_tensors,
             buckets=num_buckets,
             phases=clock.seconds,
         )
 
-    def _pause_while_exporting(self, stream: Iterator[list[wire.Named]]) -> Iterator:
-        """Freezes every engine, ready for new weights; returns the stream with its first bucket.
-
-        vLLM sleeps 20 ms in a pause, in which the first bucket is gathered.
-        """
-        freezing = InFlight()
-        freezing.start(self._freeze, "pause")
-        first = None
-        try:
-            try:
-                first = next(stream, None)
-            finally:
-                freezing.wait()
-        except BaseException:
-            if first is not None:  # the other ranks are sending it
-                self.transport.skip()
-            raise
-        return stream if first is None else chain([first], stream)
-
-    def _freeze(self) -> None:
-        self._all(lambda c: c.pause("keep"), "pause")
-        if self.compare_checksums:
-            self._all(lambda c: c.record_checksums(), "checksums")
-        self._all(lambda c: c.start_weight_update(), "start of the weight update")
+    def _freeze(self, clock: PhaseClock) -> None:
+        """Every engine stops where it is and expects new weights."""
+        with clock.phase("pause"):
+            self._all(lambda c: c.pause("keep"), "pause")
+            if self.compare_checksums:
+                self._all(lambda c: c.record_checksums(), "checksums")
+            self._all(lambda c: c.start_weight_update(), "start of the weight update")
 
     def _acknowledge(self, version: int) -> None:
         """Every worker of every engine must say the version, and what it computed must be gone."""
 
         def stamp(client: Any) -> None:
             client.reset_prefix_cache()
-            client.set_weight_version(version)
-            held = client.weight_versions()
+            held = client.set_weight_version(version)
             if not held or any(v != version for v in held):
                 raise EngineError(
                     f"engine {client.url} holds weight versions {held} after an update to {version}"

@@ -37,6 +37,7 @@ class Client(Protocol):
 
 class Transport(Protocol):
     every_rank_sends: bool
+    under_way: InFlight  # what must end before engines get a bucket: their pause, the one before
 
     def connect(self) -> None: ...
 
@@ -93,6 +94,7 @@ class SharedMemory:
     def __init__(self, clients: list[Client], timeout_s: float) -> None:
         self.clients = clients
         self.timeout_s = timeout_s
+        self.under_way = InFlight()
 
     def connect(self) -> None:
         for client in self.clients:
@@ -109,6 +111,7 @@ class SharedMemory:
             os.close(fd)
             packed = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
             wire.pack(bucket, packed)
+            self.under_way.wait()
             update_all(self.clients, {"entries": entries, "path": path}, self.timeout_s)
         finally:
             os.unlink(path)
@@ -118,7 +121,7 @@ class SharedMemory:
         pass
 
     def flush(self) -> None:
-        pass
+        self.under_way.wait()
 
     def close(self) -> None:
         pass
@@ -247,14 +250,13 @@ class CudaIpc:
         self._gather(None)
 
     def flush(self) -> None:
-        if not self.open:
-            return
-        self.open = False
+        was_open, self.open = self.open, False
         try:
             self.under_way.wait()
         finally:
-            self._gather(None)  # nobody frees a buffer before the engines have read it
-            self.slots.clear()
+            if was_open:
+                self._gather(None)  # nobody frees a buffer before the engines have read it
+                self.slots.clear()
 
     def _gather(self, mine: dict[str, cuda_ipc.Handle] | None) -> dict[str, cuda_ipc.Handle]:
         """{GPU: handle} of every rank; ranks have new buffers at the same buckets."""

@@ -79,15 +79,19 @@ class EngineClient:
     def finish_weight_update(self) -> None:
         self._transfer("/finish_weight_update")
 
-    def set_weight_version(self, version: int) -> None:
-        """Tell every worker, and have tokens stamped with it where the release can do that."""
-        self.rpc("vime_set_weight_version", version)
+    def set_weight_version(self, version: int) -> list[int]:
+        """Tell every worker, and have tokens stamped with it where the release can do that.
+
+        What each worker says it holds then.
+        """
+        held = _versions(self.rpc("vime_set_weight_version", version))
         if self.dialect.names_weights:
             self._call("POST", "/update_weight_version", json={"new_version": str(version)})
+        return held
 
     def weight_versions(self) -> list[int]:
         """What each worker of the engine says it holds."""
-        return [int(answer["version"]) for answer in self.rpc("vime_weight_version")]
+        return _versions(self.rpc("vime_weight_version"))
 
     def record_checksums(self) -> None:
         self.rpc("vime_record_checksums")
@@ -123,3 +127,7 @@ class EngineClient:
                 f"{response.status_code} {response.text[:500]}"
             )
         return response.json() if response.content else None
+
+
+def _versions(answers: list[dict[str, Any]]) -> list[int]:
+    return [int(answer["version"]) for answer in answers]

@@ -86,6 +86,9 @@ def environment(cfg: Config, slots: list[int], *, dialect: Dialect, on: Platform
     }
     if on.is_cuda:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))
+        # EngineCore inherits the server's imports, some 20 s of them. vLLM spawns all the same
+        # where CUDA is already in use.
+        env.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
         return env
     env["VLLM_CPU_CI_ENV"] = "1"  # no warm-up
     env["TORCHDYNAMO_DISABLE"] = "1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -90,15 +91,19 @@ def test_a_killed_run_leaves_nothing_behind_and_continues_with_the_same_prompts(
     assert steps == [m["step"] for m in straight_run.metrics()]
 
 
-def test_ctrl_c_ends_every_process_that_the_run_started(job_in):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "scheduler"])
+def test_a_signal_to_the_whole_group_ends_every_process_of_the_run(number, job_in):
+    """As a terminal sends Ctrl-C and a scheduler its stop: Ray and the actors get it too."""
     job = job_in("interrupted", num_rollout="500")
     process = job.start()
     wait_for_text(process, job.folder / "metrics.jsonl", '"step": 1')
     below = descendants(process.pid)
     assert len(below) > 3  # Ray, a trainer, a server, a router
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, number)
     assert process.wait(90) == 130
     wait_until_gone(below)
+    assert job.log.read_text().splitlines()[-1].startswith("interrupted: ")
+    assert "Traceback" not in job.log.read_text()
 
 
 def test_the_async_loop_trains_decoupled_and_over_gloo(job_in):

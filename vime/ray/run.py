@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -183,8 +183,12 @@ def launch(cfg: Config) -> Iterator[Run]:
         run = Run(cfg, placement, log)
         try:
             yield run
-        finally:
-            run.stop()
+        except BaseException:
+            # A signal to the whole group may have ended the actors, and their engines, before.
+            with suppress(Exception):
+                run.stop()
+            raise
+        run.stop()
 
 
 @contextmanager

@@ -77,6 +77,7 @@ class FakeEngine:
     log: list[dict] = field(default_factory=list)
     num_aborts: int = 0
     with_log_probs: bool = True
+    api_key: str | None = None
 
     def __enter__(self) -> FakeEngine:
         self._loop = asyncio.new_event_loop()
@@ -121,6 +122,8 @@ class FakeEngine:
 
     async def _generate(self, request: web.Request) -> web.Response:
         body = await request.json()
+        if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
+            return web.Response(status=401, text="Unauthorized")
         if self.faults:
             status = self.faults.pop(0)
             if status is None:

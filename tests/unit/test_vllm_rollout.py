@@ -109,6 +109,14 @@ def test_a_4xx_is_never_retried(status):
         assert engine.faults == [status]
 
 
+def test_engines_that_ask_for_a_key_get_it_with_every_request(config):
+    with FakeEngine(echo, api_key="k1") as engine:
+        output, _ = run(engine, config(), vllm_api_key="k1")
+        assert {s.status for g in output.samples for s in g} == {Status.COMPLETED}
+        with pytest.raises(EngineError, match="HTTP 401"):
+            run(engine, config())
+
+
 def test_an_engine_that_stays_away_fails_the_request_within_its_window():
     async def post():
         client = GenerateClient(

@@ -104,6 +104,19 @@ def test_a_users_flag_wins(folder):
     assert value(words, "--max-num-seqs") == "8"
 
 
+def test_packed_answers_do_not_go_around_a_key(folder, monkeypatch):
+    """The route is in front of where vLLM asks for the key; from a flag or from the environment."""
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    cfg = make_config(folder)
+    with_flag = make_config(folder, engine={"vllm_args": {"api_key": ["k1", "k2"]}})
+    assert "--middleware" in argv(cfg)
+    assert "--middleware" not in argv(with_flag)
+    assert (server.api_key(cfg), server.api_key(with_flag)) == (None, "k1")
+    monkeypatch.setenv("VLLM_API_KEY", "k3")
+    assert "--middleware" not in argv(cfg)
+    assert (server.api_key(cfg), server.api_key(with_flag)) == ("k3", "k1")
+
+
 def test_a_gpu_recipes_memory_share_is_left_out_on_cpu_and_a_notice_says_so(folder):
     cfg = make_config(folder, engine={"vllm_args": {"gpu_memory_utilization": "0.7"}})
     assert "--gpu-memory-utilization" not in argv(cfg)

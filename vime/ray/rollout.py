@@ -10,6 +10,7 @@ import ray
 from vime.backends.vllm.client import EngineClient
 from vime.backends.vllm.engine import VLLMEngine
 from vime.backends.vllm.router import Router
+from vime.backends.vllm.server import api_key
 from vime.config import Config
 from vime.config.view import ArgsView
 from vime.data.chat import load_tokenizer
@@ -47,6 +48,7 @@ class RolloutManager:
             self.router = Router(self.cfg)
             host, port = self.router.start(urls).removeprefix("http://").rsplit(":", 1)
             runtime |= {"vllm_router_ip": host, "vllm_router_port": int(port)}
+            runtime |= {"vllm_api_key": api_key(self.cfg)}
         self.runtime = runtime
         self.args = ArgsView(self.cfg, **runtime)
         self.data_source = load_function(self.cfg.data.data_source_path)(self.args)

@@ -34,6 +34,7 @@ class GenerateClient:
     concurrency   requests in flight at most
     timeout_s     deadline of one request, retries included
     known_version the weight version to record where the engine reports none
+    api_key       what engines that were started with --vllm-api-key or VLLM_API_KEY ask for
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class GenerateClient:
         concurrency: int,
         timeout_s: float,
         known_version: int | None = None,
+        api_key: str | None = None,
         retry_window_s: float = RETRY_WINDOW_S,
     ) -> None:
         self.url = router_url.rstrip("/") + wire.PATH
@@ -51,6 +53,9 @@ class GenerateClient:
         self.timeout_s = timeout_s
         self.known_version = known_version
         self.retry_window_s = retry_window_s
+        self.headers = {"Content-Type": "application/json", wire.PACKED: "1"}
+        if api_key:
+            self.headers["Authorization"] = f"Bearer {api_key}"
         self.aborting = False
         self.num_retries = 0
         self._slots = asyncio.Semaphore(concurrency)
@@ -60,7 +65,7 @@ class GenerateClient:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=self.timeout_s, sock_connect=10),
-            headers={"Content-Type": "application/json", wire.PACKED: "1"},
+            headers=self.headers,
         )
         return self
 

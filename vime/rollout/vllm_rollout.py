@@ -141,6 +141,7 @@ def make_client(args: Any) -> GenerateClient:
         concurrency=cfg.rollout.concurrency * max(1, len(urls)),
         timeout_s=cfg.engine.request_timeout_s,
         known_version=getattr(args, "weight_version", None),
+        api_key=getattr(args, "vllm_api_key", None),
     )
 
 

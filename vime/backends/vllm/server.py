@@ -64,11 +64,17 @@ def command(
         if dialect.kv_cache_bytes_flag:
             ours["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(cfg)
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *dialect.generate_flags]
-    if "api_key" not in given:  # vLLM asks for the key behind this middleware
+    if api_key(cfg) is None:  # vLLM asks for the key behind this middleware
         argv += ["--middleware", "vime.backends.vllm.plugin_route.PackedAnswers"]
     for name, value in {**ours, **given}.items():
         argv += words_of(name, value)
     return argv
+
+
+def api_key(cfg: Config) -> str | None:
+    """The key that generation requests must carry, found where vLLM finds it. None: no key."""
+    given = cfg.engine.vllm_args.get("api_key") or os.environ.get("VLLM_API_KEY") or None
+    return given[0] if isinstance(given, list) else given
 
 
 def environment(cfg: Config, slots: list[int], *, dialect: Dialect, on: Platform) -> dict[str, str]:

@@ -12,12 +12,18 @@ import sys
 from vime.cli import parse_config
 from vime.ray.preflight import CHECKS
 
+USAGE = """\
+usage: vime plan FLAGS         what a run with these flags would do; starts nothing
+       vime plan --help        every flag
+       python train.py FLAGS   the run itself; train_async.py generates while it trains"""
+
 
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if words[:1] != ["plan"]:
-        print("usage: vime plan FLAGS   (those of train.py; --help lists them)", file=sys.stderr)
-        return 2
+        asked = words[:1] in (["--help"], ["-h"])
+        print(USAGE, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     parse_config([*words[1:], "--dry-run"], checks=CHECKS)
     return 0
 

@@ -74,6 +74,16 @@ def test_a_malformed_line_is_named_with_its_number_and_what_is_wrong(tmp_path, l
         PromptDataset(path, KEYS)[1]
 
 
+def test_rows_with_the_same_problem_are_told_once_with_their_number(tmp_path):
+    path = write(tmp_path / "a.jsonl", row(0), *['{"text": "x"}'] * 1200, "{")
+    missing, broken = check_prompt_data(path, input_key="prompt")
+    assert missing == (
+        f"--prompt-data {path} line 2 has no key 'prompt' (--input-key); its keys are: text. Give "
+        "--input-key one of these, or correct the file. (1,200 rows are so.)"
+    )
+    assert "line 1202 is not valid JSON" in broken
+
+
 def test_a_missing_file_an_empty_slice_and_a_foreign_file_are_problems(tmp_path):
     path = write(tmp_path / "a.jsonl", row(0))
     (tmp_path / "b.parquet").write_text("no parquet")
@@ -88,8 +98,8 @@ def test_a_missing_file_an_empty_slice_and_a_foreign_file_are_problems(tmp_path)
 def test_messages_without_the_chat_template_are_a_problem(tmp_path):
     path = write(tmp_path / "a.jsonl", json.dumps({"prompt": [{"role": "user", "content": "x"}]}))
     assert check_prompt_data(path, input_key="prompt", apply_chat_template=True) == []
-    problems = check_prompt_data(path, input_key="prompt", apply_chat_template=False)
-    assert "--apply-chat-template" in problems[0]
+    (problem,) = check_prompt_data(path, input_key="prompt", apply_chat_template=False)
+    assert "--apply-chat-template" in problem
 
 
 def test_a_long_file_is_not_held_in_memory(tmp_path):

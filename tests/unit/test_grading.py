@@ -291,6 +291,21 @@ def test_reward_flags_that_cannot_work_are_named():
     assert "--reward-key score" in problems(rm_type="dapo")[0]
 
 
+def test_a_grader_that_compares_needs_a_label():
+    sample = finished(r"\boxed{5}", None)
+    assert grade(make_args(rm_type="math"), sample) is None
+    assert sample.failure == "grading failed: math compares with a label, and the prompt has none"
+
+    def problems(rm_type, **data):
+        cfg = make_config("none", reward={"rm_type": rm_type}, data={"prompt_data": "p"} | data)
+        return grading.check_rewards(cfg)
+
+    assert problems("boxed_f1") == [
+        "--rm-type boxed_f1 compares answers with a label. Add --label-key FIELD, which holds it."
+    ]
+    assert problems("math", label_key="label") == problems("ifeval") == problems("random") == []
+
+
 def test_no_warning_where_some_response_has_the_mark(caplog):
     args = make_args(rm_type="deepscaler")
     samples = [finished("x", "1", reward=0.0), finished("</think> x", "1", reward=0.0)]

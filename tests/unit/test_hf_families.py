@@ -17,6 +17,7 @@ from vime.backends.megatron.hf.files import HFFiles
 from vime.backends.megatron.hf.layout import Dims, hf_shapes, shard, unshard
 from vime.backends.megatron.start import (
     TRACKER,
+    check_start,
     commit_checkpoint,
     delete_old_checkpoints,
     iteration_folder,
@@ -148,7 +149,7 @@ def test_unknown_families_and_rope_scaling_are_refused(tmp_path: Path) -> None:
         hf.family_for({"model_type": "mystery"})
     scaled = QWEN3_4B | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
     assert "yarn" in hf.check_model_args(config(tmp_path / "a", scaled))[0]
-    assert "does not exist" in hf.check_model_args(config(tmp_path / "none"))[0]
+    assert hf.check_model_args(config(tmp_path / "none")) == []  # told by checkpoint_is_there
 
 
 def test_a_router_that_the_engine_would_take_for_another_is_refused(tmp_path: Path) -> None:
@@ -233,6 +234,34 @@ def test_a_run_starts_from_the_first_folder_that_holds_weights(tmp_path: Path) -
     assert (load / TRACKER).read_text() == "39"
     with pytest.raises(CheckpointError, match="holds neither"):
         resolve(None, str(tmp_path / "nothing"))
+
+
+def test_a_start_that_cannot_be_is_told_before_anything_runs(tmp_path: Path) -> None:
+    empty, model = tmp_path / "empty", tmp_path / "hf"
+    empty.mkdir()
+
+    def problems(*, plan: bool = False, **files: Any) -> list[str]:
+        return check_start(
+            config(
+                model,
+                QWEN3_4B,
+                checkpoint=files,
+                debug={"dry_run": plan},
+                algorithm={"use_kl_loss": True},
+            )
+        )
+
+    (no_weights,) = problems()
+    assert no_weights.startswith(f"--hf-checkpoint {model}: {model} holds no *.safetensors file.")
+    assert problems(plan=True) == []
+    save_file({"a": torch.zeros(1)}, model / "model.safetensors")
+    assert problems() == problems(load=str(empty)) == []
+    (wrong,) = problems(ref_load=str(empty))
+    assert wrong.startswith(f"--ref-load {empty} holds neither a checkpoint")
+    iteration_folder(empty, 3).mkdir()
+    commit_checkpoint(empty, 3)
+    assert problems(load=str(empty)) == []
+    assert "iter_0000007, which does not exist" in problems(load=str(empty), ckpt_step=7)[0]
 
 
 def test_old_checkpoints_go_and_the_committed_one_stays(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def test_a_function_is_loaded_once_and_checked():
         ("fits", "not a dotted path"),
         ("no.such.module.f", "importing no.such.module failed"),
         (f"{HERE}.fit", "has no 'fit'; it has: .*fits"),
+        ("vime.rollout.plain.x", r"has no 'x'; it has: \w+\.$"),  # not what it imports
         (f"{HERE}.not_a_function", "is a int"),
         (f"{HERE}.too_short", r"too_short\(args\).*Expected: async f\(args, sample, \*\*kwargs\)"),
     ],

@@ -18,6 +18,7 @@ from vime.config.own_values import own_values_are_their_own
 Rule = Callable[[Config], Iterable[str]]
 
 VLLM_ROLLOUT = "vime.rollout.vllm_rollout.generate_rollout"
+DATA_SOURCE = "vime.rollout.data_source.RolloutDataSourceWithBuffer"
 SFT_ROLLOUT = "vime.rollout.sft_rollout.generate_rollout"
 
 
@@ -62,7 +63,7 @@ def run_has_a_length(cfg: Config) -> Iterator[str]:
 
 
 def run_has_prompts(cfg: Config) -> Iterator[str]:
-    own_source = cfg.data.data_source_path == "vime.rollout.data_source.RolloutDataSourceWithBuffer"
+    own_source = cfg.data.data_source_path == DATA_SOURCE
     if not cfg.data.global_dataset:
         yield from _rollout_finds_its_own_prompts(cfg)
     elif cfg.data.prompt_data is None and own_source:
@@ -125,9 +126,10 @@ def engines_fit_a_node(cfg: Config) -> Iterator[str]:
 def every_rank_gets_a_sample(cfg: Config) -> Iterator[str]:
     per_step, ranks = cfg.batch.samples // cfg.batch.steps_per_rollout, cfg.dp
     if 0 < per_step < ranks:
+        lower = "Lower it, or raise" if cfg.batch.steps_per_rollout > 1 else "Raise"
         yield (
             f"--num-steps-per-rollout {cfg.batch.steps_per_rollout} leaves {per_step} samples a "
-            f"step for {ranks} data-parallel ranks. Lower it, or raise --rollout-batch-size "
+            f"step for {ranks} data-parallel ranks. {lower} --rollout-batch-size "
             f"{cfg.batch.prompts} or --n-samples-per-prompt {cfg.batch.samples_per_prompt}."
         )
 

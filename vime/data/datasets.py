@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,17 +161,19 @@ class PromptDataset:
         self.path, self.keys = path, keys
         file, wanted = split_slice(path)
         if not file.is_file():
-            raise ConfigError(f"prompt data {file} does not exist. Correct the path.")
+            raise ConfigError(f"{file} does not exist. Correct the path.")
         if file.suffix == ".parquet":
             self._rows: JsonlRows | ParquetRows = ParquetRows(file, keys.all)
         elif file.suffix in (".jsonl", ".json"):
             self._rows = JsonlRows(file)
         else:
-            raise ConfigError(f"prompt data {file} ends in neither .jsonl nor .parquet.")
+            raise ConfigError(
+                f"{file} ends in neither .jsonl nor .parquet. Write it in one of these formats."
+            )
         self._range = range(len(self._rows))[wanted]
         if not self._range:
             raise ConfigError(
-                f"prompt data {path} holds no row ({len(self._rows)} in the file). "
+                f"{path} holds no row ({len(self._rows)} in the file). "
                 "Correct the slice or the file."
             )
 
@@ -180,6 +183,10 @@ class PromptDataset:
     def __getitem__(self, i: int) -> Row:
         at = self._range[i]
         return self._to_row(self._rows[at], self._rows.where(at))
+
+    def where(self, i: int) -> str:
+        """ "file line 12", also for a row that cannot be read."""
+        return self._rows.where(self._range[i])
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
@@ -191,7 +198,8 @@ class PromptDataset:
                 have = getattr(self._rows, "columns", None) or list(row)
                 flag = "--input-key" if key == keys.input else "--label-key"
                 raise ConfigError(
-                    f"{where} has no key {key!r} ({flag}); its keys are: {', '.join(have)}."
+                    f"{where} has no key {key!r} ({flag}); its keys are: {', '.join(have)}. "
+                    f"Give {flag} one of these, or correct the file."
                 )
         prompt = row[keys.input]
         if not _is_prompt(prompt):
@@ -236,27 +244,36 @@ def check_prompt_data(
 
     Reads every row of a file of up to a million rows, and of a longer one as many, evenly spread:
     the rest is checked as strictly when it is drawn. `apply_chat_template=False` refuses messages.
+    Rows with the same problem are one problem.
     """
     keys = DataKeys(input=input_key, label=label_key, metadata=metadata_key, tools=tool_key)
     try:
         data = PromptDataset(path, keys)
     except (ConfigError, OSError) as error:
-        return [f"{flag} {path}: {error}"]
+        return [f"{flag} {error}"]
     except Exception as error:  # pyarrow's own errors for a file that is no Parquet file
         return [f"{flag} {path} could not be read: {error}"]
-    problems: list[str] = []
+    first: dict[str, str] = {}  # what is wrong -> where it is met first
+    rows: Counter[str] = Counter()
     for i in range(0, len(data), -(-len(data) // _ROWS_CHECKED_IN_FULL)):
         try:
             row = data[i]
             if not apply_chat_template and not isinstance(row.prompt, str):
                 raise ConfigError(
-                    f"{row.where}: {input_key!r} holds messages, which need --apply-chat-template."
+                    f"{row.where}: {input_key!r} holds messages, which need --apply-chat-template. "
+                    "Add that, or name another field with --input-key."
                 )
         except ConfigError as error:
-            problems.append(f"{flag} {path}: {error}")
-            if len(problems) == max_problems:
+            where = data.where(i)
+            what = str(error).removeprefix(where)
+            first.setdefault(what, where)
+            rows[what] += 1
+            if len(first) == max_problems:
                 break
-    return problems
+    return [
+        f"{flag} {where}{what}" + (f" ({rows[what]:,} rows are so.)" if rows[what] > 1 else "")
+        for what, where in first.items()
+    ]
 
 
 def _is_prompt(prompt: Any) -> bool:

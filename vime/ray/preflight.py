@@ -1,6 +1,7 @@
 """What is checked before any process starts. Each check lists its problems: flag, value, remedy."""
 
 from vime.backends.megatron.hf import check_model_args
+from vime.backends.megatron.start import check_start
 from vime.backends.vllm.flags import check_vllm_flags
 from vime.config import Config
 from vime.ray.placement_group import check_slots
@@ -21,6 +22,7 @@ def check_decoupled(cfg: Config) -> list[str]:
 
 CHECKS = (
     check_model_args,
+    check_start,
     check_vllm_flags,
     check_slots,
     check_hooks,

@@ -18,6 +18,7 @@ from typing import Any
 
 from vime.config import Config
 from vime.config.evaluation import eval_datasets
+from vime.config.rules import DATA_SOURCE, VLLM_ROLLOUT
 from vime.errors import PluginError
 from vime.rollout.plugins import GROUP_REWARD, REWARD, load_function
 from vime.rollout.rm_hub.answers import last_boxed
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 BOXED = "boxed_"  # prefix of an --rm-type: grade what the last \boxed{} holds
 LOCAL = ("deepscaler", "math", "dapo", "f1", "gpqa", "ifeval")  # modules with quick() and grade()
+NEED_LABEL = ("deepscaler", "math", "dapo", "f1")  # nothing is right or wrong without one
 RM_TYPES = (*LOCAL, "random", "remote_rm")
 
 _END_MARKS = re.compile(r"(?:\s*(?:<\|[^|<>\s]{1,40}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
@@ -72,6 +74,8 @@ async def grade(args: Any, sample: Sample, **kwargs: Any) -> float | dict[str, A
         return await remote.grade(args, sample)
     if rm_type not in LOCAL:
         raise PluginError(f"unknown reward type {rm_type!r}; there are: {', '.join(RM_TYPES)}.")
+    if rm_type in NEED_LABEL and sample.label is None:
+        raise GradingFailed(f"{rm_type} compares with a label, and the prompt has none")
     grader = importlib.import_module(f"vime.rollout.rm_hub.{rm_type}")
     reward = grader.quick(response, sample.label, sample.metadata)
     if reward is not None:
@@ -168,11 +172,29 @@ def check_rewards(cfg: Config) -> list[str]:
     """What is wrong with the graders of rollouts and evaluations; empty when nothing is."""
     reward = cfg.reward
     problems = _problems_of("--rm-type", reward.rm_type, reward.reward_key, reward.rm_url)
+    if _takes_labels_from_rows(cfg) and not reward.custom_rm_path:
+        problems += _missing_label("--rm-type", reward.rm_type, cfg.data.label_key, "--label-key")
     if cfg.eval.config is not None:
         for dataset in eval_datasets(cfg):
             name = f"--eval-config, {dataset.name}: rm_type"
             problems += _problems_of(name, dataset.rm_type, dataset.reward_key, reward.rm_url)
+            if not (dataset.custom_rm_path or dataset.custom_generate_function_path):
+                problems += _missing_label(name, dataset.rm_type, dataset.label_key, "label_key:")
     return list(dict.fromkeys(problems))
+
+
+def _takes_labels_from_rows(cfg: Config) -> bool:
+    """Whether nothing but --prompt-data gives the default rollout its labels."""
+    rollout, data = cfg.rollout, cfg.data
+    own = rollout.function_path == VLLM_ROLLOUT and rollout.custom_generate_path is None
+    from_file = data.data_source_path == DATA_SOURCE and data.prompt_data is not None
+    return own and from_file and cfg.debug.load_rollout_data is None
+
+
+def _missing_label(name: str, rm_type: str | None, key: str | None, where: str) -> list[str]:
+    if key is not None or (rm_type or "").removeprefix(BOXED) not in NEED_LABEL:
+        return []
+    return [f"{name} {rm_type} compares answers with a label. Add {where} FIELD, which holds it."]
 
 
 def _problems_of(

@@ -71,8 +71,10 @@ def load_function(path: str, hook: Hook | None = None) -> Any:
         ) from error
     function = getattr(module, name, None)
     if function is None:
-        have = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise PluginError(f"{path}: {module_name} has no {name!r}; it has: {', '.join(have)}.")
+        have = {n: v for n, v in vars(module).items() if callable(v) and not n.startswith("_")}
+        own = [n for n, v in have.items() if getattr(v, "__module__", None) == module_name]
+        names = ", ".join(own or have) or "nothing to call"
+        raise PluginError(f"{path}: {module_name} has no {name!r}; it has: {names}.")
     if not callable(function):
         raise PluginError(f"{path} is a {type(function).__name__}, not a function or class.")
     if hook is not None:

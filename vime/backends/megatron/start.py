@@ -9,6 +9,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from vime.backends.megatron.hf.files import HFFiles
+from vime.config import Config
 from vime.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -67,6 +69,34 @@ def resolve(
     if hf_checkpoint:
         return Start(Path(hf_checkpoint), is_hf=True)
     raise CheckpointError("No weights to start from: give --hf-checkpoint, --ref-load or --load.")
+
+
+def check_start(cfg: Config) -> list[str]:
+    """What is wrong with the folders that a trainer would start from, before one does."""
+    files, hf = cfg.checkpoint, cfg.model.hf_checkpoint
+    if cfg.debug.rollout_only or files.ref_load and not Path(files.ref_load).is_dir():
+        return []  # the second is told by the rule `reference_is_there`
+    if not (Path(hf) / "config.json").is_file():
+        return []  # `checkpoint_is_there`
+    asked = [(files.load, files.ckpt_step)]
+    if cfg.algorithm.needs_reference:
+        asked.append((None, files.ref_ckpt_step))
+    problems = []
+    for load, step in asked:
+        try:
+            start = resolve(load, files.ref_load, hf, step)
+            check_manifest(start)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        try:
+            if start.is_hf and not cfg.debug.dry_run:  # a plan needs no weights
+                HFFiles(start.folder)
+        except CheckpointError as error:
+            given = {"--load": load, "--ref-load": files.ref_load, "--hf-checkpoint": hf}
+            flag = next(f for f, path in given.items() if path and Path(path) == start.folder)
+            problems.append(f"{flag} {start.folder}: {error}")
+    return list(dict.fromkeys(problems))
 
 
 def _in_folder(folder: Path, flag: str, step: int | None) -> Start | None:

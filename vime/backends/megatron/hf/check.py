@@ -8,12 +8,15 @@ from typing import Any
 from vime.backends.megatron.hf.family import layer_pattern
 from vime.backends.megatron.hf.files import read_config
 from vime.backends.megatron.hf.registry import family_for, model_args
-from vime.config import Config
+from vime.config import Config, rules
 from vime.errors import CheckpointError, ConfigError
 
 
 def check_model_args(cfg: Config) -> list[str]:
-    """One sentence per problem, each naming flag, value and remedy. Empty when all fits."""
+    """One sentence per problem, each naming flag, value and remedy. Empty when all fits, and where
+    there is no config.json to compare with, which the rule `checkpoint_is_there` tells."""
+    if not rules.hf_config(cfg):
+        return []
     try:
         hf_config = read_config(cfg.model.hf_checkpoint)
         expected = family_for(hf_config).megatron_args(hf_config)

@@ -47,7 +47,9 @@ class HFFiles:
         else:
             promised, names = {}, sorted(p.name for p in self.folder.glob("*.safetensors"))
         if not names:
-            raise CheckpointError(f"{self.folder} holds no *.safetensors file.")
+            raise CheckpointError(
+                f"{self.folder} holds no *.safetensors file. Download the weights too."
+            )
         for name in names:
             self.file_of |= dict.fromkeys(self._file(name).keys(), name)
         for tensor, name in promised.items():

@@ -1,7 +1,8 @@
 import pytest
 
-from tests.unit.fake_engine import ids_of, write_tokenizer
+from tests.unit.fake_engine import ids_of, make_config, write_tokenizer
 from vime.data import chat
+from vime.data.checks import check_chat_template
 from vime.errors import ConfigError
 
 
@@ -53,3 +54,15 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
             )
     finally:
         tokenizer.chat_template = plain
+
+
+def test_a_folder_without_a_template_is_told_before_anything_starts(tmp_path):
+    cfg = make_config(write_tokenizer(tmp_path / "a"), data={"apply_chat_template": True})
+    assert check_chat_template(cfg) == []
+    for file in (tmp_path / "a").glob("chat_template.*"):
+        file.unlink()
+    (problem,) = check_chat_template(cfg)
+    assert problem.startswith(f"--apply-chat-template: --hf-checkpoint {tmp_path}/a has no chat")
+    (tmp_path / "a" / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    assert check_chat_template(cfg) == []  # where older checkpoints have it
+    assert check_chat_template(make_config(tmp_path / "none")) == []

@@ -211,6 +211,17 @@ def test_a_check_that_trips_over_a_reported_problem_stays_silent(capsys, tmp_pat
     assert len(refusal(capsys, lambda: parse_config(argv, checks=[check]))) == 1
 
 
+def test_a_path_that_is_closed_to_the_user_is_told_with_its_flag(capsys, tmp_path):
+    def check(cfg):
+        raise PermissionError(13, "Permission denied", f"{cfg.checkpoint.load}/iter_0000001")
+
+    argv = words(tmp_path, {"--load": f"{tmp_path}/load"})
+    assert refusal(capsys, lambda: parse_config(argv, checks=[check])) == [
+        f"--load {tmp_path}/load: this user may not look into {tmp_path}/load/iter_0000001. Choose "
+        "another place, or open that one."
+    ]
+
+
 def test_a_check_that_fails_by_itself_is_not_hidden(tmp_path):
     def check(cfg):
         raise RuntimeError("a mistake of ours")

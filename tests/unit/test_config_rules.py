@@ -245,6 +245,15 @@ def test_a_missing_reference_is_refused(capsys, tmp_path):
     ]
 
 
+def test_a_folder_that_cannot_be_made_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    path = f"{tmp_path}/file/a/{{rollout_id}}"
+    assert refused(capsys, tmp_path, {"--save-hf": path, "--save": f"{tmp_path}/new/folder"}) == [
+        f"--save-hf {path} cannot be made: {tmp_path}/file is not a folder that you may write to. "
+        "Choose another."
+    ]
+
+
 def test_a_missing_load_is_a_fresh_run(tmp_path):
     argv = words(tmp_path, {"--load": f"{tmp_path}/none", "--save": f"{tmp_path}/none"})
     assert parse_config(argv).checkpoint.load == f"{tmp_path}/none"

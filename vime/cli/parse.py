@@ -11,7 +11,7 @@ from vime.cli.command_line import Given, model_args, read
 from vime.cli.flags import section_types
 from vime.cli.router_flags import check_router_flags
 from vime.config import Config
-from vime.config.fields import Section, flag_of
+from vime.config.fields import Section, flag_of, flags_in
 from vime.config.rules import CONVERT_RULES, RULES, notices
 from vime.data.checks import data_problems
 from vime.errors import ConfigError
@@ -114,10 +114,27 @@ def _run(rule: Check, draft: Config, *, follows: bool) -> list[str]:
             found.append(problem)
     except ConfigError as error:
         found += error.problems
+    except PermissionError as error:
+        found.append(_out_of_reach(draft, str(error.filename)))
     except Exception:
         if not follows:
             raise
     return found
+
+
+def _out_of_reach(draft: Config, path: str) -> str:
+    """What to say of a path that this user may not look into, with the flags that led there."""
+    names = [
+        f"{spec.name} {value}"
+        for owner, section in section_types().items()
+        for name, spec in flags_in(section).items()
+        if isinstance(value := getattr(getattr(draft, owner), name, None), str)
+        and (path == value or path.startswith(value + "/"))
+    ]
+    return (
+        f"{' and '.join(names) or path}: this user may not look into {path}. Choose another place, "
+        "or open that one."
+    )
 
 
 def _refuse(problems: list[str]) -> NoReturn:

@@ -7,6 +7,7 @@ A section checks what it alone can know (`Section.problems`). Rules look at file
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,27 @@ def reference_is_there(cfg: Config) -> Iterator[str]:
     if cfg.checkpoint.ref_ckpt_step is not None and folder is None:
         step = cfg.checkpoint.ref_ckpt_step
         yield f"--ref-ckpt-step {step} chooses within --ref-load. Add --ref-load FOLDER."
+
+
+def folders_can_be_made(cfg: Config) -> Iterator[str]:
+    """What would otherwise end a run at its first checkpoint, or just after its start."""
+    if cfg.debug.dry_run:
+        return
+    for name, path in (
+        ("--run-dir", cfg.log.run_dir),
+        ("--save", cfg.checkpoint.save),
+        ("--save-hf", cfg.checkpoint.save_hf),
+    ):
+        if path is None:
+            continue
+        there = Path(path).absolute()
+        while not os.path.exists(there):  # unlike Path.exists, False where one may not look
+            there = there.parent
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            yield (
+                f"{name} {path} cannot be made: {there} is not a folder that you may write to. "
+                "Choose another."
+            )
 
 
 def run_has_a_length(cfg: Config) -> Iterator[str]:
@@ -266,6 +288,7 @@ RULES: tuple[Rule, ...] = (
     own_values_are_their_own,
     checkpoint_is_there,
     reference_is_there,
+    folders_can_be_made,
     run_has_a_length,
     run_has_prompts,
     layout_fits_the_gpus,

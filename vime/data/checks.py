@@ -1,8 +1,10 @@
-"""The prompt files, read before anything starts: malformed lines and keys that the data lacks."""
+"""Prompt files and chat template before anything starts: malformed lines, keys that rows lack."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 from vime.config import Config
 from vime.config.evaluation import eval_datasets
@@ -32,3 +34,21 @@ def data_problems(cfg: Config) -> Iterator[str]:
             apply_chat_template=dataset.apply_chat_template,
             flag="--eval-prompt-data" if cfg.eval.config is None else "--eval-config",
         )
+
+
+def check_chat_template(cfg: Config) -> list[str]:
+    """--apply-chat-template needs one beside the model; where, transformers' files say."""
+    folder = Path(cfg.model.hf_checkpoint)
+    if not cfg.data.apply_chat_template or cfg.debug.dry_run or not folder.is_dir():
+        return []
+    if any(folder.glob("chat_template.*")) or (folder / "additional_chat_templates").is_dir():
+        return []
+    try:
+        if json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template"):
+            return []
+    except (OSError, ValueError, AttributeError):
+        pass  # no template there, whatever else is
+    return [
+        f"--apply-chat-template: --hf-checkpoint {folder} has no chat template. Add "
+        "chat_template.jinja to the folder, or give prompts as strings without the flag."
+    ]

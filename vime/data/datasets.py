@@ -249,8 +249,10 @@ def check_prompt_data(
     keys = DataKeys(input=input_key, label=label_key, metadata=metadata_key, tools=tool_key)
     try:
         data = PromptDataset(path, keys)
-    except (ConfigError, OSError) as error:
+    except ConfigError as error:
         return [f"{flag} {error}"]
+    except OSError as error:
+        return [f"{flag} {path} cannot be read ({error.strerror}). Correct the path."]
     except Exception as error:  # pyarrow's own errors for a file that is no Parquet file
         return [f"{flag} {path} could not be read: {error}"]
     first: dict[str, str] = {}  # what is wrong -> where it is met first

@@ -4,6 +4,7 @@ from vime.backends.megatron.hf import check_model_args
 from vime.backends.megatron.start import check_start
 from vime.backends.vllm.flags import check_vllm_flags
 from vime.config import Config
+from vime.data.checks import check_chat_template
 from vime.ray.placement_group import check_slots
 from vime.rollout.grading import check_rewards
 from vime.rollout.plugins import check_hooks
@@ -23,6 +24,7 @@ def check_decoupled(cfg: Config) -> list[str]:
 CHECKS = (
     check_model_args,
     check_start,
+    check_chat_template,
     check_vllm_flags,
     check_slots,
     check_hooks,

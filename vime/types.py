@@ -44,7 +44,7 @@ class Sample:
     remove_sample: bool = False  # stays in its group's statistics, gets no loss
     custom_rm_path: str | None = None
     generate_function_path: str | None = None
-    session_id: str | None = None  # requests that share it go to one engine, where the router can
+    session_id: str | None = None  # requests that share it may go to one engine; None: its own
     non_generation_time: float = 0.0  # seconds spent on tools and the like; for the metrics
     apply_chat_template_kwargs: dict[str, Any] | None = None  # in place of the flag's, for messages
     # What functions of the user's own may carry along. vime keeps these and reads none of them.

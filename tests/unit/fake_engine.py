@@ -75,6 +75,7 @@ class FakeEngine:
     faults: list[int | None] = field(default_factory=list)
     version: int | None = 7
     log: list[dict] = field(default_factory=list)
+    sessions: list[str | None] = field(default_factory=list)
     num_aborts: int = 0
     with_log_probs: bool = True
     api_key: str | None = None
@@ -87,6 +88,7 @@ class FakeEngine:
         async def serve() -> None:
             app = web.Application(client_max_size=1 << 26)
             app.router.add_post("/inference/v1/generate", self._generate)
+            app.router.add_get("/health", self._healthy)
             app.router.add_post("/pause", self._pause)
             app.router.add_post("/resume", self._resume)
             self._runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -131,6 +133,7 @@ class FakeEngine:
                 return web.Response()
             return web.Response(status=status, text="fault on purpose")
         self.log.append(body)
+        self.sessions.append(request.headers.get("x-session-id"))
         tokens, seconds = self.answer(body["token_ids"], body["sampling_params"])
         limit = body["sampling_params"]["max_tokens"]
         reason = "length" if len(tokens) > limit else "stop"
@@ -153,6 +156,9 @@ class FakeEngine:
             span = {"version": str(self.version), "start": 0, "end": len(tokens)}
             choice["weight_versions"] = [span]
         return web.json_response({"request_id": "r", "choices": [choice]})
+
+    async def _healthy(self, request: web.Request) -> web.Response:
+        return web.json_response({})
 
     async def _pause(self, request: web.Request) -> web.Response:
         assert request.query["mode"] == "abort"

@@ -33,6 +33,7 @@ def test_flags_keep_their_outside_spelling(tmp_path):
 def test_derived_values_are_resolved(tmp_path):
     args = view(tmp_path, {"--eps-clip": "0.3", "--colocate": None, "--rollout-num-gpus": "4"})
     assert args.eps_clip_high == 0.3
+    assert args.vllm_router_policy == "round_robin"
     assert args.rollout_num_gpus == 8
     assert args.over_sampling_batch_size == 32
     assert (args.num_steps_per_rollout, args.global_batch_size) == (1, 256)

@@ -75,7 +75,7 @@ def test_unknown_vllm_flags_go_to_the_engine(tmp_path):
         "enforce_eager": True,
         "max_num_seqs": "64",
     }
-    assert cfg.engine.router_policy == "random"
+    assert cfg.router_policy == "random"
 
 
 def test_router_flags_go_to_the_router(tmp_path):
@@ -92,6 +92,7 @@ def test_router_flags_go_to_the_router(tmp_path):
         ("--router-cache-treshold", "0.5", "no such flag. Did you mean --router-cache-threshold?"),
         ("--router-cache-threshold", "half", "vllm-router refuses it.*invalid float value"),
         ("--router-policy", "random", "is set by vime. Use --vllm-router-policy"),
+        ("--vllm-router-policy", "fairest", "vllm-router refuses it.*round_robin"),
         ("--router-request-timeout-sec", "9", "Did you mean --router-request-timeout-secs?"),
     ],
 )

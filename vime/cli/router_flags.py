@@ -18,17 +18,21 @@ OWNED = {  # set by vime: what to use instead
 
 
 def check_router_flags(cfg: Config) -> list[str]:
-    """The problems of `cfg.engine.router_args`; [] when the router's own parser takes them all."""
-    given = cfg.engine.router_args
-    if not given:
+    """The problems of policy and `router_args`; [] when the router's own parser takes them all."""
+    given, policy = cfg.engine.router_args, cfg.engine.router_policy_asked
+    if not given and policy is None:
         return []
     try:
         parser = _router_parser()
     except ImportError:
+        if not given:
+            return []  # the router itself will judge the policy
         first = _spelled(*next(iter(given.items())))
         return [f"{first}: vllm-router is not installed to check it."]
     names = {o.lstrip("-").replace("-", "_") for a in parser._actions for o in a.option_strings}
     problems = []
+    if policy is not None and (why := _refusal(parser, "policy", policy)):
+        problems.append(f"--vllm-router-policy {policy}: vllm-router refuses it: {why}")
     for name, value in given.items():
         said = _spelled(name, value)
         if name in OWNED:

@@ -44,6 +44,13 @@ class Config:
         return self.parallel.data_parallel_size(self.cluster.trainer_gpus)
 
     @property
+    def router_policy(self) -> str:
+        """A sample that asks several times stays on the engine that has its tokens cached."""
+        turns = self.rollout.custom_generate_path is not None
+        default = "sticky_least_loaded" if turns else "round_robin"
+        return self.engine.router_policy_asked or default
+
+    @property
     def total_gpus(self) -> int:
         """GPUs that the whole run occupies."""
         if self.debug.no_engines:

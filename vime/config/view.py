@@ -115,6 +115,7 @@ def resolved(cfg: Config) -> dict[str, Any]:
         "no_offload_rollout": not cfg.cluster.offload_rollout,
         "rollout_num_gpus": cfg.cluster.rollout_gpus,
         "rollout_num_engines": cfg.cluster.num_engines,
+        "vllm_router_policy": cfg.router_policy,
         "num_steps_per_rollout": steps,
         "global_batch_size": cfg.batch.samples // steps,
         "eps_clip_high": cfg.algorithm.clip_high,

@@ -80,7 +80,7 @@ class GenerateClient:
     ) -> Generation:
         """One answer. Once `abort` was called: an empty aborted one, without a request.
 
-        session_id  lets a router with --vllm-router-policy consistent_hash keep a conversation on
+        session_id  lets a router whose --vllm-router-policy knows sessions keep a conversation on
                     one engine, which has its prefix cached
         Raises RequestFailed.
         """

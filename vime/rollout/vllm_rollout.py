@@ -232,7 +232,8 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any]) -
     params["max_tokens"] = left
     if params.get("seed") is not None:
         params["seed"] += _SEED_STRIDE * sample.response_length
-    generation = await rollout.client.generate(sample.tokens, params, sample.session_id)
+    session = sample.session_id or f"{rollout.rollout_id}-{sample.index}"
+    generation = await rollout.client.generate(sample.tokens, params, session)
     append(sample, generation)
     if generation.token_ids:
         sample.response = chat.decode(

@@ -32,7 +32,7 @@ class Router:
         port = engine.router_port or free_port(host)
         argv = [sys.executable, "-m", "vllm_router.launch_router"]
         argv += ["--host", host, "--port", str(port), "--worker-urls", *engine_urls]
-        argv += ["--policy", engine.router_policy]
+        argv += ["--policy", self.cfg.router_policy]
         argv += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
         argv += ["--request-timeout-secs", str(int(engine.request_timeout_s))]
         argv += ["--max-concurrent-requests", str(self._requests_in_flight(len(engine_urls)))]

@@ -180,7 +180,11 @@ class EngineConfig(Section):
 
     vllm_args: dict[str, Any] = field(default_factory=dict)
     router_args: dict[str, Any] = field(default_factory=dict)
-    router_policy: str = flag("--vllm-router-policy", default="round_robin")
+    router_policy_asked: str | None = flag(
+        "--vllm-router-policy",
+        "default: round_robin; sticky_least_loaded with --custom-generate-function-path, whose samples may ask several times",
+        default=None,
+    )
     router_ip: str | None = flag(
         "--vllm-router-ip", "an address to bind (default: this node's)", default=None
     )

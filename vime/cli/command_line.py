@@ -48,7 +48,7 @@ def read(argv: Sequence[str] | None, prog: str | None = None) -> Given:
     namespace, unknown = _parser(prog).parse_known_args(argv)
     given = Given()
     for name, words in namespace.given:
-        _take(given, all_flags()[name], words)
+        add(given, all_flags()[name], words)
     _take_unknown(given, unknown)
     return given
 
@@ -81,7 +81,8 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def _take(given: Given, entry: Entry, words: list[str]) -> None:
+def add(given: Given, entry: Entry, words: list[str]) -> None:
+    """Notes one flag with its words, or what is wrong with them."""
     if problem := _word_count_problem(entry, words):
         given.problems.append(problem)
         given.broken[entry.owner].add(entry.field)

@@ -52,6 +52,10 @@ def _configuration(cfg: Config) -> Iterator[str]:
             yield f"[{title}]"
             for key, value in extra.items():
                 yield f"  {prefix}{key.replace('_', '-')} {_shown(value)}".rstrip()
+    if cfg.optimizer.critic_overrides:
+        yield "[critic]"
+        for name, value in cfg.optimizer.critic_overrides.items():
+            yield f"  {flags_in(type(cfg.optimizer))[name].name} {_shown(value)}"
 
 
 def _shown(value: object) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from vime.cli.command_line import Given, model_args, read
 from vime.cli.flags import section_types
+from vime.cli.roles import add_roles
 from vime.cli.router_flags import check_router_flags
 from vime.config import Config
 from vime.config.fields import Section, flag_of, flags_in
@@ -55,6 +56,7 @@ def settled(cfg: Config) -> Config:
 
 
 def _parse(given: Given, rules: Iterable[Check]) -> Config:
+    add_roles(given)
     values = {name: dict(given.values.get(name, {})) for name in section_types()}
     values["model"]["args"] = model_args(given)
     values["engine"]["vllm_args"] = dict(given.vllm_args)

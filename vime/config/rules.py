@@ -15,6 +15,7 @@ from typing import Any
 from vime.config import Config
 from vime.config.evaluation import eval_datasets
 from vime.config.own_values import own_values_are_their_own
+from vime.errors import ConfigError
 
 Rule = Callable[[Config], Iterable[str]]
 
@@ -251,6 +252,15 @@ def the_critic_has_a_part(cfg: Config) -> Iterator[str]:
                 f"{name} {value} has no effect without a critic. Add --advantage-estimator ppo, or "
                 "leave it out."
             )
+    if not o.critic_overrides:
+        return
+    name = f"--megatron-config-path {o.role_file}"
+    if not a.needs_critic:
+        yield f"{name}: there is no critic. Add --advantage-estimator ppo, or drop its entry."
+    try:
+        assert o.of_critic
+    except ConfigError as error:
+        yield from (f"{name}: of the critic, {problem}" for problem in error.problems)
 
 
 def loss_and_rollout_agree(cfg: Config) -> Iterator[str]:

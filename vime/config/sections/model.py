@@ -129,18 +129,23 @@ class OptimizerConfig(Section):
         nargs="+",
     )
 
+    role_file: Path | None = flag(
+        "--megatron-config-path",
+        "YAML of flags by role, where actor and critic differ: docs/algorithms.md",
+        default=None,
+    )
+    critic_overrides: dict[str, Any] = field(default_factory=dict)  # of that file: {field: value}
+
     @property
     def of_critic(self) -> OptimizerConfig:
         """The same for ppo's critic, which trains whole."""
         warmup = self.critic_lr_warmup_iters
-        return replace(
-            self,
-            lr=self.lr if self.critic_lr is None else self.critic_lr,
-            lr_warmup_iters=self.lr_warmup_iters if warmup is None else warmup,
-            lr_warmup_fraction=self.lr_warmup_fraction if warmup is None else None,
-            freeze_names=None,
-            train_names=None,
-        )
+        own = {
+            "lr": self.lr if self.critic_lr is None else self.critic_lr,
+            "lr_warmup_iters": self.lr_warmup_iters if warmup is None else warmup,
+            "lr_warmup_fraction": self.lr_warmup_fraction if warmup is None else None,
+        } | self.critic_overrides
+        return replace(self, **own, freeze_names=None, train_names=None, critic_overrides={})
 
     def problems(self) -> Iterator[str]:
         if self.min_lr > self.lr:

@@ -1,0 +1,116 @@
+"""--megatron-config-path: a YAML file of flags by role, where actor and critic differ.
+
+    megatron:
+      - name: default             # for the reader
+        role: critic              # or actor
+        overrides:
+          lr: 1e-5                # flags without dashes in front, with underscores between
+
+What the file says of the actor is as if its flags had been given; what it says of the critic counts
+for the critic alone. Whoever names no role in it gets the command line's values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from vime.cli.command_line import Given, add, nearest
+from vime.cli.flags import MODEL_ARGS, STATED_FLAGS, Entry, all_flags
+from vime.config.yaml_file import read_yaml
+from vime.errors import ConfigError
+
+ACTORS_OWN = ("model", "parallel", "optimizer", "checkpoint", "algorithm", MODEL_ARGS, STATED_FLAGS)
+WHOLE = ("freeze_names", "train_names", "critic_lr", "critic_lr_warmup_iters")
+
+
+def add_roles(given: Given) -> None:
+    """Adds what the file says, and what is wrong with it, to what the command line says."""
+    path = given.values["optimizer"].get("role_file")
+    if path is None:
+        return
+    name = f"--megatron-config-path {path}"
+    try:
+        roles = dict(_roles(read_yaml(name, path), name))
+    except ConfigError as error:
+        given.problems += error.problems
+        return
+    for role, overrides in roles.items():
+        said = _read(overrides, f"{name}: {role}", given.problems, of_critic=role == "critic")
+        if role == "critic":
+            _merge_critic(given, said.values["optimizer"], name)
+        else:
+            _merge_actor(given, said, name)
+
+
+def _roles(content: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(role, its overrides). Raises ConfigError."""
+    entries = content.get("megatron") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise ConfigError(
+            f"{name} has no list under `megatron:`. Write entries of role and overrides."
+        )
+    roles = [entry.get("role") for entry in entries]
+    for entry, role in zip(entries, roles, strict=True):
+        if role not in ("actor", "critic") or roles.count(role) > 1:
+            raise ConfigError(f"{name}: role {role!r}. Write one entry for actor or critic each.")
+        if unknown := sorted(map(str, entry.keys() - {"name", "role", "overrides"})):
+            raise ConfigError(f"{name}: {unknown[0]} is not read. Move it under `overrides:`.")
+        overrides = entry.get("overrides") or {}
+        if not isinstance(overrides, dict):
+            raise ConfigError(f"{name}: overrides of {role} is no mapping. Write `flag: value`.")
+        yield role, overrides
+
+
+def _read(overrides: dict[str, Any], where: str, problems: list[str], *, of_critic: bool) -> Given:
+    """The overrides as a command line would say them."""
+    said = Given()
+    for key, value in overrides.items():
+        flag = "--" + str(key).replace("_", "-")
+        entry = all_flags().get(flag)
+        if entry is None:
+            close = nearest(flag)
+            hint = f" Did you mean {close.lstrip('-').replace('-', '_')}?" if close else ""
+            problems.append(f"{where}: {key} is no flag.{hint}")
+        elif of_critic and (entry.owner != "optimizer" or entry.field in WHOLE):
+            problems.append(f"{where}: the critic has no {key} of its own. Leave it out.")
+        elif not of_critic and entry.owner not in ACTORS_OWN:
+            problems.append(f"{where}: {key} is the whole run's. Give {flag} on the command line.")
+        elif value is not None:
+            _take(said, entry, value)
+    problems += [f"{where}: {problem}" for problem in said.problems]
+    return said
+
+
+def _take(said: Given, entry: Entry, value: Any) -> None:
+    if value is False and entry.is_switch:
+        if entry.owner not in (MODEL_ARGS, STATED_FLAGS):
+            said.values[entry.owner][entry.field] = not entry.switch_value
+        return
+    words = value if isinstance(value, list) else [] if value is True else [value]
+    add(said, entry, [json.dumps(w) if isinstance(w, dict) else str(w) for w in words])
+
+
+def _merge_actor(given: Given, said: Given, name: str) -> None:
+    for owner, values in said.values.items():
+        for field, value in values.items():
+            have = given.values[owner].setdefault(field, value)
+            if have != value:
+                flag = next(
+                    n for n, e in all_flags().items() if (e.owner, e.field) == (owner, field)
+                )
+                given.problems.append(
+                    f"{name} says {value} where the command line says {flag} {have}. Give it once."
+                )
+
+
+def _merge_critic(given: Given, values: dict[str, Any], name: str) -> None:
+    for field, flag in (("lr", "--critic-lr"), ("lr_warmup_iters", "--critic-lr-warmup-iters")):
+        have = given.values["optimizer"].get(f"critic_{field}")
+        if field in values and have is not None:
+            given.problems.append(
+                f"{name} says {values[field]} of the critic where the command line says {flag} "
+                f"{have}. Give it once."
+            )
+    given.values["optimizer"]["critic_overrides"] = values

@@ -9,6 +9,8 @@ import pytest
 from tests.unit.command_lines import refusal, refused, words, write_checkpoint
 from vime.algorithms.advantages import ESTIMATORS
 from vime.cli import parse_config, parse_convert_config
+from vime.cli.absent_flags import ABSENT
+from vime.cli.flags import all_flags
 from vime.config.fields import flags_in
 from vime.config.sections import AlgorithmConfig
 
@@ -102,6 +104,10 @@ def test_the_routers_own_parser_judges_its_flags(capsys, tmp_path, flag, value, 
     assert re.search(f"{flag} {value}.*{answer}", problem)
 
 
+def test_what_is_said_to_be_absent_is_no_flag():
+    assert ABSENT.keys().isdisjoint(all_flags())
+
+
 def test_bf16_is_a_spelling_of_the_dtype(tmp_path):
     assert parse_config([*words(tmp_path, {}), "--bf16"]).model.dtype == "bfloat16"
 
@@ -125,6 +131,16 @@ def test_megatron_flags_that_say_what_vime_does_are_accepted(tmp_path):
         (
             {"--qqqq": None},
             "--qqqq is not a known flag. --help lists what there is.",
+        ),
+        (
+            {"--rollout-health-check-interval": "30"},
+            "--rollout-health-check-interval 30 is no flag here: a run whose engine dies ends; the "
+            "same command continues it from --load. Leave it out.",
+        ),
+        (
+            {"--vllm-config": "f.yaml"},
+            "--vllm-config f.yaml is no flag here: all engines are alike and serve the one policy. "
+            "Leave it out.",
         ),
         ({"--lr": "fast"}, "--lr fast is not a number. Give one, such as 0.1."),
         ({"--lr": "nan"}, "--lr nan is not a number. Give one, such as 0.1."),

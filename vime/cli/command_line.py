@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vime.cli.absent_flags import ABSENT
 from vime.cli.flags import MODEL_ARGS, STATED_FLAGS, Entry, all_flags
 from vime.cli.help import HelpFormatter, describe, help_of
 from vime.cli.megatron_flags import BF16, STATED
@@ -155,6 +156,10 @@ def _contradiction(name: str, words: list[str]) -> list[str]:
 def _take_unknown(given: Given, words: list[str]) -> None:
     """--vllm-* goes to the engine's own parser, --router-* to the router's; the rest is wrong."""
     for name, values in _split(words):
+        if name in ABSENT:
+            said = " ".join([name, *values])
+            given.problems.append(f"{said} is no flag here: {ABSENT[name]}. Leave it out.")
+            continue
         prefix = next((p for p in OWN_FLAGS if name.startswith(p) and len(name) > len(p)), "")
         slip = difflib.get_close_matches(name, OWN_FLAGS.get(prefix, ()), n=1, cutoff=0.92)
         if prefix and not slip:

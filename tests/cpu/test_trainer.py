@@ -99,7 +99,8 @@ def grpo_raises_what_was_rewarded(trainer: Any, out: Path) -> None:
     rewarded = np.array([s.raw_reward for s in batch.sequences]) == 1
     assert gain[rewarded].mean() > 0.1 > -0.1 > gain[~rewarded].mean()
     assert metrics["train/kl_loss"] > 0  # it has left the reference, which stayed
-    assert metrics["rollout/log_probs"] != metrics["rollout/ref_log_probs"]
+    apart = metrics["rollout/log_probs"] - metrics["rollout/ref_log_probs"]
+    assert metrics["rollout/kl"] == pytest.approx(apart, abs=1e-5) != 0
     t.close()
 
 
@@ -115,6 +116,8 @@ def the_first_step_is_on_policy(trainer: Any, out: Path) -> None:
     assert metrics["train/ppo_kl_first_step"] == metrics["train/kl_loss_first_step"] == 0.0
     assert metrics["train/ppo_kl"] != 0.0
     assert metrics["rollout/log_probs"] == pytest.approx(metrics["rollout/ref_log_probs"], abs=1e-6)
+    assert metrics["rollout/kl"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics["perf/actor_train_tflops"] > 0
     assert metrics["train/train_rollout_logprob_abs_diff_max"] < 1e-5
     for name in ("loss", "pg_loss", "pg_clipfrac", "entropy_loss", "grad_norm", "lr"):
         assert f"train/{name}" in metrics

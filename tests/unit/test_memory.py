@@ -74,6 +74,19 @@ def test_experts_are_counted_apart():
     assert Shape.of(moe).routed == 8 * 3 * 128 * 64
 
 
+def test_a_step_takes_six_operations_a_weight_and_what_attention_sees():
+    """QWEN3_TINY: h 128, q and kv 128, f 384, 3 layers, tied vocabulary of 288."""
+    dense = Shape.of(QWEN3_TINY)
+    pairs = (100**2 + 300**2) / 2
+    attention = 6 * 3 * (128 + 128) * pairs
+    assert dense.training_flops([100, 300]) == 6 * dense.parameters * 400 + attention
+    untied = Shape.of(QWEN3_TINY | {"tie_word_embeddings": False})
+    assert untied.training_flops([100, 300]) == dense.training_flops([100, 300])
+    moe = QWEN3_TINY | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192}
+    router = 6 * 3 * 8 * 128 * 400
+    assert Shape.of(moe).training_flops([100, 300]) == dense.training_flops([100, 300]) + router
+
+
 def test_a_step_of_the_founding_recipe(tmp_path):
     """Qwen3-4B: h 2560, q 4096, kv 1024, f 9728, 36 layers, vocabulary 151,936."""
     found = bytes_of(tmp_path, tokens=16384, tensor_model_parallel_size="2", sequence_parallel=None)

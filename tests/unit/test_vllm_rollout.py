@@ -14,6 +14,8 @@ from vime.rollout.data_source import RolloutDataSourceWithBuffer
 from vime.rollout.vllm_rollout import generate, generate_rollout
 from vime.types import DynamicFilterOutput, Status
 
+DIFFERENT = [32 + (i * i * 7 + i // 5) % 95 for i in range(2400)]  # characters without a pattern
+
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory):
@@ -107,6 +109,16 @@ def test_a_4xx_is_never_retried(status):
     with FakeEngine(echo, faults=[status, status]) as engine:
         assert asyncio.run(post(engine.url)) == 0
         assert engine.faults == [status]
+
+
+def test_responses_that_go_round_in_circles_are_counted(config):
+    def answer(prompt, params):
+        around = "wait, " * 400 if prompt[1] == ids_of("0")[0] else "".join(map(chr, DIFFERENT))
+        return ids_of(around) + [2], 0.001
+
+    with FakeEngine(answer) as engine:
+        output, _ = run(engine, config(rollout={"max_response_len": 3000}))
+    assert output.metrics["rollout/repetition_frac"] == 0.5
 
 
 def test_engines_that_ask_for_a_key_get_it_with_every_request(config):

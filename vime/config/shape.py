@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,20 @@ class Shape:
         dense, sparse = self.dense_layers, self.layers - self.dense_layers
         layers = dense * self.dense_layer + sparse * (self.expert_layer + self.routed)
         return layers + self.hidden + self.matrix * (1 if self.tied else 2)
+
+    def training_flops(self, lengths: Sequence[int]) -> float:
+        """Of one step over sequences of these lengths, by the model's formula alone: nothing made
+        again counts. Each weight that a token meets takes 2 forward and 4 backward, the output
+        matrix included; causal scores and values take as many for each channel and visible token.
+        """
+        idle = (self.layers - self.dense_layers) * self.routed
+        met = self.parameters - (0 if self.tied else self.matrix) - idle
+        if self.experts:
+            met += idle * self.top_k / self.experts
+        m = self.latent
+        channels = self.heads * (m.nope + m.rope + m.value if m else 2 * self.head_dim)
+        seen = sum(length * length for length in lengths) / 2
+        return 6 * (met * sum(lengths) + self.layers * channels * seen)
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Shape:

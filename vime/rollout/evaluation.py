@@ -25,7 +25,13 @@ from vime.types import Group, RolloutFnEvalOutput, Status
 
 logger = logging.getLogger(__name__)
 
-RUNTIME = ("vllm_engine_urls", "vllm_router_ip", "vllm_router_port", "weight_version")
+RUNTIME = (
+    "vllm_engine_urls",
+    "vllm_router_ip",
+    "vllm_router_port",
+    "vllm_api_key",
+    "weight_version",
+)
 
 
 async def evaluate(args: Any, rollout_id: int) -> RolloutFnEvalOutput:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import comb
@@ -16,11 +17,14 @@ from vime.rollout.sampling import Sampled
 from vime.rollout.wire import UNKNOWN_VERSION
 from vime.types import Group, Sample, Status
 
+REPETITION_CHARACTERS = 2000  # of a response's end; prose of that length compresses about twofold
+
 
 def of_rollout(args: Any, sampled: Sampled, seconds: float) -> dict[str, float]:
     """Lengths, truncation, failures and drops of one rollout."""
     samples = [sample for group in sampled.kept for sample in group]
     values = {**lengths(samples), **failures(samples)}
+    values["rollout/repetition_frac"] = _ratio(map(repeats_itself, samples))
     for reason, count in sampled.drops.items():
         values[f"rollout/dynamic_filter/drop_{reason}"] = count
     aborted = [s for group in sampled.unfinished for s in group]
@@ -43,6 +47,12 @@ def of_rollout(args: Any, sampled: Sampled, seconds: float) -> dict[str, float]:
     longest = max((s.response_length for s in samples), default=0)
     values["perf/longest_sample_tokens_per_sec"] = longest / max(seconds, 1e-9)
     return values
+
+
+def repeats_itself(sample: Sample) -> bool:
+    """Whether the end of a long response is little but the same again: it compresses tenfold."""
+    text = sample.response[-REPETITION_CHARACTERS:].encode()
+    return len(text) >= REPETITION_CHARACTERS and len(zlib.compress(text, 1)) * 10 < len(text)
 
 
 def _versions(sample: Sample) -> set[int]:

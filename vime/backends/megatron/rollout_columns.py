@@ -212,6 +212,7 @@ class RolloutColumns:
             columns |= _mismatch(log_ratio_N, sampled_N)
         if self.ref_logp_N is not None:
             columns["rollout/ref_log_probs"] = self.ref_logp_N * mask_N
+            columns["rollout/kl"] = (own_logp_N - self.ref_logp_N) * mask_N  # as k1 has it
         if self.value_N is not None and self.return_N is not None:
             columns |= _of_values(self.value_N, self.return_N, mask_N)
         sums = self.reduce({name: c.sum() for name, c in columns.items()}, list(columns))

@@ -28,6 +28,7 @@ from vime.backends.megatron.reference import SentWeights, WeightCopy
 from vime.backends.megatron.report import Clock, mean_of_steps, samples_of
 from vime.backends.megatron.update import Updates
 from vime.config import Config
+from vime.config.memory import shape_of
 from vime.errors import ConfigError
 from vime.types import StepPlan, TrainBatch
 
@@ -72,6 +73,7 @@ class MegatronTrainer:
         self.device = platform.current().device(local_rank)
         if self.device.type == "cuda":
             leave_free(cfg.cluster.train_memory_margin_bytes)
+        self.shape = shape_of(cfg)
         self.temperature = cfg.rollout.temperature or 1.0
         if cfg.algorithm.loss_type == "sft_loss":
             self.temperature = 1.0
@@ -174,8 +176,14 @@ class MegatronTrainer:
             metrics |= columns.metrics()
         if not trains_actor:
             return metrics
-        tokens = sum(s.length for s in batch.sequences)
-        metrics["perf/actor_train_tok_per_s"] = tokens / clock.seconds["perf/actor_train_time"]
+        return metrics | self._speed(batch, clock.seconds["perf/actor_train_time"])
+
+    def _speed(self, batch: TrainBatch, seconds: float) -> dict[str, float]:
+        lengths = [s.length for s in batch.sequences]
+        metrics = {"perf/actor_train_tok_per_s": sum(lengths) / seconds}
+        if self.shape is not None:
+            rate = self.shape.training_flops(lengths) / seconds / dist.get_world_size()
+            metrics["perf/actor_train_tflops"] = rate / 1e12  # of one GPU
         return metrics
 
     def _old_logps(self, batch: TrainBatch, columns: Any, trains_actor: bool) -> bool:

@@ -27,6 +27,14 @@ def pytest_configure(config: pytest.Config) -> None:
             sys.modules[name] = None  # type: ignore[assignment]  # `import name` now fails
 
 
+@pytest.fixture(scope="session")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of one token a character, and nothing else."""
+    from tests.unit.fake_engine import write_tokenizer
+
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs more GPUs than there are; everything in tests/gpu needs one at least."""
     for item in items:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.fake_engine import make_config, write_prompts, write_tokenizer
+from tests.unit.fake_engine import make_config, write_prompts
 from vime.backends.vllm.router import Router
 from vime.config.view import ArgsView
 from vime.rollout.data_source import RolloutDataSourceWithBuffer
@@ -15,11 +15,6 @@ EVEN = "tests.cpu.rollout_setting.is_even"
 async def is_even(args, sample, **kwargs):
     """A reward by chance."""
     return float(sample.tokens[-1] % 2 == 0)
-
-
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory):
-    return write_tokenizer(tmp_path_factory.mktemp("tok"))
 
 
 @pytest.fixture(scope="module")

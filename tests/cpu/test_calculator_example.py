@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from examples.calculator import environment
-from tests.cpu.rollout_setting import hf, router, setting  # noqa: F401, fixtures
+from tests.cpu.rollout_setting import router, setting  # noqa: F401, fixtures
 from tests.cpu.test_rollout_engine import scored_by_the_engine
 from vime.data.batching import build_train_batch
 from vime.data.chat import load_tokenizer

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.cpu.rollout_setting import hf, router, setting  # noqa: F401, fixtures
+from tests.cpu.rollout_setting import router, setting  # noqa: F401, fixtures
 from tests.cpu.tiny import make_config, write_tiny_hf
 from tests.cpu.training import hf_logps, hf_model, samples_of
 from tests.unit.command_lines import words

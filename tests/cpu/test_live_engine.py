@@ -11,6 +11,7 @@ import requests
 import torch
 
 from tests.cpu.tiny import make_config
+from tests.unit.process_groups import group_members
 from vime.backends.vllm.client import EngineClient
 from vime.backends.vllm.router import Router
 from vime.errors import EngineError
@@ -198,16 +199,3 @@ def test_the_router_uses_all_engines_and_outlives_one(tied_engine, untied_engine
         router.check()
     finally:
         router.stop()
-
-
-def group_members(pgid: int) -> list[int]:
-    """Live processes of a group: server, EngineCore and all."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        if int(fields[2]) == pgid and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import requests
 
-from tests.cpu.rollout_setting import hf, router, setting  # noqa: F401, fixtures
+from tests.cpu.rollout_setting import router, setting  # noqa: F401, fixtures
 from tests.unit.fake_engine import write_prompts
 from vime.rollout.vllm_rollout import generate_rollout
 from vime.rollout.wire import PACKED, PATH, build_request, parse_response

@@ -13,7 +13,6 @@ from tests.unit.fake_engine import (
     ids_of,
     make_config,
     write_prompts,
-    write_tokenizer,
 )
 from vime.backends.vllm.router import Router
 from vime.config.view import ArgsView
@@ -31,12 +30,12 @@ async def in_three_turns(args, sample, sampling_params):
 
 
 @pytest.mark.parametrize("function", [None, f"{__name__}.in_three_turns"])
-def test_engines_have_equal_shares_and_each_sample_stays_with_one(tmp_path, function):
+def test_engines_have_equal_shares_and_each_sample_stays_with_one(hf, tmp_path, function):
     """Eight samples of the same prompt, so that nothing but their sessions tells them apart."""
     pytest.importorskip("vllm_router", reason="needs vllm-router")
     prompts = write_prompts(tmp_path / "p.jsonl", 1)
     cfg = make_config(
-        write_tokenizer(tmp_path / "tok"),
+        hf,
         data={"prompt_data": str(prompts), "input_key": "prompt", "label_key": "label"},
         batch={"prompts": 1, "samples_per_prompt": 8},
         rollout={"custom_generate_path": function},

@@ -9,7 +9,7 @@ import pytest
 from examples.calculator import environment
 from examples.calculator.make import demonstration, prompt
 from examples.calculator.tool import Calculator
-from tests.unit.fake_engine import FakeEngine, ids_of, make_config, write_prompts, write_tokenizer
+from tests.unit.fake_engine import FakeEngine, ids_of, make_config, write_prompts
 from vime.data.batching import build_train_batch
 from vime.rollout.data_source import RolloutDataSourceWithBuffer
 from vime.rollout.sft_rollout import to_demonstration
@@ -61,11 +61,6 @@ def test_the_tool_runs_in_a_process_of_its_own_with_limits(calculator):
     assert "Max open files            3 " in limits
     calculator.close()
     assert not subprocess.run(["ps", "-p", str(pid), "-o", "pid="], capture_output=True).stdout
-
-
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory):
-    return write_tokenizer(tmp_path_factory.mktemp("tok"))
 
 
 @pytest.fixture

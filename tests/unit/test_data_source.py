@@ -3,16 +3,11 @@ import json
 import numpy as np
 import pytest
 
-from tests.unit.fake_engine import make_config, write_prompts, write_tokenizer
+from tests.unit.fake_engine import make_config, write_prompts
 from vime.config.view import ArgsView
 from vime.errors import CheckpointError, ConfigError, PluginError
 from vime.rollout.data_source import RolloutDataSourceWithBuffer
 from vime.types import Status
-
-
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory):
-    return write_tokenizer(tmp_path_factory.mktemp("tok"))
 
 
 def make_source(hf, tmp_path, num_prompts=5, **sections):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.unit.fake_engine import FakeEngine, ids_of, make_config, write_prompts, write_tokenizer
+from tests.unit.fake_engine import FakeEngine, ids_of, make_config, write_prompts
 from vime.cli import parse_config
 from vime.config.evaluation import eval_datasets, read_eval_config
 from vime.errors import ConfigError
@@ -12,11 +12,6 @@ from vime.rollout import metrics
 from vime.rollout.checks import check_rollout
 from vime.rollout.vllm_rollout import generate_rollout
 from vime.types import Sample, Status
-
-
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory):
-    return write_tokenizer(tmp_path_factory.mktemp("tok"))
 
 
 def write(tmp_path, text):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import examples.hooks.hooks as examples
-from tests.unit.fake_engine import FakeEngine, ids_of, make_config, write_prompts, write_tokenizer
+from tests.unit.fake_engine import FakeEngine, ids_of, make_config, write_prompts
 from vime.cli import parse_config
 from vime.errors import PluginError
 from vime.rollout import plugins
@@ -242,11 +242,6 @@ def test_log_functions_add_metrics_or_silence_them():
     args = view_of(eval={"log_path": f"{EXAMPLES}.show_an_answer"})
     assert eval_metrics(args, output, 4) == {"eval/held": 0.5}
     assert output.metrics == {"eval/held": 0.5}
-
-
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory):
-    return write_tokenizer(tmp_path_factory.mktemp("tok"))
 
 
 @pytest.fixture

@@ -2,16 +2,11 @@ import json
 
 import pytest
 
-from tests.unit.fake_engine import ids_of, make_config, write_tokenizer
+from tests.unit.fake_engine import ids_of, make_config
 from vime.config.view import ArgsView
 from vime.errors import ConfigError
 from vime.rollout.data_source import RolloutDataSourceWithBuffer
 from vime.rollout.sft_rollout import generate_rollout
-
-
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory):
-    return write_tokenizer(tmp_path_factory.mktemp("tok"))
 
 
 def rollout(hf, tmp_path, rows, evaluation=False, **sections):

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from tests.unit.fake_engine import FakeEngine, ids_of, make_config, write_prompts, write_tokenizer
+from tests.unit.fake_engine import FakeEngine, ids_of, make_config, write_prompts
 from vime.data import chat
 from vime.errors import EngineError
 from vime.rollout.client import GenerateClient, RequestFailed
@@ -15,11 +15,6 @@ from vime.rollout.vllm_rollout import generate, generate_rollout
 from vime.types import DynamicFilterOutput, Status
 
 DIFFERENT = [32 + (i * i * 7 + i // 5) % 95 for i in range(2400)]  # characters without a pattern
-
-
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory):
-    return write_tokenizer(tmp_path_factory.mktemp("tok"))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tests.cpu.tiny import make_config
+from tests.unit.process_groups import group_members
 from vime import platform
 from vime.backends.vllm import plugin, server
 from vime.backends.vllm.client import EngineClient
@@ -182,18 +183,6 @@ def test_whole_numbers_are_read_as_vllm_reads_them():
 
 
 # -- processes -----------------------------------------------------------------------------------
-
-
-def group_members(pgid: int) -> list[int]:
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        if int(fields[2]) == pgid and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
 
 
 def gone(pgid: int, within_s: float) -> bool:

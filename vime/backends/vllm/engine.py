@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import socket
 import tempfile
-import time
 from pathlib import Path
 
 from vime import platform
@@ -41,11 +40,9 @@ class VLLMEngine:
         self.log = logs_dir(cfg) / f"engine-{index}.log"
         self.process: GuardedProcess | None = None
         self.url = ""
-        self.start_s = 0.0
 
     def start(self) -> str:
         """Start the server and wait until it is healthy. Returns its URL; raises EngineError."""
-        began = time.monotonic()
         if notice := server.cpu_notice(self.cfg):
             log.warning(notice)
         for attempt in range(PORT_ATTEMPTS):
@@ -59,7 +56,6 @@ class VLLMEngine:
                     raise EngineError(f"vLLM engine {self.index}: {remedy}. {error}") from None
                 if PORT_TAKEN not in str(error).lower() or attempt == PORT_ATTEMPTS - 1:
                     raise
-        self.start_s = time.monotonic() - began
         return self.url
 
     def _launch(self) -> None:

@@ -30,7 +30,6 @@ class GraderPool:
 
     def __init__(self, num_workers: int, timeout_s: float) -> None:
         self.timeout_s = timeout_s
-        self.num_replaced = 0
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="grader")
         self._idle: SimpleQueue[_Worker | None] = SimpleQueue()
         for _ in range(num_workers):
@@ -53,7 +52,6 @@ class GraderPool:
             if worker is not None:
                 worker.stop()
             worker = None
-            self.num_replaced += 1
             raise
         finally:
             self._idle.put(worker)

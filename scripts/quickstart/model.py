@@ -83,6 +83,9 @@ def make_model(seed: int, eos_token_id: int, pad_token_id: int):
 
 
 def write_checkpoint(folder: Path, seed: int) -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of one small file
     tokenizer = make_tokenizer()
     model = make_model(seed, tokenizer.eos_token_id, tokenizer.pad_token_id)
     model.save_pretrained(folder)

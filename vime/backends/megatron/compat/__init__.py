@@ -1,0 +1,30 @@
+"""Everything vime changes in torch or megatron-core, by name, with why and until when.
+
+`apply()` runs first thing in a trainer process and nowhere else. `CPU_PATCHES` stand in for CUDA
+calls that megatron-core makes on any machine; where CUDA exists they are not applied.
+`PATCHES` mend megatron-core 0.16 to 0.19 on every machine.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vime.backends.megatron.compat.cpu import CPU_PATCHES
+from vime.backends.megatron.compat.extensions import EXTENSION_PATCHES
+from vime.backends.megatron.compat.optimizer import OPTIMIZER_PATCHES, allocate_optimizer_state
+from vime.backends.megatron.compat.patch import Patch, resolve
+
+__all__ = ["CPU_PATCHES", "PATCHES", "Patch", "allocate_optimizer_state", "apply", "resolve"]
+
+PATCHES = (*EXTENSION_PATCHES, *OPTIMIZER_PATCHES)
+
+_applied: set[str] = set()
+
+
+def apply() -> None:
+    """Applies what this machine needs, once per process."""
+    patches = PATCHES if torch.cuda.is_available() else (*CPU_PATCHES, *PATCHES)
+    for patch in patches:
+        if patch.name not in _applied:
+            patch.apply()
+            _applied.add(patch.name)

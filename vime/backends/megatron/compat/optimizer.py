@@ -1,0 +1,178 @@
+"""Optimizers and their checkpoints: what megatron-core 0.16 to 0.19 does wrong without apex."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from vime.backends.megatron.compat.patch import Patch
+
+
+def allocate_optimizer_state(optimizer: Any) -> None:
+    """Gives torch's optimizers their state before the first step: a sharded state dict needs it.
+
+    `optimizer` is what `get_megatron_optimizer` returned. State that exists is left as it is; a
+    step counter that a checkpoint of step 0 left out is put back.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        if getattr(part, "init_state_fn", None) is None:
+            part.init_state_fn = lambda *_: None  # SGD has none, and loading calls it
+        is_adam = isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
+        moments = ("exp_avg", "exp_avg_sq") if is_adam else ("momentum_buffer",)
+        if not is_adam and not isinstance(inner, torch.optim.SGD):
+            continue
+        for group in inner.param_groups:
+            for p in group["params"]:
+                state = inner.state[p]
+                for name in moments:
+                    if state.get(name) is None:
+                        state[name] = torch.zeros_like(p)
+                if is_adam and "step" not in state:
+                    state["step"] = torch.tensor(0.0)
+
+
+def _adam_step() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    stock = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @torch.no_grad()
+    def keep_step(self: Any, model_param: torch.nn.Parameter, tensors: dict) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        step = state.pop("step", None)
+        stock(self, model_param, tensors)
+        if step is not None:
+            state["step"] = step.clone()
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = keep_step
+
+
+def _bucket_padding() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    stock = DistributedOptimizer.sharded_param_state_fully_reshardable
+
+    def with_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        gather = self.get_parameter_state_dp_zero
+
+        def padded(**options: Any) -> dict | None:
+            state = gather(**options)
+            for buffer_id, buffer in enumerate(self.buffers if state else ()):
+                for tensors in state[buffer_id].values():
+                    _spread(tensors, buffer)
+            return state
+
+        self.get_parameter_state_dp_zero = padded
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            del self.get_parameter_state_dp_zero
+
+    DistributedOptimizer.sharded_param_state_fully_reshardable = with_padding
+
+
+def _spread(tensors: dict[str, Any], buffer: Any) -> None:
+    """Moves each bucket from where it stands without padding to its offset in the buffer."""
+    for key, packed in tensors.items():
+        if torch.is_tensor(packed):
+            tensors[key] = packed.new_zeros(buffer.numel)
+            first = 0
+            for bucket in buffer.buckets:
+                length = bucket.numel_unpadded
+                end = bucket.offset + length
+                tensors[key][bucket.offset : end] = packed[first : first + length]
+                first += length
+
+
+def _float32_beside_bfloat16() -> None:
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+    stock = Float16OptimizerWithFloat16Params.sharded_state_dict
+    stock_load = Float16OptimizerWithFloat16Params.load_state_dict
+    main = "fp32_from_fp16_params"
+
+    @functools.wraps(stock)
+    def with_float32(self: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = self.float16_groups
+        self.float16_groups = [
+            a + b for a, b in zip(plain, self.fp32_from_fp32_groups, strict=True)
+        ]
+        try:
+            state = stock(self, *args, **kwargs)
+        finally:
+            self.float16_groups = plain
+        state[main] = [group for group in state[main] if group]  # empty lists are not saved
+        return state
+
+    @functools.wraps(stock_load)
+    def load(self: Any, state_dict: dict[str, Any]) -> Any:
+        saved = iter(state_dict[main])
+        groups = [next(saved) if group else [] for group in self.fp32_from_float16_groups]
+        return stock_load(self, {**state_dict, main: groups})
+
+    Float16OptimizerWithFloat16Params.sharded_state_dict = with_float32
+    Float16OptimizerWithFloat16Params.load_state_dict = load
+
+
+def _learning_rates_name_no_group() -> None:
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    for module in (optimizer, distrib_optimizer):
+        known = module.param_group_identifier_keys
+        of_a_flag = ("max_lr", "min_lr", "start_wd", "end_wd")
+        module.param_group_identifier_keys = tuple(key for key in known if key not in of_a_flag)
+
+
+_HALF = "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params"
+_DISTOPT = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+
+OPTIMIZER_PATCHES = (
+    Patch(
+        "adam step",
+        "without apex a loaded DistributedOptimizer shares one step tensor among all parameters, "
+        "so AdamW counts it up once per parameter and the next update is silently wrong",
+        "DistributedOptimizer.load_state_dict clones the step",
+        (
+            f"{_DISTOPT}._set_main_param_and_optimizer_states",
+            f"{_DISTOPT}.__init__",
+        ),
+        _adam_step,
+    ),
+    Patch(
+        "bucket padding",
+        "the DistributedOptimizer's resharding checkpoint looks parameters up by their place in a "
+        "padded buffer, in tensors gathered without the padding between buckets: past the first "
+        "padded bucket (tied embeddings on a last pipeline stage always have one) it saves wrong "
+        "values (0.16 to 0.19)",
+        "sharded_param_state_fully_reshardable and get_parameter_state_dp_zero agree",
+        (
+            f"{_DISTOPT}.sharded_param_state_fully_reshardable",
+            f"{_DISTOPT}.get_parameter_state_dp_zero",
+        ),
+        _bucket_padding,
+    ),
+    Patch(
+        "float32 beside bfloat16",
+        "a checkpoint of the plain bfloat16 optimizer counts its parameters without those that are "
+        "float32 themselves, such as a critic's head, and cannot be loaded where a group has no "
+        "others (0.16 to 0.19)",
+        "sharded_state_dict and load_state_dict know fp32_from_fp32_groups",
+        (f"{_HALF}.sharded_state_dict", f"{_HALF}.load_state_dict"),
+        _float32_beside_bfloat16,
+    ),
+    Patch(
+        "learning rates name no group",
+        "a checkpoint's parameter groups are found by their learning rate too, so that a run "
+        "cannot be continued with another --lr (0.19)",
+        "groups are matched by what does not come from a flag",
+        (
+            "megatron.core.optimizer.optimizer.param_group_identifier_keys",
+            "megatron.core.optimizer.distrib_optimizer.param_group_identifier_keys",
+        ),
+        _learning_rates_name_no_group,
+    ),
+)

@@ -161,7 +161,7 @@ def measure(cfg: Config, case: Case) -> dict[str, float]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    with kept_by_decoder(trainer.chunks) as kept:
+    with kept_by_decoder(trainer.actor.chunks) as kept:
         trainer.train(batch)
     measured = {**held(trainer), "activations": max(kept), "peak": 0.0}
     if torch.cuda.is_available():
@@ -212,11 +212,11 @@ def held(trainer: Any) -> dict[str, float]:
                 seen.add(storage.data_ptr())
         return float(num_bytes)
 
-    buffers = [b for c in trainer.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
+    buffers = [b for c in trainer.actor.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
     return {
-        "weights": size(p.data for c in trainer.chunks for p in c.parameters()),
+        "weights": size(p.data for c in trainer.actor.chunks for p in c.parameters()),
         "gradients": size(b.grad_data for b in buffers),
-        "optimizer": size(optimizer_tensors(trainer.optimizer)),
+        "optimizer": size(optimizer_tensors(trainer.actor.optimizer)),
     }
 
 

@@ -175,7 +175,7 @@ def examine(
         own_port = agree_on_port(root, f"{model} {layout}", rank)
         trainer = MegatronTrainer(cfg, rank, world, rank, "127.0.0.1", own_port)
         with torch.no_grad():
-            logits = packed_logits(cfg, trainer.chunks)
+            logits = packed_logits(cfg, trainer.actor.chunks)
         worst = None
         if logits is not None:
             worst = float((logits - torch.load(logits_of(folder))).abs().max())
@@ -185,7 +185,7 @@ def examine(
         exact = len(names) > 1 and not any(filecmp.cmpfiles(folder, copy, names, shallow=False)[1:])
         trainer.train(batch_of(cfg))
         expected = load_file(gradient_of(folder) / "model.safetensors")
-        found = named_gradients(trainer)
+        found = named_gradients(trainer.actor)
         of_parameters = {n for n in found if not n.endswith("e_score_correction_bias")}
         assert of_parameters == {n for n in expected if not n.endswith("e_score_correction_bias")}
         off = max(

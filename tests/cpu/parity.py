@@ -262,8 +262,8 @@ def train(rank: int, world: int, port: int, root: Path, cases: list[Case]) -> li
         results.append(
             {
                 "metrics": metrics,
-                "gradients": None if is_sharded else on_cpu(named_gradients(trainer)),
-                "weights": on_cpu(named_weights(trainer)),
+                "gradients": None if is_sharded else on_cpu(named_gradients(trainer.actor)),
+                "weights": on_cpu(named_weights(trainer.actor)),
             }
         )
         trainer.close()

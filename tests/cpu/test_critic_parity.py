@@ -172,7 +172,7 @@ def train(rank: int, world: int, port: int, root: Path, ports: list[int]) -> lis
         found = {"metrics": metrics, "critic": weights_of(trainer.critic)}
         if not is_sharded:
             found["gradients"] = {
-                "actor": named_gradients(trainer),
+                "actor": named_gradients(trainer.actor),
                 "critic": named_gradients(trainer.critic),
                 "head": None if head is None else head.main_grad.clone(),
             }
@@ -186,7 +186,7 @@ def train(rank: int, world: int, port: int, root: Path, ports: list[int]) -> lis
 def save(trainer: Any, folder: Path) -> None:
     from vime.backends.megatron.checkpoint import save_checkpoint
 
-    state = (trainer.chunks, trainer.optimizer, trainer.scheduler)
+    state = (trainer.actor.chunks, trainer.actor.optimizer, trainer.actor.scheduler)
     save_checkpoint(trainer.cfg, folder, 0, *state, critic=trainer.critic)
 
 

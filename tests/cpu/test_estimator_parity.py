@@ -112,7 +112,7 @@ def train(rank: int, world: int, folder: Path) -> list[tuple]:
         cfg = config(folder, parallel, algorithm)
         trainer = MegatronTrainer(cfg, rank, world, rank, "127.0.0.1", own_port)
         metrics = trainer.train(build_train_batch(groups_of(folder), cfg, 0))
-        results.append((metrics, named_gradients(trainer)))
+        results.append((metrics, named_gradients(trainer.actor)))
         trainer.close()
     return results
 
@@ -161,7 +161,7 @@ def train_with_hooks(rank: int, world: int, folder: Path) -> list[tuple]:
         cfg = config(folder, parallel, {})
         trainer = MegatronTrainer(cfg, rank, world, rank, "127.0.0.1", own_port, hooks=own)
         metrics = trainer.train(build_train_batch(groups_of(folder), cfg, 0))
-        results.append((metrics, named_gradients(trainer)))
+        results.append((metrics, named_gradients(trainer.actor)))
         trainer.close()
     return results
 

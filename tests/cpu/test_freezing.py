@@ -47,9 +47,9 @@ def train(rank: int, world: int, port: int, folder: Path) -> tuple[list[set[str]
         )
         own_port = agree_on_port(folder, str(number), rank)
         trainer = MegatronTrainer(cfg, rank, world, rank, "127.0.0.1", own_port)
-        before = named_weights(trainer)
+        before = named_weights(trainer.actor)
         trainer.train(build_train_batch(samples_of(2, 2), cfg, 0))
-        after = named_weights(trainer)
+        after = named_weights(trainer.actor)
         changed.append({n for n in before if not torch.equal(before[n], after[n])})
         try:
             build_model(replace(cfg, optimizer=OptimizerConfig(freeze_names=["no_such"])))

@@ -83,7 +83,7 @@ def logps(trainer: Any, batch: Any) -> list[float]:
     from vime.backends.megatron.rollout_columns import RolloutColumns
 
     columns = RolloutColumns(batch, trainer.cfg, trainer.device)
-    column = trainer._logps(columns, list(batch.steps))
+    column = trainer.actor.logps(columns, list(batch.steps))
     rows = columns.table.responses
     return [float(column[rows[p]].mean()) for p in range(len(batch.sequences))]
 
@@ -130,7 +130,7 @@ def logps_of_tokens(trainer: Any, batch: Any) -> list[list[float]]:
     from vime.backends.megatron.rollout_columns import RolloutColumns
 
     columns = RolloutColumns(batch, trainer.cfg, trainer.device)
-    column = trainer._logps(columns, list(batch.steps))
+    column = trainer.actor.logps(columns, list(batch.steps))
     return [column[columns.table.responses[p]].tolist() for p in range(len(batch.sequences))]
 
 
@@ -166,10 +166,10 @@ def what_is_not_finite_changes_nothing(trainer: Any, out: Path) -> None:
         batch,
         sequences=tuple(dataclasses.replace(s, reward=float("inf")) for s in batch.sequences),
     )
-    before = named_weights(t)
+    before = named_weights(t.actor)
     for _ in range(MAX_SKIPPED_STEPS - 1):
         assert t.train(broken)["train/skipped_steps"] == 1
-    assert all(torch.equal(w, before[n]) for n, w in named_weights(t).items())
+    assert all(torch.equal(w, before[n]) for n, w in named_weights(t.actor).items())
     assert t.train(batch)["train/skipped_steps"] == 0  # a good step starts the count anew
     spoilt = (*batch.sequences[:5], broken.sequences[5], *batch.sequences[6:])
     for _ in range(MAX_SKIPPED_STEPS - 1):
@@ -187,12 +187,12 @@ def a_finite_loss_without_a_finite_gradient_names_its_sample_too(trainer: Any, o
     for sample in sum(groups, []):
         sample.rollout_log_probs = [-4.0] * sample.response_length
     groups[1][1].rollout_log_probs[0] = -9999.0  # held by the clip, but 0 times infinity is NaN
-    before = named_weights(t)
+    before = named_weights(t.actor)
     with warnings_of("vime.backends.megatron") as said:
         assert t.train(batch_of(t, groups))["train/skipped_steps"] == 1
     [line] = said
     assert re.search(r"samples 5: loss or gradient not finite\): loss -?\d.*norm nan", line), line
-    assert all(torch.equal(w, before[n]) for n, w in named_weights(t).items())
+    assert all(torch.equal(w, before[n]) for n, w in named_weights(t.actor).items())
     t.close()
 
 
@@ -211,13 +211,13 @@ def a_step_without_a_token_to_learn_from_has_gradient_0(trainer: Any, out: Path)
     groups = samples_of(4, 4)
     for sample in sum(groups, []):
         sample.remove_sample = True
-    before = named_weights(t)
+    before = named_weights(t.actor)
     metrics = t.train(batch_of(t, groups))
     assert (
         metrics["train/loss"] == metrics["train/grad_norm"] == metrics["train/skipped_steps"] == 0
     )
     assert all(np.isfinite(v) for v in metrics.values())
-    assert all(torch.equal(w, before[n]) for n, w in named_weights(t).items())
+    assert all(torch.equal(w, before[n]) for n, w in named_weights(t.actor).items())
     t.close()
 
 
@@ -227,7 +227,7 @@ def memory_that_ran_out_names_the_flags(trainer: Any, out: Path) -> None:
     def too_much(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.25 GiB.")
 
-    t.objective = too_much
+    t.actor.objective = too_much
     with pytest.raises(
         ConfigError, match=r"--max-tokens-per-gpu 512 -> \d+ \(est(.|\n)*Tried to allocate 9.25 GiB"
     ):
@@ -265,18 +265,18 @@ def the_old_policy_may_be_the_one_that_generated(trainer: Any, out: Path) -> Non
             sample.weight_versions = [version] * sample.response_length
         return batch_of(t, groups)
 
-    t.sent.keep(0)
+    t.actor.sent.keep(0)
     first = t.train(batch_made_by(0))
     assert first["train/ppo_kl_first_step"] == 0.0  # the weights are still those: no second pass
-    t.sent.keep(1)
-    before = named_weights(t)
+    t.actor.sent.keep(1)
+    before = named_weights(t.actor)
     second = t.train(batch_made_by(0))
     assert second["train/train_rollout_logprob_abs_diff_max"] < 1e-5
     assert second["rollout/log_probs"] == pytest.approx(first["rollout/log_probs"], abs=1e-5)
     assert abs(second["train/ppo_kl_first_step"]) > 1e-3
-    assert any(not torch.equal(w, before[n]) for n, w in named_weights(t).items())
+    assert any(not torch.equal(w, before[n]) for n, w in named_weights(t.actor).items())
     t.train(batch_made_by(1))
-    assert list(t.sent.copies) == [1]
+    assert list(t.actor.sent.copies) == [1]
     # what was generated before the run began has no copy: the engine's figures, or an error
     again = t.train(batch_made_by(0))
     assert again["rollout/rollout_log_probs"] == pytest.approx(first["rollout/log_probs"], abs=1e-5)
@@ -319,13 +319,13 @@ def users_functions_take_part(trainer: Any, out: Path) -> None:
 
     t = trainer()
     metrics = t.train(batch_of(t))
-    expected = named_weights(t)
+    expected = named_weights(t.actor)
     t.close()
     t = trainer(hooks=TrainingHooks(loss=vanilla, advantage=spread))
     found = t.train(batch_of(t))
     assert found["train/ratio"] == pytest.approx(1.0, abs=1e-5)
     assert found["train/pg_loss"] == pytest.approx(metrics["train/pg_loss"], abs=1e-5)
-    for name, weight in named_weights(t).items():
+    for name, weight in named_weights(t.actor).items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=2e-5)
     t.close()
 
@@ -370,14 +370,14 @@ def a_resumed_run_takes_the_same_steps(trainer: Any, out: Path) -> None:
     t.save(1)
     straight = t.train(batch_of(t, samples_of(4, 4, 2)))
     t.save_hf(str(out / "hf"))
-    expected = named_weights(t)
+    expected = named_weights(t.actor)
     t.close()
     t = trainer(checkpoint={"load": str(out / "run")}, optimizer=schedule)
     assert t.start_rollout_id == 2
     resumed = t.train(batch_of(t, samples_of(4, 4, 2)))
     assert resumed["train/lr"] == straight["train/lr"]
     assert resumed["train/loss"] == straight["train/loss"]
-    assert all(torch.equal(w, expected[n]) for n, w in named_weights(t).items())
+    assert all(torch.equal(w, expected[n]) for n, w in named_weights(t.actor).items())
     assert (out / "hf" / "model.safetensors").exists()
     t.close()
     t = trainer(checkpoint={"load": str(out / "run")}, optimizer={"lr": 7e-4})
@@ -390,9 +390,9 @@ def a_critic_learns_first_then_beside_the_actor_and_resumes(trainer: Any, out: P
     rates = {"lr": 1e-3, "critic_lr": 3e-3, "critic_lr_warmup_iters": 2}
     saving = {"save": str(out / "ppo"), "async_save": True}
     t = trainer(algorithm=ppo, optimizer=rates, checkpoint=saving)
-    before = named_weights(t)
+    before = named_weights(t.actor)
     alone = [t.train(batch_of(t, rollout_id=i)) for i in range(4)]
-    assert all(torch.equal(w, before[n]) for n, w in named_weights(t).items())
+    assert all(torch.equal(w, before[n]) for n, w in named_weights(t.actor).items())
     assert [m["train/critic_lr"] for m in alone] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3])
     assert alone[0]["rollout/values"] == alone[0]["rollout/value_explained_variance"] == 0
     assert alone[0]["train/value_loss"] == pytest.approx(0.25)  # half of the reward's mean square
@@ -407,13 +407,13 @@ def a_critic_learns_first_then_beside_the_actor_and_resumes(trainer: Any, out: P
     t.save(4)
     straight = t.train(batch_of(t, rollout_id=5))
     t.finish_saves()
-    expected = named_weights(t)
+    expected = named_weights(t.actor)
     t.close()
     t = trainer(algorithm=ppo, optimizer=rates, checkpoint={"load": str(out / "ppo")})
     resumed = t.train(batch_of(t, rollout_id=t.start_rollout_id))
     same = [n for n in straight if not n.startswith("perf/")]
     assert {n: resumed[n] for n in same} == {n: straight[n] for n in same}
-    assert all(torch.equal(w, expected[n]) for n, w in named_weights(t).items())
+    assert all(torch.equal(w, expected[n]) for n, w in named_weights(t.actor).items())
     t.close()
     t = trainer(checkpoint={"load": str(out / "ppo")})  # another estimator needs no critic
     assert t.start_rollout_id == 5
@@ -460,9 +460,9 @@ def norms_do_not_decay(trainer: Any, out: Path) -> None:
     groups = samples_of(4, 4)
     for sample in sum(groups, []):
         sample.reward = 1.0  # no advantage, so no gradient: decay alone moves weights
-    before = named_weights(t)
+    before = named_weights(t.actor)
     t.train(batch_of(t, groups))
-    for name, weight in named_weights(t).items():
+    for name, weight in named_weights(t.actor).items():
         if weight.ndim == 1:
             assert torch.equal(weight, before[name]), name
         else:

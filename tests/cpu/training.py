@@ -78,21 +78,21 @@ def hf_policy_loss(
     return loss
 
 
-def named_gradients(trainer: Any) -> dict[str, Tensor]:
+def named_gradients(model: Any) -> dict[str, Tensor]:
     """{HF name: gradient of the latest step}, before clipping; not with a sharded optimizer."""
     from vime.backends.megatron.hf import export_hf
 
-    params = [p for chunk in trainer.chunks for p in chunk.parameters()]
+    params = [p for chunk in model.chunks for p in chunk.parameters()]
     kept = [p.detach().clone() for p in params]
     for p in params:
         p.data.copy_(p.main_grad)
-    gradients = {name: t.clone() for name, t in export_hf(trainer.chunks, trainer.cfg)}
+    gradients = {name: t.clone() for name, t in export_hf(model.chunks, model.cfg)}
     for p, before in zip(params, kept, strict=True):
         p.data.copy_(before)
     return gradients
 
 
-def named_weights(trainer: Any) -> dict[str, Tensor]:
+def named_weights(model: Any) -> dict[str, Tensor]:
     from vime.backends.megatron.hf import export_hf
 
-    return {name: t.clone() for name, t in export_hf(trainer.chunks, trainer.cfg)}
+    return {name: t.clone() for name, t in export_hf(model.chunks, model.cfg)}

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -130,6 +131,33 @@ def test_tensorboard_files_hold_the_metrics(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(7, 1.5)]
+
+
+def test_a_wandb_run_records_the_flags_and_counts_steps_on_an_axis_of_its_own(
+    monkeypatch, tmp_path
+):
+    """The package is a stand-in that notes what it is told."""
+    said = []
+
+    class Run:
+        def __getattr__(self, name):
+            return lambda *a, **k: said.append((name, *a, *k.values()))
+
+    def init(**kwargs):
+        said.append(kwargs)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=object()))
+    trackers = make_trackers(tmp_path, use_wandb=True, wandb_group="g", config={"lr": 1e-6})
+    with MetricsLog(tmp_path, trackers=trackers) as log:
+        log.log(7, {"train/loss": 1.5})
+    assert said == [
+        {"project": "vime", "group": "g", "dir": str(tmp_path), "config": {"lr": 1e-6}},
+        ("define_metric", "step"),
+        ("define_metric", "*", "step"),
+        ("log", {"step": 7, "train/loss": 1.5}),
+        ("finish",),
+    ]
 
 
 def test_a_tracker_whose_package_is_missing_names_the_flag(monkeypatch, tmp_path):

@@ -5,10 +5,15 @@ from vime.backends.megatron.start import check_start
 from vime.backends.vllm.flags import check_vllm_flags
 from vime.config import Config
 from vime.data.checks import check_chat_template
+from vime.observe.trackers import missing_packages
 from vime.ray.placement_group import check_slots
 from vime.rollout.grading import check_rewards
 from vime.rollout.plugins import check_hooks
 from vime.rollout.training_hooks import check_training_hooks
+
+
+def check_trackers(cfg: Config) -> list[str]:
+    return missing_packages(use_tensorboard=cfg.log.use_tensorboard, use_wandb=cfg.log.use_wandb)
 
 
 def check_decoupled(cfg: Config) -> list[str]:
@@ -30,4 +35,5 @@ CHECKS = (
     check_hooks,
     check_training_hooks,
     check_rewards,
+    check_trackers,
 )

@@ -15,6 +15,7 @@ import ray
 
 from vime.backends.vllm.client import EngineClient
 from vime.config import Config
+from vime.config.view import resolved
 from vime.errors import ConfigError
 from vime.observe import RunLog, Timers
 from vime.platform import current
@@ -177,7 +178,8 @@ def launch(cfg: Config) -> Iterator[Run]:
 
     SIGTERM ends a run as Ctrl-C does, so that a scheduler's stop leaves no process behind.
     """
-    with RunLog(cfg.log, fallback_dir=cfg.checkpoint.save) as log, _ray(cfg):
+    flags = {name: value for name, value in resolved(cfg).items() if name != "vllm_api_key"}
+    with RunLog(cfg.log, fallback_dir=cfg.checkpoint.save, config=flags) as log, _ray(cfg):
         cfg = replace(cfg, log=replace(cfg.log, run_dir=str(log.run_dir)))
         placement = place(cfg)
         run = Run(cfg, placement, log)

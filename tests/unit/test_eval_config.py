@@ -7,9 +7,11 @@ import pytest
 from tests.unit.fake_engine import FakeEngine, ids_of, make_config, write_prompts
 from vime.cli import parse_config
 from vime.config.evaluation import eval_datasets, read_eval_config
+from vime.data.checks import data_problems
 from vime.errors import ConfigError
 from vime.rollout import metrics
-from vime.rollout.checks import check_rollout
+from vime.rollout.grading import check_rewards
+from vime.rollout.plugins import check_hooks
 from vime.rollout.vllm_rollout import generate_rollout
 from vime.types import Sample, Status
 
@@ -118,6 +120,10 @@ async def always_half(args, sample, **kwargs):
     return 0.5
 
 
+def problems_of(cfg):
+    return [*data_problems(cfg), *check_hooks(cfg), *check_rewards(cfg)]
+
+
 def test_every_dataset_is_generated_and_graded_by_its_own_rules(hf, tmp_path, capsys):
     numbers = write_prompts(tmp_path / "numbers.jsonl", 6)
     choices = tmp_path / "choices.jsonl"
@@ -135,7 +141,7 @@ eval:
 """
     config = read_eval_config(write(tmp_path, text))
     cfg = make_config(hf, eval={"interval": 1, "config": config}, reward={"rm_type": "f1"})
-    assert check_rollout(cfg) == []
+    assert problems_of(cfg) == []
     with FakeEngine(answer) as engine:
         output = generate_rollout(engine.args(cfg), 3, None, evaluation=True)
         params = {body["token_ids"][0]: body["sampling_params"] for body in engine.log}
@@ -166,9 +172,10 @@ eval:
     - {{name: c, path: "{prompts}", rm_type: math}}
 """
     config = read_eval_config(write(tmp_path, text))
-    problems = check_rollout(make_config("none", eval={"interval": 1, "config": config}))
+    problems = problems_of(make_config("none", eval={"interval": 1, "config": config}))
     assert any("--eval-config, a: rm_type maths is unknown" in p for p in problems)
     assert any("no key 'input'" in p for p in problems)
+    assert any(p.startswith("--eval-config, c: rm_type math compares") for p in problems)
     assert any(p.startswith("--eval-config, b:") and "Expected: async f(" in p for p in problems)
 
 

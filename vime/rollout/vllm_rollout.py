@@ -232,7 +232,8 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any]) -
     params["max_tokens"] = left
     if params.get("seed") is not None:
         params["seed"] += _SEED_STRIDE * sample.response_length
-    session = sample.session_id or f"{rollout.rollout_id}-{sample.index}"
+    number = id(sample) if sample.index is None else sample.index
+    session = sample.session_id or f"{rollout.rollout_id}-{number}"
     generation = await rollout.client.generate(sample.tokens, params, session)
     append(sample, generation)
     if generation.token_ids:

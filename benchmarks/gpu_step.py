@@ -76,8 +76,9 @@ def main() -> int:
     show(args, figures, records)
     if args.layout != "colocated":
         compare_with_nvlink(figures["weight_update"], records[-1]["perf/update_weights_bytes"])
-    peer = trl(args, model, prompts) if args.peer else None
-    write_results(args, figures, peer)
+    write_results(args, figures)
+    if args.peer:
+        compare_with_trl(args, model, prompts, figures["step"])
     return 0
 
 
@@ -156,19 +157,36 @@ def compare_with_nvlink(update: dict[str, Any], num_bytes: float) -> None:
     print(f"  update {reached:.0f} GB/s, {reached / rate:.0%} of a copy's {rate:.0f} GB/s")
 
 
-def trl(args: argparse.Namespace, model: Path, prompts: Path) -> dict[str, Any]:
-    """{"name", "value": median seconds of a TRL step, "spread"}"""
+def compare_with_trl(
+    args: argparse.Namespace, model: Path, prompts: Path, step: dict[str, Any]
+) -> None:
+    """Runs TRL. The ratio is written anew after each of its steps: a run cut short keeps it."""
     words = [sys.executable, str(ROOT / "benchmarks/peer_trl.py"), "--model", str(model)]
     words += ["--prompts", str(prompts), "--response", str(args.response)]
     words += ["--steps", str(args.peer_steps), *(["--long-tail"] if args.long_tail else [])]
-    out = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
-    found = json.loads(out.strip().splitlines()[-1])
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        for line in process.stdout:
+            if line.startswith('{"name"'):  # not what its progress bar logs
+                write_ratio(args, json.loads(line), step)
+    if process.returncode:
+        raise SystemExit(f"TRL failed with {process.returncode}: {' '.join(words)}")
+
+
+def write_ratio(args: argparse.Namespace, found: dict[str, Any], step: dict[str, Any]) -> None:
     seconds = spread(found["steps"])
-    print(f"  {found['name']}: step {seconds['value']:.2f} s {seconds['spread']}, {found}")
-    return {"name": found["name"], **seconds}
+    print(
+        f"  {found['name']}: step {seconds['value']:.2f} s {seconds['spread']}, {found}", flush=True
+    )
+    low, high = step["spread"]
+    figure = {
+        "value": round(seconds["value"] / step["value"], 3),
+        "spread": [round(seconds["value"] / high, 3), round(seconds["value"] / low, 3)],
+    }
+    name = "grpo_step_vs_trl_long_tail" if args.long_tail else "grpo_step_vs_trl"
+    write(name, figure, "times as fast", {"name": found["name"], **seconds})
 
 
-def write_results(args: argparse.Namespace, figures: dict[str, Any], peer: Any) -> None:
+def write_results(args: argparse.Namespace, figures: dict[str, Any]) -> None:
     size = args.shape.lower().replace(".", "_") + ("_long_tail" if args.long_tail else "")
     update = "colocated" if args.layout == "colocated" else "nccl"
     wanted = {f"weight_update_{update}_{size}_s": ("weight_update", "s")}
@@ -181,12 +199,6 @@ def write_results(args: argparse.Namespace, figures: dict[str, Any], peer: Any) 
         write(name, figures[figure], unit)
     if args.layout == "colocated":
         write(f"{share}_with_sleep_wake", figures["share_with_sleep_wake"], "1")
-    if peer:
-        ratio = round(peer["value"] / figures["step"]["value"], 3)
-        low, high = figures["step"]["spread"]
-        spread_ = [round(peer["value"] / high, 3), round(peer["value"] / low, 3)]
-        name = "grpo_step_vs_trl_long_tail" if args.long_tail else "grpo_step_vs_trl"
-        write(name, {"value": ratio, "spread": spread_}, "times as fast", peer)
 
 
 def write(name: str, figure: dict[str, Any], unit: str, peer: Any = None) -> None:

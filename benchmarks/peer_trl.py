@@ -1,4 +1,4 @@
-"""GRPO steps of TRL with vLLM colocated, for `gpu_step.py`: prints one JSON line last.
+"""GRPO steps of TRL with vLLM colocated, for `gpu_step.py`: a JSON line after each but the first.
 
 The settings are the fastest that were found for it on an 80 GB GPU: Liger's loss, micro-batches of
 16 (2 for long-tailed lengths, since TRL pads to the longest) without checkpointing, the engine
@@ -73,6 +73,7 @@ def main() -> None:
         report_to=[],
         save_strategy="no",
     )
+    name = f"TRL {trl.__version__}, vLLM colocated, Liger loss, micro-batches of {micro_batch}"
     steps: list[float] = []
     mismatch: list[float] = []
 
@@ -89,8 +90,13 @@ def main() -> None:
 
         def on_log(self, args, state, control, logs=None, **_):
             found = (logs or {}).get("sampling/sampling_logp_difference/mean")
-            if found is not None:
-                mismatch.append(float(found))
+            if found is None:  # the summary at the end
+                return
+            mismatch.append(float(found))
+            if len(steps) > 1:
+                peak = torch.cuda.max_memory_allocated() / 2**30
+                line = {"name": name, "steps": steps[1:], "mismatch": mismatch, "peak_gib": peak}
+                print("\n" + json.dumps(line), flush=True)
 
     trainer = trl.GRPOTrainer(
         model=args.model,
@@ -103,9 +109,6 @@ def main() -> None:
     if args.long_tail:
         draw_lengths(trainer.vllm_generation.llm, args.response)
     trainer.train()
-    name = f"TRL {trl.__version__}, vLLM colocated, Liger loss, micro-batches of {micro_batch}"
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    print(json.dumps({"name": name, "steps": steps[1:], "mismatch": mismatch, "peak_gib": peak}))
 
 
 def draw_lengths(llm: Any, longest: int) -> None:

@@ -3,6 +3,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 SEED ?= 0
+MINUTES ?= 60
 TESTS ?= tests/unit tests/cpu tests/gpu
 
 .PHONY: $(shell grep -oE '^[a-z0-9-]+:' $(firstword $(MAKEFILE_LIST)) | tr -d :)
@@ -52,6 +53,9 @@ bench-packing: install  ## how full micro-batches are, how even ranks; seconds t
 
 bench-logprob-memory: install  ## peak memory of log-probabilities at a 152k vocabulary
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/logprob_memory.py
+
+bench-gpu:  ## all GPU benchmarks on the GPUs there are, and a table of targets (MINUTES=60)
+	$(PYTHON) benchmarks/gpu_suite.py --minutes $(MINUTES)
 
 bench-train-mfu:  ## training speed on a GPU against its matrix product (PROFILE=1: kernels)
 	$(PYTHON) benchmarks/train_mfu.py

@@ -64,6 +64,7 @@ def main() -> int:
     parser.add_argument("--peer", action="store_true", help="TRL on the same GPU, afterwards")
     parser.add_argument("--peer-steps", type=int, default=4, help="the first is left out")
     parser.add_argument("--work-dir", type=Path, default=Path("/tmp/vime-gpu-step"))
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("flags", nargs="*", help="more flags for train.py, after --")
     args = parser.parse_args()
     args.response = args.response or (8192 if args.long_tail else 1024)
@@ -183,7 +184,8 @@ def write_ratio(args: argparse.Namespace, found: dict[str, Any], step: dict[str,
         "spread": [round(seconds["value"] / high, 3), round(seconds["value"] / low, 3)],
     }
     name = "grpo_step_vs_trl_long_tail" if args.long_tail else "grpo_step_vs_trl"
-    write(name, figure, "times as fast", {"name": found["name"], **seconds})
+    peer = {"name": found["name"], **seconds}
+    write(name, figure, "times as fast", peer, folder=args.output)
 
 
 def write_results(args: argparse.Namespace, figures: dict[str, Any]) -> None:
@@ -196,18 +198,21 @@ def write_results(args: argparse.Namespace, figures: dict[str, Any]) -> None:
         share = "framework_share" if size == "0_6b" else f"framework_share_{size}"
         wanted[share] = ("framework_share", "1")
     for name, (figure, unit) in wanted.items():
-        write(name, figures[figure], unit)
+        write(name, figures[figure], unit, folder=args.output)
     if args.layout == "colocated":
-        write(f"{share}_with_sleep_wake", figures["share_with_sleep_wake"], "1")
+        both = figures["share_with_sleep_wake"]
+        write(f"{share}_with_sleep_wake", both, "1", folder=args.output)
 
 
-def write(name: str, figure: dict[str, Any], unit: str, peer: Any = None) -> None:
+def write(
+    name: str, figure: dict[str, Any], unit: str, peer: Any = None, *, folder: Path = RESULTS
+) -> None:
     packages = ("torch", "vllm", "megatron-core", "ray", "transformers")
     versions = {"python": platform.python_version(), **{p: version(p) for p in packages}}
     record = {"name": name, **figure, "unit": unit, "peer": peer}
     record |= {"device": device(), "versions": versions}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def device() -> str:

@@ -1,8 +1,19 @@
-"""Copies of the weights that engines were given: which are kept, and what they hold."""
+"""Copies of weights, of a reference or given to engines: what they hold, which are kept."""
 
 import torch
 
-from vime.backends.megatron.reference import SentWeights
+from vime.backends.megatron.reference import SentWeights, WeightCopy
+
+
+def test_a_copy_has_the_routers_bias_which_is_no_parameter():
+    layer = torch.nn.Module()
+    layer.router = torch.nn.Linear(2, 4)
+    layer.router.register_buffer("expert_bias", torch.arange(4.0))
+    copy = WeightCopy([layer])
+    layer.router.expert_bias += 1
+    with copy.swapped_in():
+        assert torch.equal(layer.router.expert_bias, torch.arange(4.0))
+    assert torch.equal(layer.router.expert_bias, torch.arange(4.0) + 1)
 
 
 def test_copies_stay_as_long_as_rollouts_may_come_of_them():

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 
 class WeightCopy:
-    """The weights that the chunks hold when it is made, of this rank."""
+    """The weights that the chunks hold when it is made, of this rank.
+
+    A sigmoid router's bias is one of them, though a buffer: it says which experts compute.
+    """
 
     def __init__(self, chunks: Sequence[nn.Module]) -> None:
-        self.params = [p for chunk in chunks for p in chunk.parameters()]
-        self.values = [_on_cpu(p) for p in self.params]
+        self.tensors = [t for chunk in chunks for t in _weights(chunk)]
+        self.values = [_on_cpu(t) for t in self.tensors]
 
     @contextmanager
     @torch.no_grad()
@@ -23,7 +26,7 @@ class WeightCopy:
 
         No parameter gather may be under way, or it would overwrite the copy.
         """
-        before = [_on_cpu(p) for p in self.params]
+        before = [_on_cpu(t) for t in self.tensors]
         self._fill(self.values)
         try:
             yield
@@ -32,9 +35,9 @@ class WeightCopy:
 
     @torch.no_grad()
     def _fill(self, values: Sequence[Tensor]) -> None:
-        for p, value in zip(self.params, values, strict=True):
-            p.data.copy_(value, non_blocking=True)
-        if self.params and self.params[0].is_cuda:
+        for t, value in zip(self.tensors, values, strict=True):
+            t.data.copy_(value, non_blocking=True)
+        if self.tensors and self.tensors[0].is_cuda:
             torch.cuda.current_stream().synchronize()
 
 
@@ -61,7 +64,12 @@ class SentWeights:
             self.copies = {v: copy for v, copy in self.copies.items() if v >= version}
 
 
-def _on_cpu(p: nn.Parameter) -> Tensor:
+def _weights(chunk: nn.Module) -> Iterator[Tensor]:
+    yield from chunk.parameters()
+    yield from (b for n, b in chunk.named_buffers() if n.endswith("router.expert_bias"))
+
+
+def _on_cpu(t: Tensor) -> Tensor:
     """Pinned where there is a GPU to copy from and to."""
-    held = torch.empty(p.shape, dtype=p.dtype, device="cpu", pin_memory=p.is_cuda)
-    return held.copy_(p.detach())
+    held = torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=t.is_cuda)
+    return held.copy_(t.detach())

@@ -144,6 +144,25 @@ def test_a_layout_that_does_not_divide_the_model_is_refused(tmp_path: Path) -> N
         assert part in text
 
 
+def test_what_megatron_refuses_late_or_leaves_out_is_told_before(tmp_path: Path) -> None:
+    moe = QWEN3_4B | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}
+    moe |= {"moe_intermediate_size": 18, "norm_topk_prob": True}
+
+    def told(tp: int = 1, modules: list[str] | None = None, **args: Any) -> str:
+        selective = {"recompute_granularity": "selective", "recompute_modules": modules}
+        layout = {"tp": tp, "etp": tp} | (selective if modules else {})
+        cfg = config(tmp_path, moe, parallel=layout, model={"args": args} | given(tmp_path))
+        return " ".join([*hf.check_model_args(cfg), *hf.check_training(cfg)])
+
+    assert told(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.1) == ""
+    assert told(moe_aux_loss_coeff=0.0) == ""
+    assert "Add --sequence-parallel." in told(2)
+    assert "size 4 does not divide the model's 18 channels of an expert" in told(4)
+    assert "coeff 0.1 has no effect" in told(moe_aux_loss_coeff=0.1)
+    assert "type sinkhorn is none of" in told(moe_router_load_balancing_type="sinkhorn")
+    assert "mla_up_proj: the model has no latent attention" in told(modules=["mla_up_proj"])
+
+
 def test_unknown_families_and_rope_scaling_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="qwen3_moe"):
         hf.family_for({"model_type": "mystery"})

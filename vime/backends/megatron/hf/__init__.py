@@ -3,7 +3,7 @@
 Nothing here imports Megatron before it is used: the driver checks configurations with it too.
 """
 
-from vime.backends.megatron.hf.check import check_model_args
+from vime.backends.megatron.hf.check import check_model_args, check_training
 from vime.backends.megatron.hf.export import export_hf
 from vime.backends.megatron.hf.family import Family
 from vime.backends.megatron.hf.files import read_config
@@ -15,6 +15,7 @@ __all__ = [
     "FAMILIES",
     "Family",
     "check_model_args",
+    "check_training",
     "export_hf",
     "family_for",
     "in_stored_dtype",

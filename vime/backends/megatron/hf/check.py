@@ -30,6 +30,40 @@ def check_model_args(cfg: Config) -> list[str]:
     return problems + _layout_problems(cfg, model_args(cfg))
 
 
+def check_training(cfg: Config) -> list[str]:
+    """What Megatron would refuse only in the first forward pass, or leave out without a word."""
+    if not rules.hf_config(cfg) or check_model_args(cfg):
+        return []  # told by others
+    args, p = model_args(cfg), cfg.parallel
+    problems = []
+    if args.get("num_experts") and p.tp > 1 and not p.sequence_parallel:
+        problems.append(
+            f"--tensor-model-parallel-size {p.tp}: Megatron trains a model with experts only where "
+            "the tokens are divided too. Add --sequence-parallel."
+        )
+    kind = args.get("moe_router_load_balancing_type", "none")
+    coefficient = args.get("moe_aux_loss_coeff", 0.0)
+    if kind not in _BALANCING:
+        problems.append(
+            f"--moe-router-load-balancing-type {kind} is none of {', '.join(_BALANCING)}. "
+            "Choose one of these."
+        )
+    elif coefficient and kind == "none":
+        problems.append(
+            f"--moe-aux-loss-coeff {coefficient} has no effect without a loss that it weighs. Add "
+            "--moe-router-load-balancing-type aux_loss, or set it to 0."
+        )
+    if "mla_up_proj" in (p.recompute_modules or ()) and not args.get("multi_latent_attention"):
+        problems.append(
+            "--recompute-modules mla_up_proj: the model has no latent attention. Leave it out."
+        )
+    return problems
+
+
+# "sinkhorn" would route by another rule than the engines do
+_BALANCING = ("none", "aux_loss", "seq_aux_loss", "global_aux_loss")
+
+
 def _contradictions(given: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     return [
         f"--{name.replace('_', '-')} {given[name]} contradicts {expected[name]} in config.json of "
@@ -61,6 +95,18 @@ def _layout_problems(cfg: Config, args: dict[str, Any]) -> list[str]:
         ("--tensor-model-parallel-size", p.tp, "MLP channels", args["ffn_hidden_size"]),
         ("--pipeline-model-parallel-size", p.pp * (p.vpp or 1), "layers", args["num_layers"]),
         ("--expert-model-parallel-size", p.ep, "experts", experts),
+        (
+            "--expert-tensor-parallel-size",
+            p.etp,
+            "channels of an expert",
+            args.get("moe_ffn_hidden_size"),
+        ),
+        (
+            "--tensor-model-parallel-size",
+            p.tp,
+            "channels of the shared experts",
+            args.get("moe_shared_expert_intermediate_size"),
+        ),
     ]
     problems = [
         f"{flag} {size} does not divide the model's {count} {what}. Choose a divisor of {count}."

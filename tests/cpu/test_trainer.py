@@ -380,8 +380,12 @@ def a_resumed_run_takes_the_same_steps(trainer: Any, out: Path) -> None:
     assert all(torch.equal(w, expected[n]) for n, w in named_weights(t.actor).items())
     assert (out / "hf" / "model.safetensors").exists()
     t.close()
-    t = trainer(checkpoint={"load": str(out / "run")}, optimizer={"lr": 7e-4})
-    assert t.train(batch_of(t))["train/lr"] == pytest.approx(7e-4)  # a flag wins over the past
+    other = {"lr": 7e-4, "beta1": 0.8, "eps": 1e-6, "weight_decay": 0.3}
+    t = trainer(checkpoint={"load": str(out / "run")}, optimizer=other)
+    for group in t.actor.optimizer.param_groups:  # a flag wins over the past
+        assert (group["betas"], group["eps"]) == ((0.8, 0.999), 1e-6)
+        assert group["weight_decay"] in (0.0, 0.3)
+    assert t.train(batch_of(t))["train/lr"] == pytest.approx(7e-4)
     t.close()
 
 

@@ -93,9 +93,15 @@ def _fuse(optimizer: Any) -> None:
 
 
 def apply_flags_again(cfg: Config, optimizer: Any, scheduler: OptimizerParamScheduler) -> None:
-    """After a checkpoint was loaded: its counters stay, the learning rates are this run's flags."""
+    """After a checkpoint was loaded: its counters and moments stay, the rest is this run's flags.
+
+    Weight decay comes with the scheduler's step.
+    """
+    o = cfg.optimizer
     for group in optimizer.param_groups:
-        group["max_lr"], group["min_lr"] = cfg.optimizer.lr, cfg.optimizer.min_lr
+        group["max_lr"], group["min_lr"] = o.lr, o.min_lr
+        if "betas" in group:
+            group["betas"], group["eps"] = (o.beta1, o.beta2), o.eps
     scheduler.step(0)
 
 

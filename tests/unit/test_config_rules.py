@@ -317,6 +317,12 @@ NOTICED = {
         "note: --rollout-top-p 0.9 and --rollout-top-k -1 cut the sampled distribution, which the "
         "trainer does not see: expect a larger train/train_rollout_logprob_abs_diff.",
     ),
+    "answers that have no equal": (
+        {"--n-samples-per-prompt": "1"},
+        "note: --n-samples-per-prompt 1 and --advantage-estimator grpo, which compares the answers "
+        "to one prompt: every advantage will be 0. Give 8 samples, for example, or choose "
+        "reinforce_plus_plus or ppo.",
+    ),
     "graders in the data": (
         {"--rm-type": ""},
         "note: no --rm-type or --custom-rm-path: every prompt must name its grader in metadata, as "

@@ -358,12 +358,33 @@ def notices(cfg: Config) -> list[str]:
             "distribution, which the trainer does not see: expect a larger "
             "train/train_rollout_logprob_abs_diff."
         )
+    if _compares_an_answer_with_itself(cfg):
+        found.append(
+            "--n-samples-per-prompt 1 and --advantage-estimator "
+            f"{cfg.algorithm.advantage_estimator}, which compares the answers to one prompt: every "
+            "advantage will be 0. Give 8 samples, for example, or choose reinforce_plus_plus or "
+            "ppo."
+        )
     if _relies_on_metadata_for_rewards(cfg):
         found.append(
             "no --rm-type or --custom-rm-path: every prompt must name its grader in metadata, as "
             '{"rm_type": ...}.'
         )
     return found
+
+
+def _compares_an_answer_with_itself(cfg: Config) -> bool:
+    a, rollout = cfg.algorithm, cfg.rollout
+    own = rollout.custom_generate_path or rollout.convert_path or cfg.reward.post_process_path
+    return (
+        a.wants_reward
+        and cfg.batch.samples_per_prompt == 1
+        and a.advantage_estimator not in ("reinforce_plus_plus", "ppo")
+        and a.normalize_rewards
+        and a.custom_advantage_path is None
+        and own is None
+        and rollout.function_path == VLLM_ROLLOUT
+    )
 
 
 def _relies_on_metadata_for_rewards(cfg: Config) -> bool:

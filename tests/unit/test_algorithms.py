@@ -47,11 +47,11 @@ def test_the_clip_holds_a_ratio_below_the_bound_where_the_advantage_is_negative(
 
 def test_dual_clip_limits_the_loss_of_a_bad_token_that_became_likely():
     logp = torch.tensor([5.0, 2.0, 5.0]).log().requires_grad_()
-    adv = torch.tensor([-1.0, -1.0, 1.0])
+    adv = torch.tensor([-2.0, -1.0, 0.5])
     loss = clipped_policy_loss(
         logp, torch.zeros(3), adv, clip_low=0.2, clip_high=0.2, dual_clip=3.0
     )
-    close(loss.value_T.detach(), [3.0, 2.0, -1.2])
+    close(loss.value_T.detach(), [6.0, 2.0, -0.6])
     close(loss.stats["pg_clipfrac"], [1.0, 0.0, 1.0])
     loss.value_T.sum().backward()
     close(logp.grad, [0.0, 2.0, 0.0])

@@ -50,14 +50,15 @@ def test_advantages_are_the_papers_sum_over_all_later_surprises():
 
 
 def test_a_value_that_moved_far_towards_its_return_has_no_gradient_left():
-    # all start at 0 and may move 0.2; returns 1, 1, -1
-    value = torch.tensor([0.5, 0.1, 0.5], requires_grad=True)
-    loss = clipped_value_loss(value, torch.zeros(3), torch.tensor([1.0, 1.0, -1.0]), clip=0.2)
-    # max(0.25, 0.64) / 2; 0.81 / 2; max(2.25, 1.44) / 2: the wrong way counts in full
-    close(loss.value_T.detach(), [0.32, 0.405, 1.125])
-    close(loss.stats["value_clipfrac"], [1.0, 0.0, 0.0])
+    # all start at 4 and may move 0.2; returns 5, 5, 3, 3
+    value = torch.tensor([4.5, 4.1, 4.5, 3.5], requires_grad=True)
+    old, returns = torch.full((4,), 4.0), torch.tensor([5.0, 5.0, 3.0, 3.0])
+    loss = clipped_value_loss(value, old, returns, clip=0.2)
+    # max(0.25, 0.64) / 2; 0.81 / 2; max(2.25, 1.44) / 2: the wrong way counts in full; as the first
+    close(loss.value_T.detach(), [0.32, 0.405, 1.125, 0.32])
+    close(loss.stats["value_clipfrac"], [1.0, 0.0, 0.0, 1.0])
     loss.value_T.sum().backward()
-    close(value.grad, [0.0, -0.9, 1.5])
+    close(value.grad, [0.0, -0.9, 1.5, 0.0])
 
 
 def test_the_critic_has_rates_of_its_own_or_the_actors(tmp_path):

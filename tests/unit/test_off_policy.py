@@ -73,13 +73,15 @@ def test_the_ratio_of_a_sequence_that_has_not_moved_is_exactly_one():
 
 
 def test_cispo_holds_the_weight_and_never_the_gradient():
-    logp = torch.tensor([2.0, 0.5]).log().requires_grad_()
-    adv = torch.tensor([1.0, -1.0])
-    loss = cispo_loss(logp, torch.zeros(2), adv, clip_low=0.2, clip_high=0.28)
-    close(loss.value_T.detach(), [-1.28 * math.log(2), 0.8 * math.log(0.5)])
+    logp = torch.tensor([0.5, 0.125]).log().requires_grad_()
+    old = torch.tensor([0.25, 0.25]).log()  # ratios 2 and 1/2
+    adv = torch.tensor([2.0, -1.0])
+    loss = cispo_loss(logp, old, adv, clip_low=0.2, clip_high=0.28)
+    close(loss.value_T.detach(), [-2.56 * math.log(0.5), 0.8 * math.log(0.125)])
     close(loss.stats["pg_clipfrac"], [1.0, 1.0])
+    close(loss.stats["ppo_kl"], [-math.log(2), math.log(2)])
     loss.value_T.sum().backward()
-    close(logp.grad, [-1.28, 0.8])
+    close(logp.grad, [-2.56, 0.8])
 
 
 @pytest.mark.parametrize(
@@ -136,15 +138,15 @@ def test_an_absurd_ratio_stays_finite():
 def test_opsm_drops_bad_tokens_of_sequences_that_the_policy_has_left():
     # drifts: mean of 0.3 and -0.1 = 0.1; 0.2
     old = torch.tensor([0.3, -0.1, 0.2])
-    adv = torch.tensor([-1.0, 1.0, -1.0])
+    adv = torch.tensor([-1.0, 0.5, -1.0])
     assert stale_and_bad(torch.zeros(3), old, adv, sequence_sum, delta=0.15).tolist() == [
         False,
         False,
         True,
     ]
-    out, grad = run(PolicyObjective(opsm_delta=0.05), [-0.3, 0.1, -0.2], adv=(-1.0, 1.0, -1.0))
+    out, grad = run(PolicyObjective(opsm_delta=0.05), [-0.3, 0.1, -0.2], adv=(-1.0, 0.5, -1.0))
     close(out.stats["opsm_clipfrac"], [1.0, 0.0, 1.0])
-    close(grad, [0.0, -math.exp(0.1), 0.0])
+    close(grad, [0.0, -0.5 * math.exp(0.1), 0.0])
 
 
 def test_the_unbiased_kls_gradient_is_the_ratio_times_the_log_ratio_to_the_reference():

@@ -317,6 +317,10 @@ NOTICED = {
         "note: --rollout-top-p 0.9 and --rollout-top-k -1 cut the sampled distribution, which the "
         "trainer does not see: expect a larger train/train_rollout_logprob_abs_diff.",
     ),
+    "two graders": (
+        {"--custom-rm-path": "a.b"},
+        "note: --rm-type math grades nothing: --custom-rm-path a.b comes before it.",
+    ),
     "answers that have no equal": (
         {"--n-samples-per-prompt": "1"},
         "note: --n-samples-per-prompt 1 and --advantage-estimator grpo, which compares the answers "

@@ -40,6 +40,7 @@ ABSENT: dict[str, str] = {
     "--multimodal-keys": "prompts are text",
     "--loss-mask-type": "sft_loss finds the assistant's turns with the tokenizer's own template",
     "--log-passrate": "evaluations always log eval/NAME-pass@k",
+    "--recompute-loss-function": "--log-probs-chunk-size bounds the logits that exist at a time",
     "--reset-optimizer-states": "--no-load-optim continues with a new optimizer",
     "--dump-details": _DEBUG,
     "--save-debug-train-data": _DEBUG,

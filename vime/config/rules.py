@@ -358,6 +358,11 @@ def notices(cfg: Config) -> list[str]:
             "distribution, which the trainer does not see: expect a larger "
             "train/train_rollout_logprob_abs_diff."
         )
+    if cfg.reward.rm_type and cfg.reward.custom_rm_path:
+        found.append(
+            f"--rm-type {cfg.reward.rm_type} grades nothing: --custom-rm-path "
+            f"{cfg.reward.custom_rm_path} comes before it."
+        )
     if _compares_an_answer_with_itself(cfg):
         found.append(
             "--n-samples-per-prompt 1 and --advantage-estimator "

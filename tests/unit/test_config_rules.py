@@ -26,6 +26,11 @@ REFUSED = {
         "--use-dynamic-batch-size needs the size of a pack. Add --max-tokens-per-gpu, for example "
         "9216.",
     ),
+    "a policy without advantages": (
+        {"--disable-compute-advantages-and-returns": None},
+        "--disable-compute-advantages-and-returns leaves --loss-type policy_loss nothing to learn "
+        "from. Leave it out.",
+    ),
     "engines that forget between updates": (
         {
             "--colocate": None,
@@ -273,6 +278,15 @@ def test_evaluation_data_comes_in_pairs(capsys, tmp_path):
         f"--eval-prompt-data a {path} b is not pairs of name and path. Give NAME PATH "
         "[NAME PATH ...], or one bare path." in found
     )
+
+
+def test_a_recipe_of_sft_may_say_that_there_are_no_advantages(tmp_path):
+    flags = {
+        "--loss-type": "sft_loss",
+        "--rollout-function-path": "vime.rollout.sft_rollout.generate_rollout",
+        "--disable-compute-advantages-and-returns": None,
+    }
+    assert not parse_config(words(tmp_path, flags)).algorithm.compute_advantages
 
 
 def test_a_bare_evaluation_path_is_named_aime(tmp_path):

@@ -87,6 +87,12 @@ class AlgorithmConfig(Section):
     normalize_rewards: bool = flag(
         "--rewards-normalization", default=True, negated="--disable-rewards-normalization"
     )
+    compute_advantages: bool = flag(
+        "--compute-advantages-and-returns",
+        "sft_loss has none, whatever is said",
+        default=True,
+        negated="--disable-compute-advantages-and-returns",
+    )
     overlong_buffer_len: int | None = flag(
         "--overlong-buffer-len",
         "a response that enters the last so many tokens of --rollout-max-response-len loses reward, linearly (DAPO)",
@@ -236,6 +242,8 @@ class AlgorithmConfig(Section):
                     yield f"{name} {value} has no effect without a critic. Add --advantage-estimator ppo, or leave it out."
         elif self.custom_advantage_path is not None:
             yield f"--custom-advantage-function-path {self.custom_advantage_path} gives the critic of --advantage-estimator ppo nothing to learn. Choose another estimator, or drop the function."
+        if not self.compute_advantages and self.wants_reward:
+            yield f"--disable-compute-advantages-and-returns leaves --loss-type {self.loss_type} nothing to learn from. Leave it out."
         if self.kl_coef and self.kl_loss_coef:
             yield (
                 f"--kl-coef {self.kl_coef} and --kl-loss-coef {self.kl_loss_coef} exclude each other: "

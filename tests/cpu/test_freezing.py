@@ -13,59 +13,84 @@ from tiny import make_config, write_tiny_hf
 from training import named_weights, samples_of
 
 from vime.config.sections import OptimizerConfig
-from vime.errors import ConfigError
+from vime.errors import CheckpointError, ConfigError
 
 RECOMPUTE = {
     "recompute_granularity": "full",
     "recompute_method": "uniform",
     "recompute_num_layers": 1,
 }
+_MLP = ("gate", "up", "down")
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"pp": 2}, {"freeze_names": ["word_embeddings", r"layers\.[12]\."]}),
     ({"pp": 2}, {"train_names": [r"layers\.0\.mlp"]}),  # nothing on the last stage
+    ({"pp": 2}, {"train_names": [r"layers\.3\.mlp"]}),  # nothing on the first
     ({"use_distributed_optimizer": True}, {"train_names": [r"layers\.3\.", "final_layernorm"]}),
     ({"tp": 2, "sequence_parallel": True}, {"freeze_names": ["linear_qkv"]}),
     ({"tp": 2} | RECOMPUTE, {"train_names": ["norm"]}),  # what comes first is frozen
 ]
 
 
-def train(rank: int, world: int, port: int, folder: Path) -> tuple[list[set[str]], str]:
-    """Per case, the HF names of the weights that changed; what an unknown pattern is told."""
+def train(rank: int, world: int, port: int, folder: Path) -> tuple[list[set[str]], list[str]]:
+    """Per case, the HF names of the weights that changed; what mistakes are told.
+
+    A second step from a checkpoint must be the one that would have followed.
+    """
     from vime.backends.megatron.model import build_model
     from vime.backends.megatron.trainer import MegatronTrainer
     from vime.data.batching import build_train_batch
 
-    changed, said = [], ""
+    changed, said = [], []
     for number, (parallel, optimizer) in enumerate(CASES):
+        saved = str(folder / f"saved {number}")
         cfg = make_config(
             folder,
             cluster={"actor_gpus_per_node": world},
             parallel=parallel,
-            batch={"prompts": 2, "samples_per_prompt": 2, "num_rollout": 1},
+            batch={"prompts": 2, "samples_per_prompt": 2, "num_rollout": 2},
             algorithm={"loss_type": "sft_loss"},
             optimizer={"lr": 1e-3, "clip_grad": 0.0} | optimizer,
+            checkpoint={"save": saved, "load": saved},
         )
-        own_port = agree_on_port(folder, str(number), rank)
-        trainer = MegatronTrainer(cfg, rank, world, rank, "127.0.0.1", own_port)
-        before = named_weights(trainer.actor)
-        trainer.train(build_train_batch(samples_of(2, 2), cfg, 0))
-        after = named_weights(trainer.actor)
+
+        def trainer(cfg: Any, name: str) -> MegatronTrainer:
+            port = agree_on_port(folder, name, rank)
+            return MegatronTrainer(cfg, rank, world, rank, "127.0.0.1", port)
+
+        t = trainer(cfg, f"{number}")
+        before = named_weights(t.actor)
+        batch = build_train_batch(samples_of(2, 2), cfg, 0)
+        t.train(batch)
+        after = named_weights(t.actor)
         changed.append({n for n in before if not torch.equal(before[n], after[n])})
+        t.save(0)
+        t.train(batch)
+        straight = named_weights(t.actor)
         try:
             build_model(replace(cfg, optimizer=OptimizerConfig(freeze_names=["no_such"])))
         except ConfigError as error:
-            said = str(error)
-        trainer.close()
+            said.append(str(error))
+        t.close()
+        t = trainer(cfg, f"{number} again")
+        t.train(batch)
+        resumed = named_weights(t.actor)
+        assert all(torch.equal(w, resumed[n]) for n, w in straight.items()), (parallel, optimizer)
+        t.close()
+    try:
+        trainer(replace(cfg, optimizer=OptimizerConfig()), "all")
+    except CheckpointError as error:
+        said.append(str(error))
     return changed, said
 
 
 def test_only_the_chosen_weights_train(tmp_path: Path) -> None:
     folder = write_tiny_hf(tmp_path / "hf", tied=True)
-    for changed, said in run_ranks(train, 2, folder=folder, timeout_s=150.0):
-        frozen, one_mlp, last, no_qkv, norms = changed
+    for changed, said in run_ranks(train, 2, folder=folder, timeout_s=240.0):
+        frozen, first_mlp, last_mlp, last, no_qkv, norms = changed
         assert not [n for n in frozen if "embed" in n or "layers.1." in n or "layers.2." in n]
         assert {"model.norm.weight", "model.layers.3.mlp.up_proj.weight"} <= frozen
-        assert one_mlp == {f"model.layers.0.mlp.{x}_proj.weight" for x in ("gate", "up", "down")}
+        for number, mlp in ((0, first_mlp), (3, last_mlp)):
+            assert mlp == {f"model.layers.{number}.mlp.{x}_proj.weight" for x in _MLP}
         assert len(last) == 12
         assert all("layers.3." in n or n == "model.norm.weight" for n in last)
         assert "model.embed_tokens.weight" in no_qkv
@@ -73,7 +98,9 @@ def test_only_the_chosen_weights_train(tmp_path: Path) -> None:
         assert len(norms) == 4 * 4 + 1  # two of the stream, two of queries and keys; the last
         assert all("norm" in n for n in norms)
         for words in ("--freeze-params-name-list no_such matches no weight", "word_embeddings"):
-            assert words in said
+            assert words in said[0]
+        trained = "its optimizer trained with --only-train-params-name-list norm"
+        assert f"{trained}, this run has no weight frozen. Give the same, or --no-load" in said[-1]
 
 
 def test_patterns_are_checked_before_anything_starts() -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,10 @@ def save_checkpoint(
             (target / MANIFEST).unlink(missing_ok=True)  # of an earlier attempt
     with _named(refused):
         with_rng = iteration is not None
-        state = _sharded_state(chunks, optimizer, scheduler, with_rng=with_rng, loading=False)
+        frozen = _frozen(cfg)
+        state = _sharded_state(
+            chunks, optimizer, scheduler, with_rng=with_rng, loading=False, has_holes=bool(frozen)
+        )
         if critic is not None:
             state[_CRITIC] = _critic_state(critic, optimizer is not None, loading=False)
         state |= {
@@ -107,6 +110,7 @@ def save_checkpoint(
                 "scheduler": scheduler is not None,
                 "rng": with_rng,
                 "critic": critic is not None,
+                "frozen": frozen,
                 "extra": json.dumps(extra or {}),
             },
         }
@@ -164,18 +168,31 @@ def load_checkpoint(
         optimizer_to_load = optimizer if cfg.checkpoint.load_optim and saved["optimizer"] else None
         scheduler = scheduler if saved.get("scheduler") else None
     with_rng = start.resume and saved.get("rng", False) and saved.get("layout") == _layout()
+    frozen = _frozen(cfg)
+    if optimizer_to_load is not None and saved.get("frozen", frozen) != frozen:
+        raise CheckpointError(
+            f"{start.folder}: its optimizer trained with {saved['frozen'] or 'no weight frozen'}, "
+            f"this run has {frozen or 'no weight frozen'}. Give the same, or --no-load-optim to "
+            "begin with a fresh optimizer."
+        )
     with _named(
         f"{start.folder}: cannot load the checkpoint. If its model differs from --hf-checkpoint's "
         "config.json, correct the flags; if it is damaged, choose another with --ckpt-step"
     ):
         wanted = _sharded_state(
-            chunks, optimizer_to_load, scheduler, with_rng=with_rng, loading=True
+            chunks,
+            optimizer_to_load,
+            scheduler,
+            with_rng=with_rng,
+            loading=True,
+            has_holes=bool(frozen),
         )
         state = torch_dist.load(wanted, start.folder)
         for key, chunk in _keyed(chunks):
             chunk.load_state_dict(state[key])
         if optimizer_to_load is not None:
             optimizer_to_load.load_state_dict(state["optimizer"])
+            compat.forget_counters(optimizer_to_load)
             compat.allocate_optimizer_state(optimizer_to_load)
         elif optimizer is not None:
             optimizer.reload_model_params()
@@ -241,20 +258,46 @@ def _keyed(chunks: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
     return [(f"model{i}", unwrap(chunk)) for i, chunk in enumerate(chunks)]
 
 
+def _frozen(cfg: Config) -> str:
+    """The flag that chooses which weights train, as given; empty: all do."""
+    o = cfg.optimizer
+    given = {
+        "--freeze-params-name-list": o.freeze_names,
+        "--only-train-params-name-list": o.train_names,
+    }
+    return "".join(f"{flag} {' '.join(names)}" for flag, names in given.items() if names)
+
+
 def _sharded_state(
-    chunks: Sequence[nn.Module], optimizer: Any, scheduler: Any, *, with_rng: bool, loading: bool
+    chunks: Sequence[nn.Module],
+    optimizer: Any,
+    scheduler: Any,
+    *,
+    with_rng: bool,
+    loading: bool,
+    has_holes: bool = False,
 ) -> dict[str, Any]:
+    """
+    has_holes  some weights do not train. Megatron stacks a model's layers, and a layer's experts,
+               into one tensor a kind, of which a file must hold every part; the optimizer has none
+               of frozen weights, so that its state is then named layer by layer
+    """
     state: dict[str, Any] = {key: chunk.sharded_state_dict() for key, chunk in _keyed(chunks)}
     if optimizer is not None:
         compat.allocate_optimizer_state(optimizer)
-        state["optimizer"] = optimizer.sharded_state_dict(
-            dict(state),
-            is_loading=loading,
-            metadata={
-                "distrib_optim_sharding_type": "fully_reshardable",  # reshards TP and PP too
-                "chained_optim_avoid_prefix": True,
-            },
-        )
+        weights = dict(state)
+        if has_holes:
+            alone = {"singleton_local_shards": True}
+            weights = {k: c.sharded_state_dict(metadata=alone) for k, c in _keyed(chunks)}
+        with compat.every_rank_counts(optimizer) if has_holes else nullcontext():
+            state["optimizer"] = optimizer.sharded_state_dict(
+                weights,
+                is_loading=loading,
+                metadata={
+                    "distrib_optim_sharding_type": "fully_reshardable",  # reshards TP and PP too
+                    "chained_optim_avoid_prefix": True,
+                },
+            )
     if scheduler is not None:
         state["opt_param_scheduler"] = scheduler.state_dict()
     if with_rng:

@@ -11,10 +11,24 @@ import torch
 
 from vime.backends.megatron.compat.cpu import CPU_PATCHES
 from vime.backends.megatron.compat.extensions import EXTENSION_PATCHES
-from vime.backends.megatron.compat.optimizer import OPTIMIZER_PATCHES, allocate_optimizer_state
+from vime.backends.megatron.compat.optimizer import (
+    OPTIMIZER_PATCHES,
+    allocate_optimizer_state,
+    every_rank_counts,
+    forget_counters,
+)
 from vime.backends.megatron.compat.patch import Patch, resolve
 
-__all__ = ["CPU_PATCHES", "PATCHES", "Patch", "allocate_optimizer_state", "apply", "resolve"]
+__all__ = [
+    "CPU_PATCHES",
+    "PATCHES",
+    "Patch",
+    "allocate_optimizer_state",
+    "apply",
+    "every_rank_counts",
+    "forget_counters",
+    "resolve",
+]
 
 PATCHES = (*EXTENSION_PATCHES, *OPTIMIZER_PATCHES)
 

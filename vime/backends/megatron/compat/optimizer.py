@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from vime.backends.megatron.compat.patch import Patch
 
@@ -32,6 +35,36 @@ def allocate_optimizer_state(optimizer: Any) -> None:
                         state[name] = torch.zeros_like(p)
                 if is_adam and "step" not in state:
                     state["step"] = torch.tensor(0.0)
+
+
+_NOBODY = "of no weight"  # a key in an optimizer's state
+
+
+@contextmanager
+def every_rank_counts(optimizer: Any) -> Iterator[None]:
+    """Inside, an Adam without a weight to train has a step counter too: the other ranks'.
+
+    Megatron takes the counter from any weight's state; a checkpoint has rank 0's for all. A
+    collective, for runs that freeze weights, where a rank may be left with none.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    adams = [p.optimizer for p in parts if isinstance(p.optimizer, torch.optim.Adam)]
+    states = [s for adam in adams for s in adam.state.values()]
+    found: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(found, max((float(s["step"]) for s in states), default=0.0))
+    lacking = [adam for adam in adams if not adam.state]
+    for adam in lacking:
+        adam.state[_NOBODY] = {"step": torch.tensor(max(found))}
+    try:
+        yield
+    finally:
+        forget_counters(optimizer)
+
+
+def forget_counters(optimizer: Any) -> None:
+    """Removes what `every_rank_counts` put there, or a checkpoint that was made inside it."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        part.optimizer.state.pop(_NOBODY, None)
 
 
 def _adam_step() -> None:

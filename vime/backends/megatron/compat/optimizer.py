@@ -64,7 +64,8 @@ def every_rank_counts(optimizer: Any) -> Iterator[None]:
 def forget_counters(optimizer: Any) -> None:
     """Removes what `every_rank_counts` put there, or a checkpoint that was made inside it."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        part.optimizer.state.pop(_NOBODY, None)
+        if part.optimizer is not None:  # None: the part has no weight on any rank
+            part.optimizer.state.pop(_NOBODY, None)
 
 
 def _adam_step() -> None:

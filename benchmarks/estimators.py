@@ -33,7 +33,7 @@ from scripts.quickstart.stages import Stage, run_stages  # noqa: E402
 from vime.config import AlgorithmConfig  # noqa: E402
 from vime.config.fields import flags_in  # noqa: E402
 from vime.observe import read_metrics  # noqa: E402
-from vime.observe.plot import GRID, INK, MUTED, learning_curves  # noqa: E402
+from vime.observe.plot import INK, learning_curves, plain  # noqa: E402
 
 RESULT = ROOT / "benchmarks/results/estimators.json"
 PLOT = ROOT / "docs/estimators.png"
@@ -165,12 +165,7 @@ def plot_curves(curves: Mapping[str, Curve], path: Path) -> Path:
     axes.set_xlabel("rollouts trained", color=INK)
     title = "Held-out pass rate by advantage estimator"
     axes.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold", pad=12)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, length=0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
+    plain(axes)
     path.parent.mkdir(parents=True, exist_ok=True)
     plot.savefig(path)
     return path

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from vime.observe import read_metrics  # noqa: E402
-from vime.observe.plot import EVAL_COLORS, GRID, INK, MUTED  # noqa: E402
+from vime.observe.plot import EVAL_COLORS, INK, MUTED, plain  # noqa: E402
 
 RESULT = ROOT / "benchmarks/results/smollm2_arithmetic.json"
 PLOT = ROOT / "docs/smollm2_arithmetic.png"
@@ -174,12 +174,7 @@ def draw(result: dict[str, Any], path: Path) -> Path:
         axes.set_xlim(0, max(p[x] for p in curve) or 1)
         axes.set_ylim(0, 1.03)
         axes.set_xlabel(label, color=INK)
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=MUTED, length=0)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        axes.spines["bottom"].set_color(GRID)
+        plain(axes)
         if x == "rollouts":
             axes.legend(frameon=False, loc="lower right", labelcolor=INK)
     title = f"SmolLM2-135M-Instruct, held-out sums and differences: {result['device']}"

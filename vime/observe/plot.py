@@ -69,16 +69,21 @@ def plot_learning(
     axes.set_ylim(min(0.0, *(e[0] for e in ends)), max(1.0, *(y for _, y in rewards or [(0, 1)])))
     axes.set_xlabel("rollouts trained", color=INK)
     axes.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold", pad=12)
+    plain(axes)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def plain(axes: Any) -> None:
+    """The look of every plot of the project: horizontal lines, and no frame but the floor."""
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=MUTED, length=0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
 
 
 Curve = list[tuple[int, float]]

@@ -1,6 +1,6 @@
 """What is checked before any process starts. Each check lists its problems: flag, value, remedy."""
 
-from vime.backends.megatron.hf import check_model_args, check_training
+from vime.backends.megatron.hf import check_training
 from vime.backends.megatron.start import check_start
 from vime.backends.vllm.flags import check_vllm_flags
 from vime.config import Config
@@ -27,7 +27,6 @@ def check_decoupled(cfg: Config) -> list[str]:
 
 
 CHECKS = (
-    check_model_args,
     check_training,
     check_start,
     check_chat_template,

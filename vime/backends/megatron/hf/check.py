@@ -31,11 +31,13 @@ def check_model_args(cfg: Config) -> list[str]:
 
 
 def check_training(cfg: Config) -> list[str]:
-    """What Megatron would refuse only in the first forward pass, or leave out without a word."""
-    if not rules.hf_config(cfg) or check_model_args(cfg):
-        return []  # told by others
+    """`check_model_args`, and what Megatron would refuse only in the first forward pass, or leave
+    out without a word."""
+    if not rules.hf_config(cfg):
+        return []  # told by `checkpoint_is_there`
+    if problems := check_model_args(cfg):
+        return problems
     args, p = model_args(cfg), cfg.parallel
-    problems = []
     if args.get("num_experts") and p.tp > 1 and not p.sequence_parallel:
         problems.append(
             f"--tensor-model-parallel-size {p.tp}: Megatron trains a model with experts only where "

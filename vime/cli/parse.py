@@ -13,7 +13,8 @@ from vime.cli.roles import add_roles
 from vime.cli.router_flags import check_router_flags
 from vime.config import Config
 from vime.config.fields import Section, flag_of, flags_in
-from vime.config.rules import CONVERT_RULES, RULES, notices
+from vime.config.notices import notices
+from vime.config.rules import CONVERT_RULES, RULES
 from vime.data.checks import data_problems
 from vime.errors import ConfigError
 

@@ -139,15 +139,14 @@ def row_of(mode: str, args: argparse.Namespace, run_dir: Path) -> dict[str, Any]
 
 
 def train_share(lengths: list[int], tok_per_s: float) -> float | None:
-    """Model FLOPs as benchmarks/train_mfu.py counts them, over its matrix rate."""
+    """Model FLOPs, counted as benchmarks/train_mfu.py does, over its matrix rate."""
     path = RESULTS / "train_mfu_4b.json"
     if not path.exists():
         return None
     whole = [length + PROMPT for length in lengths]
-    seen = sum(n * n for n in whole) / sum(whole)  # mean length of a token's own sequence
-    attention = 6 * QWEN3_4B.layers * QWEN3_4B.q * seen
+    flops = QWEN3_4B.training_flops(whole) / sum(whole)  # of a token
     rate = json.loads(path.read_text())["peer"]["value"] * 1e12
-    return round((6 * QWEN3_4B.parameters + attention) * tok_per_s / rate, 4)
+    return round(flops * tok_per_s / rate, 4)
 
 
 def show(row: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -24,6 +25,14 @@ SHAPES = {  # hidden size, layers, query heads, MLP width; all have 8 key/value 
 NUM_PROMPTS = 512
 PROMPT_DIGITS = 144  # one token each; with the chat template about 150
 LONG_TAIL_MEAN, LONG_TAIL_SIGMA = 1024, 1.0  # of a log-normal distribution, before it is cut
+
+
+def visible_gpus() -> list[str]:
+    """Numbers or names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def write_model(folder: Path, shape: str) -> Path:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.cpu_step import spread  # noqa: E402
-from benchmarks.gpu_assets import write_model, write_prompts  # noqa: E402
+from benchmarks.gpu_assets import visible_gpus, write_model, write_prompts  # noqa: E402
 from benchmarks.gpu_step import write  # noqa: E402
 from benchmarks.rollout import make_config  # noqa: E402
 from vime.backends.vllm.engine import VLLMEngine  # noqa: E402
@@ -68,7 +68,7 @@ def main() -> int:
 
 def through_http(cfg: Config, repeats: int) -> tuple[list[float], list[list[int]], float]:
     """Tokens/s of each repeat, the prompts' token ids, and the client's CPU time a second."""
-    engine, router = VLLMEngine(cfg, 0, visible_gpus()), Router(cfg)
+    engine, router = VLLMEngine(cfg, 0, [int(visible_gpus()[0])]), Router(cfg)
     try:
         url = engine.start()
         host, port = router.start([url]).removeprefix("http://").rsplit(":", 1)
@@ -114,11 +114,6 @@ def in_process(
         peer.kill()
         peer.wait()
     return rates[1:]
-
-
-def visible_gpus() -> list[int]:
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    return [int(given.split(",")[0])]
 
 
 def report(shape: str, served: list[float], direct: list[float], client_share: float) -> None:

@@ -26,6 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.gpu_assets import visible_gpus  # noqa: E402
+
 RESULTS = ROOT / "benchmarks/results"
 MODELS = ("0.6B", "4B")
 PATIENCE_S = 60.0  # for a job to end its own processes
@@ -115,13 +117,6 @@ def main() -> int:
     codes = run_all(jobs, gpus, args.work_dir, deadline, alone=args.alone)
     show(codes)
     return int(any(codes.values()))
-
-
-def visible_gpus() -> list[str]:
-    import torch
-
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def write_models(folder: Path, gpus: Sequence[str]) -> None:

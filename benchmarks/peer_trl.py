@@ -49,30 +49,6 @@ def main() -> None:
     micro_batch = 1 << (micro_batch.bit_length() - 1)  # a divisor of BATCH
     lines = [json.loads(line) for line in args.prompts.read_text().splitlines()]
     data = Dataset.from_list([{"prompt": line["prompt"]} for line in lines])
-    settings = trl.GRPOConfig(
-        output_dir="/tmp/trl",
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=BATCH // micro_batch,
-        num_generations=8,
-        max_completion_length=args.response,
-        max_steps=args.steps,
-        bf16=True,
-        learning_rate=1e-6,
-        beta=0.0,
-        epsilon_high=0.28,
-        temperature=1.0,
-        use_vllm=True,
-        vllm_mode="colocate",
-        vllm_gpu_memory_utilization=0.4,
-        vllm_enable_sleep_mode=True,
-        gradient_checkpointing=False,
-        use_liger_kernel=True,
-        generation_kwargs={"ignore_eos": True},
-        model_init_kwargs={"dtype": "bfloat16"},
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-    )
     name = f"TRL {trl.__version__}, vLLM colocated, Liger loss, micro-batches of {micro_batch}"
     steps: list[float] = []
     mismatch: list[float] = []
@@ -101,7 +77,7 @@ def main() -> None:
     trainer = trl.GRPOTrainer(
         model=args.model,
         reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],
-        args=settings,
+        args=settings(args, micro_batch),
         train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(args.model),
         callbacks=[Clock()],
@@ -109,6 +85,35 @@ def main() -> None:
     if args.long_tail:
         draw_lengths(trainer.vllm_generation.llm, args.response)
     trainer.train()
+
+
+def settings(args: argparse.Namespace, micro_batch: int) -> Any:
+    import trl
+
+    return trl.GRPOConfig(
+        output_dir="/tmp/trl",
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=BATCH // micro_batch,
+        num_generations=8,
+        max_completion_length=args.response,
+        max_steps=args.steps,
+        bf16=True,
+        learning_rate=1e-6,
+        beta=0.0,
+        epsilon_high=0.28,
+        temperature=1.0,
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_gpu_memory_utilization=0.4,
+        vllm_enable_sleep_mode=True,
+        gradient_checkpointing=False,
+        use_liger_kernel=True,
+        generation_kwargs={"ignore_eos": True},
+        model_init_kwargs={"dtype": "bfloat16"},
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+    )
 
 
 def draw_lengths(llm: Any, longest: int) -> None:

@@ -38,7 +38,7 @@ def main() -> None:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "TRL_EXPERIMENTAL_SILENCE": "1",
         **dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1"),
-        **dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())),
+        "MASTER_ADDR": "127.0.0.1",
     }
     import torch
     import trl
@@ -74,6 +74,7 @@ def main() -> None:
                 line = {"name": name, "steps": steps[1:], "mismatch": mismatch, "peak_gib": peak}
                 print("\n" + json.dumps(line), flush=True)
 
+    os.environ["MASTER_PORT"] = str(free_port())  # as late as can be: imports take half a minute
     trainer = trl.GRPOTrainer(
         model=args.model,
         reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],

@@ -37,8 +37,7 @@ def main() -> None:
         "HF_HUB_OFFLINE": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "TRL_EXPERIMENTAL_SILENCE": "1",
-        **dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1"),
-        "MASTER_ADDR": "127.0.0.1",
+        **dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1"),
     }
     import torch
     import trl

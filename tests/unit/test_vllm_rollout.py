@@ -3,13 +3,15 @@
 import asyncio
 import itertools
 import logging
+import time
 
+import aiohttp
 import pytest
 
 from tests.unit.fake_engine import FakeEngine, ids_of, make_config, write_prompts
 from vime.data import chat
 from vime.errors import EngineError
-from vime.rollout.client import GenerateClient, RequestFailed
+from vime.rollout.client import GenerateClient, RequestFailed, few_handshakes
 from vime.rollout.data_source import RolloutDataSourceWithBuffer
 from vime.rollout.vllm_rollout import generate, generate_rollout
 from vime.types import DynamicFilterOutput, Status
@@ -158,6 +160,31 @@ def test_concurrency_is_bounded_per_engine(config):
         run(engine, config(rollout={"concurrency": 3}, batch={"samples_per_prompt": 8}))
     assert len(running) == 16
     assert max(most) == 3
+
+
+def test_a_burst_of_requests_does_not_flood_the_listener():
+    """Refused connections give their turn back as well: the requests behind them end too."""
+    begun = []
+
+    async def note(session, context, params):
+        begun.append(time.monotonic())
+
+    async def burst(url):
+        noted = aiohttp.TraceConfig()
+        noted.on_connection_create_start.append(note)
+        traces = [few_handshakes(4, 0.05), noted]
+        async with aiohttp.ClientSession(trace_configs=traces) as session:
+            requests = (session.get(url) for _ in range(20))
+            return await asyncio.wait_for(asyncio.gather(*requests, return_exceptions=True), 30)
+
+    with FakeEngine(echo) as engine:
+        answers = asyncio.run(burst(f"{engine.url}/health"))
+    assert [answer.status for answer in answers] == [200] * 20
+    apart = [later - first for first, later in zip(begun, begun[4:], strict=False)]
+    assert len(apart) == 16
+    assert min(apart) > 0.045
+    refused = asyncio.run(burst("http://127.0.0.1:9"))
+    assert [type(error) for error in refused] == [aiohttp.ClientConnectorError] * 20
 
 
 def test_missing_log_probabilities_end_the_rollout_with_the_reason(config):

@@ -20,6 +20,7 @@ FIRST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 2.0
 CONTROL_TIMEOUT_S = 30.0
 SESSION_HEADER = "x-session-id"
+HANDSHAKES, HANDSHAKES_S = 32, 0.01  # at most so many in so long: vllm-router queues 128
 
 
 class RequestFailed(Exception):
@@ -66,6 +67,7 @@ class GenerateClient:
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=self.timeout_s, sock_connect=10),
             headers=self.headers,
+            trace_configs=[few_handshakes(HANDSHAKES, HANDSHAKES_S)],
         )
         return self
 
@@ -158,3 +160,27 @@ class GenerateClient:
                 raise EngineError(
                     f"{url}{path} failed while aborting requests: {type(error).__name__}: {error}"
                 ) from None
+
+
+def few_handshakes(limit: int, each_s: float) -> aiohttp.TraceConfig:
+    """Lets a session begin at most `limit` connections in `each_s` seconds; any number stay open.
+
+    All requests of a rollout start at once. The kernel drops the handshakes for which the
+    listener's queue has no room, and their clients try again after 1 s, then after 2 s more. How
+    far the listener has come cannot be asked for: it gets time instead.
+    """
+    slots = asyncio.Semaphore(limit)
+    config = aiohttp.TraceConfig(lambda **_: set())  # of a request: the slot it holds, if any
+
+    async def begin(session: Any, held: set, params: Any) -> None:
+        await slots.acquire()
+        held.add(slots)
+
+    async def end(session: Any, held: set, params: Any) -> None:
+        while held:
+            asyncio.get_running_loop().call_later(each_s, held.pop().release)
+
+    config.on_connection_create_start.append(begin)
+    config.on_connection_create_end.append(end)
+    config.on_request_exception.append(end)
+    return config

@@ -11,8 +11,10 @@ of each. The ratio has a target of 0.95.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -36,6 +38,7 @@ from vime.rollout.vllm_rollout import generate_rollout  # noqa: E402
 PROMPTS = {"0.6B": 64, "4B": 32}  # of 8 samples each
 NUM_TOKENS = 1024
 TARGET = 0.95
+PATIENCE_S = 30.0  # for the engine in process to give its GPU back
 
 
 def main() -> int:
@@ -100,7 +103,13 @@ def in_process(
     task = json.dumps({"prompts": prompts, "max_tokens": NUM_TOKENS}) + "\n"
     env = {**os.environ, "VLLM_LOGGING_LEVEL": "WARNING"}
     peer = subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT
+        words,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+        cwd=ROOT,
+        start_new_session=True,
     )
     try:
         assert peer.stdout.readline() == "ready\n", "the engine in process did not start"
@@ -111,7 +120,11 @@ def in_process(
             seconds = json.loads(peer.stdout.readline())["seconds"]
             rates.append(len(prompts) * NUM_TOKENS / seconds)
     finally:
-        peer.kill()
+        peer.stdin.close()  # its loop ends, and with it the engine's own process
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            peer.wait(PATIENCE_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(peer.pid, signal.SIGKILL)
         peer.wait()
     return rates[1:]
 

@@ -93,6 +93,16 @@ def test_an_update_pauses_sends_acknowledges_and_resumes_in_this_order():
     assert all(torch.equal(engine.held[n], t) for n, t in WEIGHTS)
 
 
+def test_sleeping_engines_are_neither_paused_nor_resumed():
+    """vLLM would schedule onto a KV cache that has no memory yet."""
+    engine, broken = Notes(), Notes(fail_on="update")
+    sender(engine, engines_asleep=True).send(iter(WEIGHTS), 7)
+    assert engine.calls == ["start", *["update"] * 3, "finish", "reset", "version 7"]
+    with pytest.raises(EngineError, match="today"):
+        sender(broken, engines_asleep=True).send(iter(WEIGHTS), 7)
+    assert broken.calls == ["start", "update", "finish", f"version {BROKEN}"]
+
+
 @pytest.mark.parametrize("call", ["pause keep", "start", "update", "finish", "version 7"])
 def test_engines_resume_whatever_call_fails(call):
     broken, healthy = Notes(fail_on=call), Notes()

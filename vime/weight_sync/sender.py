@@ -38,7 +38,11 @@ class SyncReport:
 
 
 class WeightSender:
-    """Every trainer rank builds one and calls `send`; rank 0 alone talks to the engines."""
+    """Every trainer rank builds one and calls `send`; rank 0 alone talks to the engines.
+
+    engines_asleep  their KV caches sleep while weights come: vLLM schedules nothing until it has
+                    woken those, so there is nothing to pause, and to resume would be too early
+    """
 
     def __init__(
         self,
@@ -49,6 +53,7 @@ class WeightSender:
         bucket_bytes: int,
         timeout_s: float,
         compare_checksums: bool = False,
+        engines_asleep: bool = False,
     ) -> None:
         self.clients = clients
         self.transport = transport
@@ -56,6 +61,7 @@ class WeightSender:
         self.bucket_bytes = bucket_bytes
         self.timeout_s = timeout_s
         self.compare_checksums = compare_checksums
+        self.engines_asleep = engines_asleep
         self.checksums: dict[str, str] = {}
 
     def connect(self) -> None:
@@ -133,7 +139,8 @@ class WeightSender:
     def _freeze(self, clock: PhaseClock) -> None:
         """Every engine stops where it is and expects new weights."""
         with clock.phase("pause"):
-            self._all(lambda c: c.pause("keep"), "pause")
+            if not self.engines_asleep:
+                self._all(lambda c: c.pause("keep"), "pause")
             if self.compare_checksums:
                 self._all(lambda c: c.record_checksums(), "checksums")
             self._all(lambda c: c.start_weight_update(), "start of the weight update")
@@ -177,6 +184,8 @@ class WeightSender:
 
     def _resume_whatever_happened(self) -> None:
         """A paused engine would leave every later request hanging."""
+        if self.engines_asleep:
+            return
 
         def resume(client: Any) -> EngineError | None:
             try:
@@ -242,4 +251,5 @@ def make_sender(
         bucket_bytes=cfg.engine.update_weight_buffer_size,
         timeout_s=timeout_s,
         compare_checksums=cfg.engine.check_weight_update_equal,
+        engines_asleep=on.is_cuda and cfg.cluster.offload_rollout,
     )

@@ -17,6 +17,14 @@ def test_a_string_stands_for_one_user_message(tokenizer):
     assert text == chat.render(tokenizer, [{"role": "user", "content": "hi"}])
 
 
+def test_an_answer_that_has_been_begun_is_continued(tokenizer):
+    talk = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "It is"}]
+    asked = "<|im_start|>user\n2+2<|im_end|>\n<|im_start|>assistant\n"
+    assert chat.render_prompt(tokenizer, talk) == asked + "It is"
+    assert chat.render_prompt(tokenizer, talk[:1]) == asked
+    assert chat.render_prompt(tokenizer, "2+2") == asked
+
+
 def test_encode_and_decode_are_inverse_and_special_tokens_can_be_left_out(tokenizer):
     (ids,) = chat.encode(tokenizer, ["a b\n<|im_end|>"])
     assert ids == [*ids_of("a b\n"), 2]

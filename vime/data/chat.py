@@ -26,8 +26,13 @@ def render(
     tools: list[dict[str, Any]] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
 ) -> str:
-    """The chat template's text. A string stands for one user message."""
+    """The chat template's text. A string stands for one user message.
+
+    continue_final_message  the last message is what the assistant has begun to say: the text ends
+                            with it, without a mark of its end
+    """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
@@ -38,8 +43,27 @@ def render(
         messages,
         tools=tools,
         tokenize=False,
-        add_generation_prompt=add_generation_prompt,
+        add_generation_prompt=add_generation_prompt and not continue_final_message,
+        continue_final_message=continue_final_message,
         **dict(template_kwargs or {}),
+    )
+
+
+def render_prompt(
+    tokenizer: Any,
+    prompt: str | Messages,
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """What the engine is to continue: an assistant's turn, the last message's if it is one."""
+    begun = not isinstance(prompt, str) and bool(prompt) and prompt[-1].get("role") == "assistant"
+    return render(
+        tokenizer,
+        prompt,
+        tools=tools,
+        template_kwargs=template_kwargs,
+        continue_final_message=begun,
     )
 
 

@@ -248,7 +248,7 @@ def render_prompts(cfg: Config, rows: list[Row]) -> tuple[list[str], list[list[i
     if cfg.data.apply_chat_template:
         kwargs = cfg.data.apply_chat_template_kwargs
         texts = [
-            chat.render(tokenizer, row.prompt, tools=row.tools, template_kwargs=kwargs)
+            chat.render_prompt(tokenizer, row.prompt, tools=row.tools, template_kwargs=kwargs)
             for row in rows
         ]
     else:

@@ -250,7 +250,7 @@ def _prompt_tokens(rollout: Rollout, sample: Sample) -> list[int]:
     text = sample.prompt
     if not isinstance(text, str):
         kwargs = sample.apply_chat_template_kwargs or rollout.cfg.data.apply_chat_template_kwargs
-        text = chat.render(rollout.tokenizer, text, template_kwargs=kwargs)
+        text = chat.render_prompt(rollout.tokenizer, text, template_kwargs=kwargs)
     return chat.encode(rollout.tokenizer, [text])[0]
 
 

@@ -114,7 +114,7 @@ def without(words: list[str], names: tuple[str, ...]) -> list[str]:
 
 def row_of(mode: str, args: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
     records = [r for r in read_metrics(run_dir / "metrics.jsonl") if "perf/step_time" in r]
-    figures = summarize(records)
+    figures = summarize(records, overlapping=mode == "async")
     lengths = [length_of(i, args.response) for i in range(args.steps * SAMPLES)]
     mean = sum(lengths) / len(lengths)
     trained = SAMPLES * (mean + PROMPT)
@@ -128,8 +128,7 @@ def row_of(mode: str, args: argparse.Namespace, run_dir: Path) -> dict[str, Any]
         "device": device(),
         "versions": {p: version(p) for p in PACKAGES},
         "phases": {name: figures[name] for name in PHASES},
-        "framework_share": figures["framework_share"],
-        "share_with_sleep_wake": figures["share_with_sleep_wake"],
+        **{name: figures[name] for name in figures if "share" in name},
         "tokens_per_s_per_gpu": round(trained / step / args.gpus, 1),
         "mean_response": round(mean, 1),
         "longest_response": max(lengths),

@@ -73,7 +73,7 @@ def main() -> int:
     run_dir = args.work_dir / f"{args.shape}-{args.layout}"
     train(args, model, prompts, run_dir)
     records = [r for r in read_metrics(run_dir / "metrics.jsonl") if "perf/step_time" in r]
-    figures = summarize(records)
+    figures = summarize(records, overlapping=args.layout == "async")
     show(args, figures, records)
     if args.layout != "colocated":
         compare_with_nvlink(figures["weight_update"], records[-1]["perf/update_weights_bytes"])
@@ -108,8 +108,13 @@ def train(args: argparse.Namespace, model: Path, prompts: Path, run_dir: Path) -
     subprocess.run([*words, *args.flags], check=True, env=env, cwd=ROOT)
 
 
-def summarize(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{phase: {"value": median s, "spread": quartiles}}, "framework" as a share of a step."""
+def summarize(
+    records: list[dict[str, Any]], *, overlapping: bool = False
+) -> dict[str, dict[str, Any]]:
+    """{phase: {"value": median s, "spread": quartiles}}, "framework" as a share of a step.
+
+    overlapping  generation and training run at the same time: no share is left over for the rest
+    """
     steps = []
     for record in records[WARM_UP:]:
         seconds = {p: sum(record.get(n, 0.0) for n in names) for p, names in PHASES.items()}
@@ -118,7 +123,7 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "framework_share": (beside - seconds["sleep_wake"]) / seconds["step"],
             "share_with_sleep_wake": beside / seconds["step"],
         }
-        steps.append(seconds | shares)
+        steps.append(seconds if overlapping else seconds | shares)
     assert steps, f"{len(records)} steps are too few: {WARM_UP} are left out first"
     return {name: spread([s[name] for s in steps]) for name in steps[0]}
 

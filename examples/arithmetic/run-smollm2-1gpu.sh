@@ -43,7 +43,6 @@ ROLLOUT_ARGS=(
    --apply-chat-template
    --metadata-key metadata
    --custom-rm-path examples.arithmetic.reward.grade
-   --reward-key credit
    --num-rollout 200
    # 64 prompts x 16 responses = 1024 samples a rollout: at the start the next right digit is
    # rare, and a group learns it only where one of its samples finds it
@@ -59,7 +58,6 @@ ROLLOUT_ARGS=(
 
 EVAL_ARGS=(
    # 256 problems each that are not among the prompts, worked once, greedily; right or wrong
-   --eval-reward-key right
    --eval-interval 10
    --eval-prompt-data two_digits "${DATA}/two_digits.jsonl" three_digits "${DATA}/three_digits.jsonl"
    --eval-temperature 0
@@ -73,6 +71,10 @@ PERF_ARGS=(
 
 GRPO_ARGS=(
    --advantage-estimator grpo
+   # every token up to a sample's first mistake is judged, within its group, and weighs the same
+   --custom-reward-post-process-path examples.arithmetic.reward.compare_tokens
+   --custom-advantage-function-path examples.arithmetic.reward.token_advantages
+   --calculate-per-token-loss
    --entropy-coef 0.00
    # the wider upper bound keeps rare right answers growing (DAPO, arXiv:2503.14476)
    --eps-clip 0.2
@@ -82,7 +84,7 @@ GRPO_ARGS=(
 OPTIMIZER_ARGS=(
    # a small model bears, and needs, larger steps than the 1e-6 of one of 4B
    --optimizer adam
-   --lr 1e-4
+   --lr 5e-5
    --lr-decay-style constant
    --lr-warmup-iters 10
    --weight-decay 0

@@ -2,13 +2,17 @@
 
 import asyncio
 import json
+from functools import partial
 
 import pytest
 
 from benchmarks.learn_arithmetic import curve_of, summary
 from examples.arithmetic import make
 from examples.arithmetic.make import EXAMPLES, Problem, prompt, work
-from examples.arithmetic.reward import grade
+from examples.arithmetic.reward import compare_tokens, grade, token_advantages
+from tests.unit.fake_engine import ids_of, make_config
+from vime.config.view import ArgsView
+from vime.data.batching import build_train_batch
 from vime.types import Sample, Status
 
 
@@ -71,21 +75,74 @@ WORK = "47 + 30 = 77\n77 + 8 = 85\nAnswer: 85"  # 35 characters
 
 
 @pytest.mark.parametrize(
-    ("response", "status", "right", "credit"),
+    ("response", "status", "reward"),
     [
-        (WORK + "<|im_end|>", Status.COMPLETED, 1, 1),
-        ("Answer: 85", Status.COMPLETED, 1, 1),
-        ("12 + 3 = 15\nAnswer: 15\nAnswer: 85<|im_end|>", Status.COMPLETED, 1, 1),
-        (WORK, Status.TRUNCATED, 0, 0.5),
-        (WORK + "\nAnswer: 15<|im_end|>", Status.COMPLETED, 0, 0.5),
-        (WORK + "0<|im_end|>", Status.COMPLETED, 0, 0.5),
-        ("47 + 38 = 85<|im_end|>", Status.COMPLETED, 0, 0.5 * 6 / 35),
-        ("Well: 85<|im_end|>", Status.COMPLETED, 0, 0),
+        (WORK + "<|im_end|>", Status.COMPLETED, 1),
+        ("Answer: 85", Status.COMPLETED, 1),
+        ("12 + 3 = 15\nAnswer: 15\nAnswer: 85<|im_end|>", Status.COMPLETED, 1),
+        (WORK, Status.TRUNCATED, 0),
+        (WORK + "\nAnswer: 15<|im_end|>", Status.COMPLETED, 0),
+        (WORK + "0<|im_end|>", Status.COMPLETED, 0),
+        ("47 + 38 = 85<|im_end|>", Status.COMPLETED, 0),
+        ("Well: 85<|im_end|>", Status.COMPLETED, 0),
     ],
 )
-def test_a_wrong_answer_gets_credit_up_to_its_first_mistake(response, status, right, credit):
-    sample = Sample(response=response, label="85", status=status, metadata={"work": WORK})
-    assert asyncio.run(grade(None, sample)) == {"right": right, "credit": pytest.approx(credit)}
+def test_an_answer_is_right_or_wrong(response, status, reward):
+    sample = Sample(response=response, label="85", status=status)
+    assert asyncio.run(grade(None, sample)) == reward
+
+
+def trained_on(hf, *groups):
+    """What the trainer's rank is given of groups of (response, reward): (sequences, advantages).
+
+    `hf` has a token a character; <|im_end|> is one.
+    """
+    cfg = make_config(hf, batch={"prompts": len(groups)}, algorithm={"per_token_loss": True})
+    args = ArgsView(cfg)
+    samples = [
+        [
+            Sample(
+                group_index=g,
+                index=10 * g + i,
+                tokens=[*ids_of("Q"), *ids_of(response), *([2] if reward is not None else [])],
+                response_length=len(response) + (reward is not None),
+                rollout_log_probs=[-1.0] * (len(response) + (reward is not None)),
+                status=Status.TRUNCATED if reward is None else Status.COMPLETED,
+                reward=reward or 0.0,
+                metadata={"work": "1 + 2 = 3"},
+            )
+            for i, (response, reward) in enumerate(group)
+        ]
+        for g, group in enumerate(groups)
+    ]
+    batch = build_train_batch(samples, cfg, 0, post_process=partial(compare_tokens, args))
+    return batch.sequences, token_advantages(args, list(batch.sequences), None, None)
+
+
+def test_tokens_up_to_the_first_mistake_are_compared_within_their_group(hf):
+    (right, wrong, other), advantages = trained_on(
+        hf, [("1 + 2 = 3", 1.0), ("1 + 2 = 43", 0.0)], [("3", 1.0)]
+    )
+    share_right = (10 + 8) / (10 + 9)  # the end is a token too; what follows the 4 is not read
+    assert right.loss_mask.tolist() == [1] * 10
+    assert wrong.loss_mask.tolist() == [1] * 9 + [0, 0]
+    assert advantages[0].tolist() == pytest.approx([1 - share_right] * 10)
+    expected = [1 - share_right] * 8 + [-share_right, 0, 0]
+    assert advantages[1].tolist() == pytest.approx(expected)
+    assert other.loss_mask.tolist() == [1, 1]
+    assert advantages[2].tolist() == [0, 0]
+    assert (right.raw_reward, wrong.raw_reward) == (1, 0)
+
+
+def test_a_group_that_is_wrong_alike_still_learns_where(hf):
+    _, advantages = trained_on(hf, [("1 + 2 = 4", 0.0)] * 2)
+    assert advantages[0].tolist() == pytest.approx([1 / 9] * 8 + [-8 / 9, 0])
+
+
+def test_a_response_that_was_cut_before_any_mistake_has_none(hf):
+    _, advantages = trained_on(hf, [("1 + 2", None), ("2", 0.0)])
+    assert advantages[0].tolist() == pytest.approx([1 / 6] * 5)
+    assert advantages[1].tolist() == pytest.approx([-5 / 6, 0])
 
 
 def test_the_target_is_met_at_the_first_evaluation_that_reaches_it():

@@ -1,7 +1,7 @@
 """A whole GRPO step on GPUs, by phase, in Qwen3 shapes with random weights; beside TRL if asked.
 
     python benchmarks/gpu_step.py --shape 0.6B                         colocated, on one GPU
-    python benchmarks/gpu_step.py --shape 0.6B --peer                  and TRL on the same GPU
+    python benchmarks/gpu_step.py --shape 0.6B --peer                  and TRL, see below
     python benchmarks/gpu_step.py --long-tail --peer                   log-normal lengths up to 8k
     python benchmarks/gpu_step.py --shape 4B --layout decoupled        NCCL between two GPUs
     python benchmarks/gpu_step.py --layout async                       train_async.py
@@ -12,7 +12,8 @@ spread. The framework's share is what neither vLLM's own work (generation, falli
 up) nor the trainer's (log-probabilities, training, weight update) accounts for: moving state,
 batching, Ray, logging. The share with sleeping and waking is given beside it. Colocated, the
 engine gives up its memory while the trainer works; where the trainer's state fits beside it, it
-stays (--no-offload-train).
+stays (--no-offload-train). TRL runs afterwards on the same GPU, or, where another GPU is visible,
+on that one at the same time.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.cpu_step import spread  # noqa: E402
-from benchmarks.gpu_assets import write_model, write_prompts  # noqa: E402
+from benchmarks.gpu_assets import visible_gpus, write_model, write_prompts  # noqa: E402
 from vime.observe import read_metrics  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
@@ -61,7 +62,7 @@ def main() -> int:
     parser.add_argument("--response", type=int, help="tokens; 1,024, with --long-tail 8,192")
     parser.add_argument("--long-tail", action="store_true", help="mean 1,024, log-normal")
     parser.add_argument("--max-tokens", type=int, default=16384, help="of a micro-batch")
-    parser.add_argument("--peer", action="store_true", help="TRL on the same GPU, afterwards")
+    parser.add_argument("--peer", action="store_true", help="TRL too")
     parser.add_argument("--peer-steps", type=int, default=4, help="the first is left out")
     parser.add_argument("--work-dir", type=Path, default=Path("/tmp/vime-gpu-step"))
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
@@ -70,20 +71,40 @@ def main() -> int:
     args.response = args.response or (8192 if args.long_tail else 1024)
     model = write_model(args.work_dir / f"qwen3-{args.shape}", args.shape)
     prompts = write_prompts(args.work_dir / "prompts.jsonl")
+    gpus, peer = visible_gpus(), None
+    try:
+        if args.peer and args.layout == "colocated" and len(gpus) > 1:
+            peer = start_trl(args, model, prompts, gpus[1])
+            gpus = gpus[:1]
+        figures = measure(args, model, prompts, gpus)
+        if args.peer:
+            peer = peer or start_trl(args, model, prompts, gpus[0])
+            compare_with_trl(args, peer, figures["step"])
+    finally:
+        if peer is not None:
+            peer.kill()
+            peer.wait()
+    return 0
+
+
+def measure(
+    args: argparse.Namespace, model: Path, prompts: Path, gpus: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Runs the steps, shows them and writes the results. Returns the figures of `summarize`."""
     run_dir = args.work_dir / f"{args.shape}-{args.layout}"
-    train(args, model, prompts, run_dir)
+    train(args, model, prompts, run_dir, gpus)
     records = [r for r in read_metrics(run_dir / "metrics.jsonl") if "perf/step_time" in r]
     figures = summarize(records, overlapping=args.layout == "async")
     show(args, figures, records)
     if args.layout != "colocated":
         compare_with_nvlink(figures["weight_update"], records[-1]["perf/update_weights_bytes"])
     write_results(args, figures)
-    if args.peer:
-        compare_with_trl(args, model, prompts, figures["step"])
-    return 0
+    return figures
 
 
-def train(args: argparse.Namespace, model: Path, prompts: Path, run_dir: Path) -> None:
+def train(
+    args: argparse.Namespace, model: Path, prompts: Path, run_dir: Path, gpus: list[str]
+) -> None:
     """`train.py` with the founding recipe's flags at this size. Raises if it fails."""
     entry = "train_async.py" if args.layout == "async" else "train.py"
     words = [sys.executable, str(ROOT / entry)]
@@ -104,7 +125,7 @@ def train(args: argparse.Namespace, model: Path, prompts: Path, run_dir: Path) -
     else:
         words += ["--rollout-num-gpus", "1", "--vllm-gpu-memory-utilization", "0.85"]
     words += ["--use-rollout-logprobs"] if args.layout == "async" else []
-    env = {**os.environ, "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    env = {**os.environ, "VLLM_USE_FLASHINFER_SAMPLER": "0", **only(gpus)}
     subprocess.run([*words, *args.flags], check=True, env=env, cwd=ROOT)
 
 
@@ -163,19 +184,43 @@ def compare_with_nvlink(update: dict[str, Any], num_bytes: float) -> None:
     print(f"  update {reached:.0f} GB/s, {reached / rate:.0%} of a copy's {rate:.0f} GB/s")
 
 
-def compare_with_trl(
-    args: argparse.Namespace, model: Path, prompts: Path, step: dict[str, Any]
-) -> None:
-    """Runs TRL. The ratio is written anew after each of its steps: a run cut short keeps it."""
+def only(gpus: list[str]) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+
+
+def start_trl(
+    args: argparse.Namespace, model: Path, prompts: Path, gpu: str
+) -> subprocess.Popen[bytes]:
     words = [sys.executable, str(ROOT / "benchmarks/peer_trl.py"), "--model", str(model)]
     words += ["--prompts", str(prompts), "--response", str(args.response)]
     words += ["--steps", str(args.peer_steps), *(["--long-tail"] if args.long_tail else [])]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        for line in process.stdout:
-            if line.startswith('{"name"'):  # not what its progress bar logs
-                write_ratio(args, json.loads(line), step)
-    if process.returncode:
-        raise SystemExit(f"TRL failed with {process.returncode}: {' '.join(words)}")
+    with trl_log(args).open("wb") as out:
+        return subprocess.Popen(words, stdout=out, env={**os.environ, **only([gpu])}, cwd=ROOT)
+
+
+def trl_log(args: argparse.Namespace) -> Path:
+    return args.work_dir / "trl.log"
+
+
+def compare_with_trl(
+    args: argparse.Namespace, peer: subprocess.Popen[bytes], step: dict[str, Any]
+) -> None:
+    """Waits for TRL. The ratio is written anew after each of its steps: a run cut short keeps it.
+
+    Raises SystemExit when TRL fails.
+    """
+    num_seen = 0
+    while True:
+        ended = peer.poll() is not None
+        lines = [n for n in trl_log(args).read_text().split("\n")[:-1] if n.startswith('{"name"')]
+        for line in lines[num_seen:]:  # the others are what its progress bar logs
+            write_ratio(args, json.loads(line), step)
+        num_seen = len(lines)
+        if ended:
+            break
+        time.sleep(1)
+    if peer.returncode:
+        raise SystemExit(f"TRL failed with {peer.returncode}: see {trl_log(args)}")
 
 
 def write_ratio(args: argparse.Namespace, found: dict[str, Any], step: dict[str, Any]) -> None:

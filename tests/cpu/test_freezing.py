@@ -103,6 +103,33 @@ def test_only_the_chosen_weights_train(tmp_path: Path) -> None:
         assert f"{trained}, this run has no weight frozen. Give the same, or --no-load" in said[-1]
 
 
+def train_one_expert(rank: int, world: int, port: int, folder: Path) -> set[str]:
+    from vime.backends.megatron.trainer import MegatronTrainer
+    from vime.data.batching import build_train_batch
+
+    cfg = make_config(
+        folder,
+        cluster={"actor_gpus_per_node": world},
+        parallel={"ep": 2},
+        batch={"prompts": 2, "samples_per_prompt": 2},
+        algorithm={"loss_type": "sft_loss"},
+        optimizer={"lr": 1e-3, "train_names": [r"layers\.1\..*local_experts\.0\."]},
+    )
+    t = MegatronTrainer(cfg, rank, world, rank, "127.0.0.1", port)
+    before = named_weights(t.actor)
+    t.train(build_train_batch(samples_of(2, 2), cfg, 0))
+    after = named_weights(t.actor)
+    t.close()
+    return {n for n in before if not torch.equal(before[n], after[n])}
+
+
+def test_an_expert_trains_whose_neighbours_on_other_ranks_are_frozen(tmp_path: Path) -> None:
+    """A rank without a gradient of its own would not take part in the exchange that it needs."""
+    folder = write_tiny_hf(tmp_path / "hf", moe=True, num_hidden_layers=2)
+    for changed in run_ranks(train_one_expert, 2, folder=folder, timeout_s=90.0):
+        assert changed == {f"model.layers.1.mlp.experts.0.{x}_proj.weight" for x in _MLP}
+
+
 def test_patterns_are_checked_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match="exclude each other"):
         make_config("hf", optimizer={"freeze_names": ["a"], "train_names": ["b"]})

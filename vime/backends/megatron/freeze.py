@@ -50,7 +50,7 @@ def freeze_parameters(chunks: Sequence[nn.Module], args: dict[str, Any], cfg: Co
         )
     if not any(training for _, training in found):
         raise ConfigError(f"{flag} {' '.join(patterns)} leaves no weight to train. Narrow it.")
-    if cfg.parallel.recompute_granularity:
+    if cfg.parallel.recompute_granularity or cfg.parallel.ep > 1:
         for chunk in chunks:
             if hasattr(chunk, "embedding"):
                 chunk.embedding.register_forward_hook(_ask_for_gradient)
@@ -59,7 +59,9 @@ def freeze_parameters(chunks: Sequence[nn.Module], args: dict[str, Any], cfg: Co
 def _ask_for_gradient(_: nn.Module, __: Any, embedded: Tensor) -> None:
     """Megatron's recomputation gives a layer no gradient unless its input has one.
 
-    Behind a frozen embedding no input would, and no layer of the stage would train.
+    Behind a frozen embedding no input would, and no layer of the stage would train. And where one
+    expert trains, every rank of its group must take part in the exchange of gradients, which ranks
+    whose own experts are frozen would leave out: the others would wait for them.
     """
     if torch.is_grad_enabled() and not embedded.requires_grad:
         embedded.requires_grad_()

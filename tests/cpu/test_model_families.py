@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from model_families import MODELS, cases, examine, write_model
+import torch
+from model_families import MODELS, batch_of, cases, config_of, examine, make_model, write_model
 from ranks import run_ranks
+from training import named_weights
 
 
 @pytest.fixture(scope="module")
@@ -30,3 +33,38 @@ def test_every_family_computes_learns_and_exports_as_hugging_face_does(
         assert max(logits) < 1e-4, (case, logits)
         assert max(f.gradient for f in found) < 1e-5, (case, found)
         assert found[0].round_trip, case
+
+
+def biases_after(rank: int, world: int, port: int, folder: Path) -> list[dict[str, torch.Tensor]]:
+    """The routers' biases as loaded, after a step that was skipped, and after one that was not."""
+    from vime.backends.megatron.trainer import MegatronTrainer
+
+    cfg = config_of(folder, world, {})
+    moving = {"moe_router_bias_update_rate": 0.05}
+    cfg = replace(
+        cfg,
+        model=replace(cfg.model, args=moving, override=True),
+        algorithm=replace(cfg.algorithm, loss_type="policy_loss"),
+    )
+    trainer = MegatronTrainer(cfg, rank, world, rank, "127.0.0.1", port)
+    good = batch_of(cfg)
+    bad = replace(good, sequences=tuple(replace(s, reward=float("inf")) for s in good.sequences))
+    found = []
+    for batch in (None, bad, good):
+        skipped = 0.0 if batch is None else trainer.train(batch)["train/skipped_steps"]
+        assert skipped == float(batch is bad)
+        weights = named_weights(trainer.actor)
+        found.append({n: w for n, w in weights.items() if n.endswith("e_score_correction_bias")})
+    trainer.close()
+    return found
+
+
+def test_a_skipped_step_does_not_move_the_routers_biases(tmp_path: Path) -> None:
+    """Megatron moves them before anyone knows whether the gradient is finite."""
+    make_model(tmp_path / "hf", "Moonlight")
+    (found,) = run_ranks(biases_after, 1, folder=tmp_path / "hf", timeout_s=120.0)
+    loaded, skipped, trained = found
+    assert loaded
+    for name, bias in loaded.items():
+        assert torch.equal(skipped[name], bias)
+        assert not torch.equal(trained[name], bias)

@@ -61,7 +61,8 @@ class Actor:
         apply_flags_again(cfg, self.optimizer, self.scheduler)
         log.info("weights and optimizer are ready")
         self.sent = SentWeights(self.chunks) if cfg.algorithm.keep_old_actor else None
-        self.updates = Updates(self.optimizer, self.scheduler, f"--lr {cfg.optimizer.lr}")
+        lr_flag = f"--lr {cfg.optimizer.lr}"
+        self.updates = Updates(self.chunks, self.optimizer, self.scheduler, lr_flag)
         self.objective = objective_of(cfg.algorithm, hooks)
 
     def _was_the_reference_updated(self, first_rollout: int) -> bool:
@@ -162,9 +163,7 @@ class Actor:
             optimizer, scheduler = self.optimizer, self.scheduler
             where = (batch.rollout_id, step_id)
             self.hooks.before_train_step(self.hooks.args, *where, self.chunks, optimizer, scheduler)
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self.updates.begin()
         spoilt_N = columns.table.column()
         if self.is_sft:
             judge = sft_judge(columns.table, spoilt_N)

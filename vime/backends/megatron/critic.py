@@ -41,7 +41,8 @@ class Critic:
         self.optimizer, self.scheduler = build_optimizer(cfg, self.chunks)
         load_critic(cfg, start, self)
         apply_flags_again(cfg, self.optimizer, self.scheduler)
-        self.updates = Updates(self.optimizer, self.scheduler, f"--critic-lr {cfg.optimizer.lr}")
+        lr_flag = f"--critic-lr {cfg.optimizer.lr}"
+        self.updates = Updates(self.chunks, self.optimizer, self.scheduler, lr_flag)
 
     def values(self, columns: Any, plans: Sequence[StepPlan]) -> Tensor:
         """A column: at each token's row the value of the state before it, by the weights of now."""
@@ -54,9 +55,7 @@ class Critic:
         self, columns: Any, plan: StepPlan, where: str, samples: Callable[[], str]
     ) -> dict[str, float]:
         """One optimizer step towards the columns' returns; its metrics. The rest: `Updates.take`"""
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self.updates.begin()
         clip = self.cfg.algorithm.value_clip
         judge = value_judge(columns.table, columns.value_N, columns.return_N, clip=clip)
         batches = columns.micro_batches(plan)

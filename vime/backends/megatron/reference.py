@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vime.backends.megatron.router_bias import named_router_biases
+
 
 class WeightCopy:
     """The weights that the chunks hold when it is made, of this rank.
@@ -66,7 +68,7 @@ class SentWeights:
 
 def _weights(chunk: nn.Module) -> Iterator[Tensor]:
     yield from chunk.parameters()
-    yield from (b for n, b in chunk.named_buffers() if n.endswith("router.expert_bias"))
+    yield from (bias for _, bias in named_router_biases(chunk))
 
 
 def _on_cpu(t: Tensor) -> Tensor:

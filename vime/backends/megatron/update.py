@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
+from torch import nn
+
+from vime.backends.megatron.router_bias import named_router_biases
 
 MAX_SKIPPED_STEPS = 5  # in a row, before the run stops
 
@@ -16,10 +21,22 @@ class Updates:
     lr       of the latest step
     """
 
-    def __init__(self, optimizer: Any, scheduler: Any, lr_flag: str) -> None:
+    def __init__(
+        self, chunks: Sequence[nn.Module], optimizer: Any, scheduler: Any, lr_flag: str
+    ) -> None:
+        self.chunks = chunks
         self.optimizer, self.scheduler, self.lr_flag = optimizer, scheduler, lr_flag
+        self.biases = [bias for chunk in chunks for _, bias in named_router_biases(chunk)]
+        self.biases_before: list[torch.Tensor] = []
         self.skipped_in_a_row = 0
         self.lr = 0.0
+
+    def begin(self) -> None:
+        """Before the passes: no gradient yet. Megatron moves the routers' biases with the last."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self.biases_before = [bias.clone() for bias in self.biases]
 
     def take(self, loss: float, where: str, samples: Callable[[], str]) -> float | None:
         """One step. Returns the gradient norm, or None where the step was skipped.
@@ -32,6 +49,8 @@ class Updates:
         norm = float(self.optimizer.get_grad_norm())
         if overflow or not (math.isfinite(loss) and math.isfinite(norm)):
             self.skipped_in_a_row += 1
+            for bias, before in zip(self.biases, self.biases_before, strict=True):
+                bias.copy_(before)
             problem = f"{where} ({samples()}): loss {loss}, gradient norm {norm}"
             logging.getLogger(__name__).warning("skipped the optimizer step of %s", problem)
             if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:

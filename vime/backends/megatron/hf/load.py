@@ -14,6 +14,7 @@ from vime.backends.megatron.hf.files import HFFiles, read_config
 from vime.backends.megatron.hf.layout import Dims, hf_shapes, shard
 from vime.backends.megatron.hf.ranks import Place, Ranks
 from vime.backends.megatron.hf.registry import family_for, model_args
+from vime.backends.megatron.router_bias import named_router_biases
 from vime.config import Config
 from vime.errors import CheckpointError
 
@@ -78,8 +79,7 @@ def named_weights(
     for chunk in chunks:
         model = unwrap(chunk)
         layers = [layer.layer_number - 1 for layer in model.decoder.layers]
-        biases = [(n, b) for n, b in model.named_buffers() if n.endswith("router.expert_bias")]
-        for name, tensor in [*model.named_parameters(), *biases]:
+        for name, tensor in [*model.named_parameters(), *named_router_biases(model)]:
             parts = name.split(".")
             if parts[:2] == ["decoder", "layers"]:
                 parts[2] = str(layers[int(parts[2])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from tests.cpu.tiny import make_config
+from tests.cpu.tiny import make_config, write_tiny_hf
 from vime.backends.vllm.flags import CPU_HEAD_SIZES, check_vllm_flags
 
 vllm = pytest.importorskip("vllm", reason="needs vLLM")
@@ -29,6 +30,29 @@ def test_the_plugin_registers_its_transports():
         engine = factory._registry[name]()
         assert not engine.__abstractmethods__
         assert callable(engine.trainer_send_weights), "abstract in vLLM 0.25"
+
+
+def test_a_server_of_vime_looks_at_the_model_without_another_process(tmp_path):
+    """In a process of its own, as a server is; an empty cache, as on a new machine."""
+    script = """
+import sys
+from vllm.config import ModelConfig
+from vllm.model_executor.models import registry
+from vime.backends.vllm.plugin import inspect_models_here
+assert registry._SUBPROCESS_COMMAND
+registry._SUBPROCESS_COMMAND = ["false"]  # whoever asks another process fails
+inspect_models_here()
+print(ModelConfig(model=sys.argv[1], skip_tokenizer_init=True).architecture)
+"""
+    folder = write_tiny_hf(tmp_path / "hf")
+    env = {**os.environ, "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)], env=env, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1:] == ["Qwen3ForCausalLM"], done.stderr
+    assert [p.stem.rsplit("-")[-1] for p in (tmp_path / "cache/modelinfos").iterdir()] == [
+        "Qwen3ForCausalLM"
+    ]
 
 
 def test_vllm_finds_the_plugin():

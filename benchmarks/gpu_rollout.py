@@ -11,10 +11,8 @@ of each. The ratio has a target of 0.95.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -27,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.cpu_step import spread  # noqa: E402
 from benchmarks.gpu_assets import visible_gpus, write_model, write_prompts  # noqa: E402
 from benchmarks.gpu_step import write  # noqa: E402
+from benchmarks.process_group import wait_for_group  # noqa: E402
 from benchmarks.rollout import make_config  # noqa: E402
 from vime.backends.vllm.engine import VLLMEngine  # noqa: E402
 from vime.backends.vllm.router import Router  # noqa: E402
@@ -38,7 +37,6 @@ from vime.rollout.vllm_rollout import generate_rollout  # noqa: E402
 PROMPTS = {"0.6B": 64, "4B": 32}  # of 8 samples each
 NUM_TOKENS = 1024
 TARGET = 0.95
-PATIENCE_S = 30.0  # for the engine in process to give its GPU back
 
 
 def main() -> int:
@@ -121,11 +119,7 @@ def in_process(
             rates.append(len(prompts) * NUM_TOKENS / seconds)
     finally:
         peer.stdin.close()  # its loop ends, and with it the engine's own process
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            peer.wait(PATIENCE_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(peer.pid, signal.SIGKILL)
-        peer.wait()
+        wait_for_group(peer)
     return rates[1:]
 
 

@@ -27,11 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu_assets import visible_gpus  # noqa: E402
+from benchmarks.process_group import LOOK_S, signal_group, wait_for_group  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 MODELS = ("0.6B", "4B")
-PATIENCE_S = 60.0  # for a job to end its own processes
-LOOK_S = 0.2
 
 # One 80 GB GPU holds 4B with its gradients and Adam's state if only the norms train. Exporting,
 # sending and loading the weights is the same work.
@@ -184,25 +183,6 @@ def start(job: Job, gpus: list[str], work_dir: Path) -> Running:
             words, stdout=log, stderr=log, env=env, cwd=ROOT, start_new_session=True
         )
     return Running(job, gpus, process, time.monotonic())
-
-
-def signal_group(process: subprocess.Popen, number: int) -> bool:
-    """To a job and what it started; False once nothing of it is left."""
-    process.poll()  # a zombie would still count
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def wait_for_group(process: subprocess.Popen) -> int:
-    """The run below a benchmark ends its own processes after the benchmark itself has ended."""
-    deadline = time.monotonic() + PATIENCE_S
-    while signal_group(process, 0) and time.monotonic() < deadline:
-        time.sleep(LOOK_S)
-    signal_group(process, signal.SIGKILL)
-    return process.wait()
 
 
 def say(r: Running, what: str, more: str) -> None:

@@ -46,9 +46,8 @@ print(ModelConfig(model=sys.argv[1], skip_tokenizer_init=True).architecture)
 """
     folder = write_tiny_hf(tmp_path / "hf")
     env = {**os.environ, "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], env=env, capture_output=True, text=True
-    )
+    words = [sys.executable, "-c", script, str(folder)]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1:] == ["Qwen3ForCausalLM"], done.stderr
     assert [p.stem.rsplit("-")[-1] for p in (tmp_path / "cache/modelinfos").iterdir()] == [
         "Qwen3ForCausalLM"

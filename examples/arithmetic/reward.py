@@ -38,19 +38,18 @@ def compare_tokens(args: Any, samples: list[Sample]) -> tuple[list[float], list[
     this leaves in `train_metadata`. What is not read has no loss.
     """
     tokenizer = chat.load_tokenizer(args.config.model.hf_checkpoint)
-    works = chat.encode(tokenizer, [s.metadata["work"] + tokenizer.eos_token for s in samples])
-    steps = [steps_of(sample, work) for sample, work in zip(samples, works, strict=True)]
     means = []
-    for _, members in groupby(range(len(samples)), key=lambda i: samples[i].group_index):
-        members = list(members)
-        group = [step for i in members for step in steps[i]]
-        share_right = sum(group) / max(len(group), 1)
-        for i in members:
-            sample, unread = samples[i], samples[i].response_length - len(steps[i])
-            advantages = [step - share_right for step in steps[i]]
-            sample.loss_mask = [1] * len(advantages) + [0] * unread
+    for _, members in groupby(samples, key=lambda sample: sample.group_index):
+        group = list(members)
+        [work] = chat.encode(tokenizer, [group[0].metadata["work"] + tokenizer.eos_token])
+        steps = [steps_of(sample, work) for sample in group]
+        share_right = sum(map(sum, steps)) / max(sum(map(len, steps)), 1)
+        for sample, read in zip(group, steps, strict=True):
+            advantages = [step - share_right for step in read]
+            unread = sample.response_length - len(read)
+            sample.loss_mask = [1] * len(read) + [0] * unread
             sample.train_metadata = {"advantages": advantages + [0.0] * unread}
-            means.append(sum(advantages) / max(len(advantages), 1))
+            means.append(sum(advantages) / max(len(read), 1))
     return [float(sample.reward) for sample in samples], means
 
 

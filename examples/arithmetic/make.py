@@ -11,6 +11,9 @@ of its kind as earlier turns of the chat, so that the model knows the form of th
 
 The second number is added, or taken away, one digit at a time from the left: a line changes one
 number by one digit.
+
+A training prompt begins at any of a problem's lines, with those before it already written: what the
+last lines teach does not wait for the first to be right (a reverse curriculum, arXiv:2402.05808).
 """
 
 from __future__ import annotations
@@ -65,7 +68,9 @@ def main() -> None:
         write_jsonl(folder / f"{name}_digits.jsonl", map(prompt, drawn))
         held_out.update(drawn)
     train = islice(problems("train", 2, 3, besides=held_out), NUM_TRAIN)
-    write_jsonl(folder / "train.jsonl", map(prompt, train))
+    rng = random.Random("lines")
+    rows = (prompt(problem, rng.randrange(problem.num_digits)) for problem in train)
+    write_jsonl(folder / "train.jsonl", rows)
 
 
 def problems(
@@ -88,14 +93,21 @@ def draw(rng: random.Random, num_digits: int) -> Problem:
     return Problem(a, "+", b) if sign == "+" else Problem(max(a, b), "-", min(a, b))
 
 
-def prompt(problem: Problem) -> dict[str, Any]:
-    """{"prompt": messages, "label": "834", "metadata": {"work": what earns all credit}}"""
+def prompt(problem: Problem, num_given: int = 0) -> dict[str, Any]:
+    """{"prompt": messages, "label": "834", "metadata": {"work": what earns all credit}}
+
+    The first `num_given` lines of the work are the assistant's already, and its turn goes on.
+    """
     messages = [{"role": "system", "content": SYSTEM}]
     for example in EXAMPLES[problem.sign, problem.num_digits]:
         messages.append({"role": "user", "content": f"What is {example}?"})
         messages.append({"role": "assistant", "content": work(example)})
     messages.append({"role": "user", "content": f"What is {problem}?"})
-    return {"prompt": messages, "label": str(problem.answer), "metadata": {"work": work(problem)}}
+    given = "\n".join(work(problem).splitlines()[:num_given])
+    if given:
+        messages.append({"role": "assistant", "content": given})
+    rest = work(problem).removeprefix(given)
+    return {"prompt": messages, "label": str(problem.answer), "metadata": {"work": rest}}
 
 
 def work(problem: Problem) -> str:

@@ -2,16 +2,17 @@
 
 The model starts with hardly an answer right: the samples of a problem are wrong alike, and
 comparing them teaches nothing. But each has right tokens before its first mistake. GRPO with
-process supervision (arXiv:2402.03300, section 4.1.3) rewards the steps of a group's samples and
-compares them with each other. Here a token is a step: 1 if right, 0 if the first mistake; the rest
-is not read. The mean over the group's tokens is taken off. Dividing by their spread as well would
-make the last mistakes of a problem the loudest (see arXiv:2503.20783).
+process supervision (arXiv:2402.03300, section 4.1.3) rewards steps; here a token is one: 1 if
+right, 0 if the first mistake, and the rest is not read. A problem's samples that are the same up to
+a token have the same choice before them, and are a group there.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from collections import defaultdict
 from itertools import groupby
 from typing import Any
 
@@ -43,9 +44,12 @@ def compare_tokens(args: Any, samples: list[Sample]) -> tuple[list[float], list[
         group = list(members)
         [work] = chat.encode(tokenizer, [group[0].metadata["work"] + tokenizer.eos_token])
         steps = [steps_of(sample, work) for sample in group]
-        share_right = sum(map(sum, steps)) / max(sum(map(len, steps)), 1)
+        choices = defaultdict(list)  # what was read so far -> how each that came so far went on
         for sample, read in zip(group, steps, strict=True):
-            advantages = [step - share_right for step in read]
+            for i, step in enumerate(read):
+                choices[before(sample, i)].append(step)
+        for sample, read in zip(group, steps, strict=True):
+            advantages = [advantage(s, choices[before(sample, i)]) for i, s in enumerate(read)]
             unread = sample.response_length - len(read)
             sample.loss_mask = [1] * len(read) + [0] * unread
             sample.train_metadata = {"advantages": advantages + [0.0] * unread}
@@ -60,6 +64,23 @@ def steps_of(sample: Sample, work: list[int]) -> list[int]:
     if sample.reward == 1.0 or num_right == len(response):
         return [1] * len(response)
     return [1] * num_right + [0]
+
+
+def before(sample: Sample, i: int) -> tuple[int, ...]:
+    """The response's first `i` tokens."""
+    return tuple(sample.tokens[sample.prompt_length : sample.prompt_length + i])
+
+
+def advantage(step: int, steps: list[int]) -> float:
+    """`step` against all `steps` of one choice, in standard deviations.
+
+    One half is added to the right and to the wrong (Jeffreys' prior): where all are wrong, what
+    they chose still loses. Where all are right, there is nothing to learn.
+    """
+    if all(steps):
+        return 0.0
+    share_right = (sum(steps) + 0.5) / (len(steps) + 1)
+    return (step - share_right) / math.sqrt(share_right * (1 - share_right))
 
 
 def token_advantages(

@@ -52,7 +52,8 @@ ROLLOUT_ARGS=(
    # bounds how far the last step's policy is from the one that made the samples
    --num-steps-per-rollout 4
    --rollout-max-response-len 96
-   --rollout-temperature 1
+   # above 1: once samples are alike they teach nothing
+   --rollout-temperature 1.2
    --balance-data
 )
 
@@ -71,7 +72,7 @@ PERF_ARGS=(
 
 GRPO_ARGS=(
    --advantage-estimator grpo
-   # every token up to a sample's first mistake is judged, within its group, and weighs the same
+   # every token up to a sample's first mistake is judged, among those with the same beginning
    --custom-reward-post-process-path examples.arithmetic.reward.compare_tokens
    --custom-advantage-function-path examples.arithmetic.reward.token_advantages
    --calculate-per-token-loss
@@ -82,9 +83,10 @@ GRPO_ARGS=(
 )
 
 OPTIMIZER_ARGS=(
-   # a small model bears, and needs, larger steps than the 1e-6 of one of 4B
+   # a small model bears larger steps than the 1e-6 of one of 4B; twice these make samples alike
+   # before the model is right (docs/performance.md)
    --optimizer adam
-   --lr 5e-5
+   --lr 2.5e-5
    --lr-decay-style constant
    --lr-warmup-iters 10
    --weight-decay 0

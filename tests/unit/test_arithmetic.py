@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import math
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -29,7 +31,13 @@ def files(tmp_path_factory):
 
 
 def question(row: dict) -> str:
-    return row["prompt"][-1]["content"].removeprefix("What is ").removesuffix("?")
+    asked = [m["content"] for m in row["prompt"] if m["role"] == "user"]
+    return asked[-1].removeprefix("What is ").removesuffix("?")
+
+
+def given(row: dict) -> str:
+    last = row["prompt"][-1]
+    return last["content"] if last["role"] == "assistant" else ""
 
 
 def test_held_out_problems_are_not_among_the_prompts_or_the_examples(files):
@@ -44,9 +52,17 @@ def test_held_out_problems_are_not_among_the_prompts_or_the_examples(files):
 def test_every_label_is_the_answer_and_none_is_below_0(files):
     for row in [row for rows in files.values() for row in rows]:
         assert int(row["label"]) == eval(question(row)) >= 0
-        assert row["metadata"]["work"].endswith(f"\nAnswer: {row['label']}")
-        for line in row["metadata"]["work"].splitlines()[:-1]:
-            assert eval(line.replace("=", "=="))
+        *lines, answer = (given(row) + row["metadata"]["work"]).splitlines()
+        assert answer == f"Answer: {row['label']}"
+        assert len(lines) in (2, 3)
+        assert all(eval(line.replace("=", "==")) for line in lines)
+
+
+def test_training_prompts_begin_at_any_line_and_held_out_ones_at_the_first(files):
+    begun = Counter(len(given(row).splitlines()) for row in files["train"])
+    shares = [n / len(files["train"]) for _, n in sorted(begun.items())]
+    assert shares == pytest.approx([5 / 12, 5 / 12, 1 / 6], abs=0.03)
+    assert not any(given(row) for name in ("two_digits", "three_digits") for row in files[name])
 
 
 def test_digits_and_signs_come_in_even_shares(files):
@@ -119,30 +135,43 @@ def trained_on(hf, *groups):
     return batch.sequences, token_advantages(args, list(batch.sequences), None, None)
 
 
-def test_tokens_up_to_the_first_mistake_are_compared_within_their_group(hf):
-    (right, wrong, other), advantages = trained_on(
-        hf, [("1 + 2 = 3", 1.0), ("1 + 2 = 43", 0.0)], [("3", 1.0)]
+def test_a_token_is_compared_with_those_after_the_same_beginning(hf):
+    """Two right samples and one that is wrong at its 9th token, of which the 10th is not read."""
+    (right, _, wrong, other), advantages = trained_on(
+        hf, [("1 + 2 = 3", 1.0), ("1 + 2 = 3", 1.0), ("1 + 2 = 43", 0.0)], [("3", 1.0)]
     )
-    share_right = (10 + 8) / (10 + 9)  # the end is a token too; what follows the 4 is not read
+    share = 2.5 / 4
+    std = math.sqrt(share * (1 - share))
     assert right.loss_mask.tolist() == [1] * 10
     assert wrong.loss_mask.tolist() == [1] * 9 + [0, 0]
-    assert advantages[0].tolist() == pytest.approx([1 - share_right] * 10)
-    expected = [1 - share_right] * 8 + [-share_right, 0, 0]
-    assert advantages[1].tolist() == pytest.approx(expected)
+    assert advantages[0].tolist() == pytest.approx([0] * 8 + [(1 - share) / std, 0])
+    assert advantages[2].tolist() == pytest.approx([0] * 8 + [-share / std, 0, 0])
     assert other.loss_mask.tolist() == [1, 1]
-    assert advantages[2].tolist() == [0, 0]
+    assert advantages[3].tolist() == [0, 0]
     assert (right.raw_reward, wrong.raw_reward) == (1, 0)
+
+
+def test_another_way_to_a_right_answer_is_no_mistake(hf):
+    _, advantages = trained_on(hf, [("1 + 2 = 3", 1.0), ("2 + 1 = 3", 1.0), ("2 + 4", 0.0)])
+    share = 2.5 / 4  # two of the three begin rightly; then each has a way of its own
+    std = math.sqrt(share * (1 - share))
+    assert advantages[0].tolist() == pytest.approx([(1 - share) / std] + [0] * 9)
+    assert advantages[1].tolist() == pytest.approx([(1 - share) / std] + [0] * 9)
+    assert advantages[2].tolist() == pytest.approx([-share / std, 0, 0, 0, 0, 0])
 
 
 def test_a_group_that_is_wrong_alike_still_learns_where(hf):
     _, advantages = trained_on(hf, [("1 + 2 = 4", 0.0)] * 2)
-    assert advantages[0].tolist() == pytest.approx([1 / 9] * 8 + [-8 / 9, 0])
+    share = 0.5 / 3
+    lost = -math.sqrt(share / (1 - share))
+    assert advantages[0].tolist() == pytest.approx([0] * 8 + [lost, 0])
 
 
 def test_a_response_that_was_cut_before_any_mistake_has_none(hf):
-    _, advantages = trained_on(hf, [("1 + 2", None), ("2", 0.0)])
-    assert advantages[0].tolist() == pytest.approx([1 / 6] * 5)
-    assert advantages[1].tolist() == pytest.approx([-5 / 6, 0])
+    (cut, _), advantages = trained_on(hf, [("1 + 2", None), ("2", 0.0)])
+    assert cut.loss_mask.tolist() == [1] * 5
+    assert advantages[0].tolist() == pytest.approx([1, 0, 0, 0, 0])
+    assert advantages[1].tolist() == pytest.approx([-1, 0])
 
 
 def test_the_target_is_met_at_the_first_evaluation_that_reaches_it():

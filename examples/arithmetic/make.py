@@ -103,10 +103,11 @@ def prompt(problem: Problem, num_given: int = 0) -> dict[str, Any]:
         messages.append({"role": "user", "content": f"What is {example}?"})
         messages.append({"role": "assistant", "content": work(example)})
     messages.append({"role": "user", "content": f"What is {problem}?"})
-    given = "\n".join(work(problem).splitlines()[:num_given])
+    whole = work(problem)
+    given = "\n".join(whole.splitlines()[:num_given])
     if given:
         messages.append({"role": "assistant", "content": given})
-    rest = work(problem).removeprefix(given)
+    rest = whole.removeprefix(given)
     return {"prompt": messages, "label": str(problem.answer), "metadata": {"work": rest}}
 
 

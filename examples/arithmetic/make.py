@@ -12,8 +12,8 @@ of its kind as earlier turns of the chat, so that the model knows the form of th
 The second number is added, or taken away, one digit at a time from the left: a line changes one
 number by one digit.
 
-A training prompt begins at any of a problem's lines, with those before it already written: what the
-last lines teach does not wait for the first to be right (a reverse curriculum, arXiv:2402.05808).
+A training prompt may end after any digit of the work, already written so far: what the last lines
+teach does not wait for the first to be right (a reverse curriculum, arXiv:2402.05808).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
         held_out.update(drawn)
     train = islice(problems("train", 2, 3, besides=held_out), NUM_TRAIN)
     rng = random.Random("lines")
-    rows = (prompt(problem, rng.randrange(problem.num_digits)) for problem in train)
+    rows = (prompt(problem, rng.choice(beginnings(work(problem)))) for problem in train)
     write_jsonl(folder / "train.jsonl", rows)
 
 
@@ -93,10 +93,17 @@ def draw(rng: random.Random, num_digits: int) -> Problem:
     return Problem(a, "+", b) if sign == "+" else Problem(max(a, b), "-", min(a, b))
 
 
+def beginnings(text: str) -> list[int]:
+    """How many characters of the work a prompt may hold: none, or up to any digit before the last
+    line, whose answer must be the model's own."""
+    lines, _ = text.rsplit("\n", 1)
+    return [0, *(i for i, character in enumerate(lines, 1) if character.isdigit())]
+
+
 def prompt(problem: Problem, num_given: int = 0) -> dict[str, Any]:
     """{"prompt": messages, "label": "834", "metadata": {"work": what earns all credit}}
 
-    The first `num_given` lines of the work are the assistant's already, and its turn goes on.
+    The first `num_given` characters of the work are the assistant's already; its turn goes on.
     """
     messages = [{"role": "system", "content": SYSTEM}]
     for example in EXAMPLES[problem.sign, problem.num_digits]:
@@ -104,10 +111,9 @@ def prompt(problem: Problem, num_given: int = 0) -> dict[str, Any]:
         messages.append({"role": "assistant", "content": work(example)})
     messages.append({"role": "user", "content": f"What is {problem}?"})
     whole = work(problem)
-    given = "\n".join(whole.splitlines()[:num_given])
+    given, rest = whole[:num_given], whole[num_given:]
     if given:
         messages.append({"role": "assistant", "content": given})
-    rest = whole.removeprefix(given)
     return {"prompt": messages, "label": str(problem.answer), "metadata": {"work": rest}}
 
 

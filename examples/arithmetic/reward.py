@@ -9,7 +9,6 @@ a token choose it from the same place, and are a group there.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import defaultdict
@@ -75,15 +74,13 @@ def compare(responses: list[tuple[int, ...]], steps: list[list[int]]) -> list[li
 
 
 def advantage(step: int, steps: list[int]) -> float:
-    """`step` against all `steps` from one place, in standard deviations.
+    """`step` above the mean of all `steps` from one place, in units of that mean.
 
-    One half is added to the right and to the wrong (Jeffreys' prior): where all are wrong, what
-    they chose still loses. Where all are right, there is nothing to learn.
+    That is the likelihood's gradient (MaxRL, arXiv:2602.02710): the rarer the right step, the more
+    it counts. Where all are right, or all wrong, there is nothing to compare.
     """
-    if all(steps):
-        return 0.0
-    share_right = (sum(steps) + 0.5) / (len(steps) + 1)
-    return (step - share_right) / math.sqrt(share_right * (1 - share_right))
+    mean = sum(steps) / len(steps)
+    return (step - mean) / mean if mean else 0.0
 
 
 def token_advantages(

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import math
 from collections import Counter
 from functools import partial
 
@@ -11,7 +10,7 @@ import pytest
 from benchmarks.learn_arithmetic import curve_of, summary
 from examples.arithmetic import make
 from examples.arithmetic.make import EXAMPLES, Problem, prompt, work
-from examples.arithmetic.reward import compare_tokens, grade, token_advantages
+from examples.arithmetic.reward import advantage, compare_tokens, grade, token_advantages
 from tests.unit.fake_engine import ids_of, make_config
 from vime.config.view import ArgsView
 from vime.data.batching import build_train_batch
@@ -40,6 +39,10 @@ def given(row: dict) -> str:
     return last["content"] if last["role"] == "assistant" else ""
 
 
+def work_of(row: dict) -> str:
+    return given(row) + row["metadata"]["work"]
+
+
 def test_held_out_problems_are_not_among_the_prompts_or_the_examples(files):
     train, two, three = (
         {question(r) for r in files[n]} for n in ("train", "two_digits", "three_digits")
@@ -52,16 +55,20 @@ def test_held_out_problems_are_not_among_the_prompts_or_the_examples(files):
 def test_every_label_is_the_answer_and_none_is_below_0(files):
     for row in [row for rows in files.values() for row in rows]:
         assert int(row["label"]) == eval(question(row)) >= 0
-        *lines, answer = (given(row) + row["metadata"]["work"]).splitlines()
+        *lines, answer = work_of(row).splitlines()
         assert answer == f"Answer: {row['label']}"
         assert len(lines) in (2, 3)
         assert all(eval(line.replace("=", "==")) for line in lines)
 
 
-def test_training_prompts_begin_at_any_line_and_held_out_ones_at_the_first(files):
-    begun = Counter(len(given(row).splitlines()) for row in files["train"])
-    shares = [n / len(files["train"]) for _, n in sorted(begun.items())]
-    assert shares == pytest.approx([5 / 12, 5 / 12, 1 / 6], abs=0.03)
+def test_training_prompts_end_after_any_digit_and_held_out_ones_before_the_first(files):
+    twos = [row for row in files["train"] if len(question(row).split()[0]) == 2]
+    ends = Counter(len(given(row)) for row in twos if len(work_of(row)) == len(WORK))
+    assert set(ends) == {0, 1, 2, 6, 7, 11, 12, 14, 15, 19, 23, 24}
+    assert max(ends.values()) < 2 * min(ends.values())
+    for row in files["train"]:
+        assert given(row) == "" or given(row)[-1].isdigit()
+        assert row["metadata"]["work"].endswith(f"\nAnswer: {row['label']}")
     assert not any(given(row) for name in ("two_digits", "three_digits") for row in files[name])
 
 
@@ -140,12 +147,11 @@ def test_a_token_is_compared_with_those_after_the_same_beginning(hf):
     (right, _, wrong, other), advantages = trained_on(
         hf, [("1 + 2 = 3", 1.0), ("1 + 2 = 3", 1.0), ("1 + 2 = 43", 0.0)], [("3", 1.0)]
     )
-    share = 2.5 / 4
-    std = math.sqrt(share * (1 - share))
+    mean = 2 / 3
     assert right.loss_mask.tolist() == [1] * 10
     assert wrong.loss_mask.tolist() == [1] * 9 + [0, 0]
-    assert advantages[0].tolist() == pytest.approx([0] * 8 + [(1 - share) / std, 0])
-    assert advantages[2].tolist() == pytest.approx([0] * 8 + [-share / std, 0, 0])
+    assert advantages[0].tolist() == pytest.approx([0] * 8 + [(1 - mean) / mean, 0])
+    assert advantages[2].tolist() == pytest.approx([0] * 8 + [-1, 0, 0])
     assert other.loss_mask.tolist() == [1, 1]
     assert advantages[3].tolist() == [0, 0]
     assert (right.raw_reward, wrong.raw_reward) == (1, 0)
@@ -153,18 +159,22 @@ def test_a_token_is_compared_with_those_after_the_same_beginning(hf):
 
 def test_another_way_to_a_right_answer_is_no_mistake(hf):
     _, advantages = trained_on(hf, [("1 + 2 = 3", 1.0), ("2 + 1 = 3", 1.0), ("2 + 4", 0.0)])
-    share = 2.5 / 4  # two of the three begin rightly; then each has a way of its own
-    std = math.sqrt(share * (1 - share))
-    assert advantages[0].tolist() == pytest.approx([(1 - share) / std] + [0] * 9)
-    assert advantages[1].tolist() == pytest.approx([(1 - share) / std] + [0] * 9)
-    assert advantages[2].tolist() == pytest.approx([-share / std, 0, 0, 0, 0, 0])
+    mean = 2 / 3  # two of the three begin rightly; then each has a way of its own
+    assert advantages[0].tolist() == pytest.approx([(1 - mean) / mean] + [0] * 9)
+    assert advantages[1].tolist() == pytest.approx([(1 - mean) / mean] + [0] * 9)
+    assert advantages[2].tolist() == pytest.approx([-1, 0, 0, 0, 0, 0])
 
 
-def test_a_group_that_is_wrong_alike_still_learns_where(hf):
+def test_a_group_that_is_wrong_alike_has_nothing_to_compare(hf):
     _, advantages = trained_on(hf, [("1 + 2 = 4", 0.0)] * 2)
-    share = 0.5 / 3
-    lost = -math.sqrt(share / (1 - share))
-    assert advantages[0].tolist() == pytest.approx([0] * 8 + [lost, 0])
+    assert advantages[0].tolist() == [0] * 10
+
+
+def test_the_rarer_the_right_token_the_more_it_counts():
+    for num_right, right in ((1, 15), (8, 1), (15, 1 / 15)):
+        steps = [1] * num_right + [0] * (16 - num_right)
+        assert advantage(1, steps) == pytest.approx(right)
+        assert advantage(0, steps) == -1
 
 
 def test_a_response_that_was_cut_before_any_mistake_has_none(hf):

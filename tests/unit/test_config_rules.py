@@ -189,6 +189,35 @@ REFUSED = {
         {"--lr-warmup-fraction": "0.1", "--lr-warmup-iters": "6"},
         "--lr-warmup-fraction 0.1 and --lr-warmup-iters 6 both set the warm-up. Give one.",
     ),
+    "a warm-up as long as the run": (
+        {"--lr-decay-style": "linear", "--lr-warmup-iters": "3"},
+        "--lr-warmup-iters 3 leaves none of 3 optimizer steps to --lr-decay-style linear. Lower "
+        "it, or raise --num-rollout.",
+    ),
+    "a warm-up as long as the decay": (
+        {"--lr-decay-style": "WSD", "--lr-warmup-fraction": "1", "--lr-decay-iters": "9"},
+        "--lr-warmup-fraction 1.0 leaves none of 9 optimizer steps to --lr-decay-style WSD. Lower "
+        "it, or raise --lr-decay-iters.",
+    ),
+    "a critic's warm-up as long as the run": (
+        {
+            "--advantage-estimator": "ppo",
+            "--lr-decay-style": "cosine",
+            "--critic-lr-warmup-iters": "4",
+        },
+        "Of the critic: --critic-lr-warmup-iters 4 leaves none of 3 optimizer steps to "
+        "--lr-decay-style cosine. Lower it, or raise --num-rollout.",
+    ),
+    "a decay over an unknown length": (
+        {"--num-rollout": "", "--num-epoch": "2", "--lr-decay-style": "linear"},
+        "--lr-decay-style linear depends on the length of the run, which the data decides. Give "
+        "--num-rollout or --lr-decay-iters.",
+    ),
+    "a warm-up of an unknown length": (
+        {"--num-rollout": "", "--num-epoch": "2", "--lr-warmup-fraction": "0.1"},
+        "--lr-warmup-fraction 0.1 depends on the length of the run, which the data decides. Give "
+        "--num-rollout or --lr-decay-iters.",
+    ),
     "a floor above the rate": (
         {"--lr": "1e-6", "--min-lr": "1e-5"},
         "--min-lr 1e-05 is above --lr 1e-06. Lower it.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vime.config.sections import (
     AlgorithmConfig,
@@ -42,6 +42,25 @@ class Config:
     @property
     def dp(self) -> int:
         return self.parallel.data_parallel_size(self.cluster.trainer_gpus)
+
+    @property
+    def of_critic(self) -> Config:
+        """What ppo's critic trains by: an optimizer of its own, from the first rollout on."""
+        algorithm = replace(self.algorithm, num_critic_only_steps=0)
+        return replace(self, optimizer=self.optimizer.of_critic, algorithm=algorithm)
+
+    @property
+    def decay_steps(self) -> int | None:
+        """Optimizer steps until the learning rate's decay ends, warm-up included.
+
+        None where only the data can tell (--num-epoch).
+        """
+        if self.optimizer.lr_decay_iters is not None:
+            return self.optimizer.lr_decay_iters
+        if self.batch.num_rollout is None:
+            return None
+        rollouts = self.batch.num_rollout - self.algorithm.num_critic_only_steps
+        return rollouts * self.batch.steps_per_rollout
 
     @property
     def router_policy(self) -> str:

@@ -263,6 +263,44 @@ def the_critic_has_a_part(cfg: Config) -> Iterator[str]:
         yield from (f"{name}: of the critic, {problem}" for problem in error.problems)
 
 
+def schedules_fit_the_run(cfg: Config) -> Iterator[str]:
+    if cfg.debug.rollout_only:
+        return
+    problem = _problem_of_schedule(cfg, "--lr-warmup-iters")
+    if problem is not None:
+        yield problem
+    elif cfg.algorithm.needs_critic:
+        own = cfg.optimizer.critic_lr_warmup_iters is not None
+        try:
+            critic = cfg.of_critic
+        except ConfigError:  # `the_critic_has_a_part` says why
+            return
+        flag = "--critic-lr-warmup-iters" if own else "--lr-warmup-iters"
+        problem = _problem_of_schedule(critic, flag)
+        if problem is not None:
+            yield f"Of the critic: {problem}"
+
+
+def _problem_of_schedule(cfg: Config, warmup_flag: str) -> str | None:
+    o, total = cfg.optimizer, cfg.decay_steps
+    warmup = f"{warmup_flag} {o.lr_warmup_iters}"
+    if o.lr_warmup_fraction:
+        warmup = f"--lr-warmup-fraction {o.lr_warmup_fraction}"
+    decay = f"--lr-decay-style {o.lr_decay_style}"
+    if total is None and (o.decay_ends or o.lr_warmup_fraction):
+        return (
+            f"{decay if o.decay_ends else warmup} depends on the length of the run, which the data "
+            "decides. Give --num-rollout or --lr-decay-iters."
+        )
+    if total is not None and o.decay_ends and o.warmup_steps(total) >= total:
+        longer = "--num-rollout" if o.lr_decay_iters is None else "--lr-decay-iters"
+        return (
+            f"{warmup} leaves none of {total} optimizer steps to {decay}. Lower it, or raise "
+            f"{longer}."
+        )
+    return None
+
+
 def loss_and_rollout_agree(cfg: Config) -> Iterator[str]:
     function, loss = cfg.rollout.function_path, cfg.algorithm.loss_type
     if loss == "sft_loss" and function == VLLM_ROLLOUT:
@@ -312,6 +350,7 @@ RULES: tuple[Rule, ...] = (
     reference_is_in_every_checkpoint,
     weights_are_due_in_time,
     the_critic_has_a_part,
+    schedules_fit_the_run,
     loss_and_rollout_agree,
 )
 

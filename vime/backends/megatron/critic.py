@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -33,9 +32,7 @@ class Critic:
     """
 
     def __init__(self, cfg: Config, start: Start, actor: Sequence[nn.Module]) -> None:
-        algorithm = replace(cfg.algorithm, num_critic_only_steps=0)
-        cfg = replace(cfg, optimizer=cfg.optimizer.of_critic, algorithm=algorithm)
-        self.cfg = cfg
+        self.cfg = cfg = cfg.of_critic
         self.chunks = wrap_for_training(cfg, build_model(cfg, critic=True))
         _copy(actor, self.chunks)
         self.optimizer, self.scheduler = build_optimizer(cfg, self.chunks)

@@ -18,7 +18,6 @@ from torch import nn
 
 from vime import platform
 from vime.config import Config
-from vime.errors import ConfigError
 
 _WSD_DECAY = 0.1  # --lr-decay-style WSD: the last tenth of the run decays
 
@@ -105,37 +104,10 @@ def apply_flags_again(cfg: Config, optimizer: Any, scheduler: OptimizerParamSche
     scheduler.step(0)
 
 
-def total_steps(cfg: Config) -> int | None:
-    """Optimizer steps of the model (actor or critic, by `cfg`) in this run.
-
-    None where only the data can tell (--num-epoch).
-    """
-    if cfg.optimizer.lr_decay_iters is not None:
-        return cfg.optimizer.lr_decay_iters
-    if cfg.batch.num_rollout is None:
-        return None
-    rollouts = cfg.batch.num_rollout - cfg.algorithm.num_critic_only_steps
-    return rollouts * cfg.batch.steps_per_rollout
-
-
 def _scheduler(cfg: Config, optimizer: Any) -> OptimizerParamScheduler:
     o = cfg.optimizer
-    total = total_steps(cfg)
-    needs_total = o.lr_decay_style not in ("constant", "inverse-square-root")
-    if total is None and (needs_total or o.lr_warmup_fraction):
-        raise ConfigError(
-            f"--lr-decay-style {o.lr_decay_style} with --lr-warmup-fraction {o.lr_warmup_fraction} "
-            "depends on the length of the run. Give --num-rollout or --lr-decay-iters."
-        )
-    total = total or 1 << 40
-    warmup = o.lr_warmup_iters
-    if o.lr_warmup_fraction:
-        warmup = int(o.lr_warmup_fraction * total)
-    if needs_total and warmup >= total:
-        raise ConfigError(
-            f"{warmup} optimizer steps of warm-up do not fit into {total} steps. "
-            "Lower --lr-warmup-iters or --lr-warmup-fraction, or raise --lr-decay-iters."
-        )
+    total = cfg.decay_steps or 1 << 40
+    warmup = o.warmup_steps(total)
     return OptimizerParamScheduler(
         optimizer,
         # Megatron would take the first step at this rate; 0 would waste a rollout.

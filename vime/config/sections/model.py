@@ -137,6 +137,16 @@ class OptimizerConfig(Section):
     critic_overrides: dict[str, Any] = field(default_factory=dict)  # of that file: {field: value}
 
     @property
+    def decay_ends(self) -> bool:
+        """Whether the schedule depends on the number of steps."""
+        return self.lr_decay_style not in ("constant", "inverse-square-root")
+
+    def warmup_steps(self, decay_steps: int) -> int:
+        """Optimizer steps of linear warm-up."""
+        fraction = self.lr_warmup_fraction
+        return int(fraction * decay_steps) if fraction else self.lr_warmup_iters
+
+    @property
     def of_critic(self) -> OptimizerConfig:
         """The same for ppo's critic, which trains whole."""
         warmup = self.critic_lr_warmup_iters

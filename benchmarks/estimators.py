@@ -45,7 +45,17 @@ FLAGS: dict[str, list[str]] = {
     "gspo": ["--eps-clip", "3e-4", "--eps-clip-high", "4e-4"],  # its paper's
     "ppo": ["--critic-lr", "1e-3", "--lambd", "0.95", "--normalize-advantages"],
 }
-COLORS = ("#0b6e4f", "#b44d12", "#5b3fa0", "#1769aa", "#a3195b", "#6b7a00", "#3f4e5a", "#c08a00")
+COLORS = (
+    "#0b6e4f",
+    "#b44d12",
+    "#5b3fa0",
+    "#1769aa",
+    "#a3195b",
+    "#6b7a00",
+    "#3f4e5a",
+    "#c08a00",
+    "#00838f",
+)
 
 Curve = list[tuple[int, float]]
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from vime.algorithms.advantages import mean_scaled_baseline
 from vime.data import chat
 from vime.types import Sample, Status, TrainSequence
 
@@ -62,25 +63,18 @@ def steps_of(sample: Sample, work: list[int]) -> list[int]:
 
 
 def compare(responses: list[tuple[int, ...]], steps: list[list[int]]) -> list[list[float]]:
-    """The advantage of every step, among all that `responses` took from the same place."""
-    taken = defaultdict(list)  # tokens so far -> the steps from there
-    for response, read in zip(responses, steps, strict=True):
-        for i, step in enumerate(read):
-            taken[response[:i]].append(step)
-    return [
-        [advantage(step, taken[response[:i]]) for i, step in enumerate(read)]
-        for response, read in zip(responses, steps, strict=True)
-    ]
-
-
-def advantage(step: int, steps: list[int]) -> float:
-    """`step` above the mean of all `steps` from one place, in units of that mean.
-
-    That is the likelihood's gradient (MaxRL, arXiv:2602.02710): the rarer the right step, the more
-    it counts. Where all are right, or all wrong, there is nothing to compare.
-    """
-    mean = sum(steps) / len(steps)
-    return (step - mean) / mean if mean else 0.0
+    """The advantage of every step, among all that `responses` took from the same place: MaxRL's, in
+    which a rare right step counts more."""
+    places = defaultdict(list)  # tokens so far -> (response, position) of the steps from there
+    for i, (response, read) in enumerate(zip(responses, steps, strict=True)):
+        for t in range(len(read)):
+            places[response[:t]].append((i, t))
+    advantages = [[0.0] * len(read) for read in steps]
+    for taken in places.values():
+        scores = mean_scaled_baseline(torch.tensor([float(steps[i][t]) for i, t in taken]))
+        for (i, t), score in zip(taken, scores.tolist(), strict=True):
+            advantages[i][t] = score
+    return advantages
 
 
 def token_advantages(

@@ -11,6 +11,7 @@ from vime.algorithms.advantages import (
     discounted_returns,
     grpo_baseline,
     leave_one_out_baseline,
+    mean_scaled_baseline,
     same_for_every_token,
     whiten,
 )
@@ -82,6 +83,14 @@ def test_low_var_kl_is_bounded_where_k3_explodes():
     close(kl_estimate(logp, ref, "low_var_kl"), [10.0])
 
 
+GROUP_BASELINES = (
+    grpo_baseline,
+    centred_baseline,
+    leave_one_out_baseline,
+    mean_scaled_baseline,
+)
+
+
 def test_grpo_divides_by_the_unbiased_std():
     # mean 0.5; squares 4 x 0.25, over 3: std 0.57735
     scores = grpo_baseline(torch.tensor([1.0, 0.0, 1.0, 0.0]))
@@ -90,17 +99,28 @@ def test_grpo_divides_by_the_unbiased_std():
 
 def test_an_all_equal_group_scores_exactly_zero():
     rewards = torch.full((7,), 0.1)
-    for baseline in (grpo_baseline, centred_baseline, leave_one_out_baseline):
+    for baseline in GROUP_BASELINES:
         assert baseline(rewards).abs().max() == 0
 
 
 def test_a_group_of_one_scores_zero():
-    for baseline in (grpo_baseline, centred_baseline, leave_one_out_baseline):
+    for baseline in GROUP_BASELINES:
         assert baseline(torch.tensor([3.0])).tolist() == [0.0]
 
 
 def test_leave_one_out_subtracts_the_mean_of_the_others():
     close(leave_one_out_baseline(torch.tensor([3.0, 0.0, 0.0])), [3.0, -1.5, -1.5])
+
+
+def test_maxrl_lets_a_rare_success_count_more():
+    close(mean_scaled_baseline(torch.tensor([1.0, 0.0, 0.0, 0.0])), [3.0, -1.0, -1.0, -1.0])
+    close(mean_scaled_baseline(torch.tensor([1.0, 1.0, 1.0, 0.0])), [1 / 3, 1 / 3, 1 / 3, -1.0])
+    assert mean_scaled_baseline(torch.zeros(4)).tolist() == [0.0] * 4
+
+
+def test_maxrl_refuses_a_reward_below_0():
+    with pytest.raises(ValueError, match=r"reward -0\.5 is below 0.*Give rewards from 0 up"):
+        mean_scaled_baseline(torch.tensor([1.0, -0.5]))
 
 
 def test_group_advantages_are_the_score_less_each_tokens_penalty():

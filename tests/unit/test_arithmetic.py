@@ -10,7 +10,7 @@ import pytest
 from benchmarks.learn_arithmetic import curve_of, summary
 from examples.arithmetic import make
 from examples.arithmetic.make import EXAMPLES, Problem, prompt, work
-from examples.arithmetic.reward import advantage, compare_tokens, grade, token_advantages
+from examples.arithmetic.reward import compare_tokens, grade, token_advantages
 from tests.unit.fake_engine import ids_of, make_config
 from vime.config.view import ArgsView
 from vime.data.batching import build_train_batch
@@ -168,13 +168,6 @@ def test_another_way_to_a_right_answer_is_no_mistake(hf):
 def test_a_group_that_is_wrong_alike_has_nothing_to_compare(hf):
     _, advantages = trained_on(hf, [("1 + 2 = 4", 0.0)] * 2)
     assert advantages[0].tolist() == [0] * 10
-
-
-def test_the_rarer_the_right_token_the_more_it_counts():
-    for num_right, right in ((1, 15), (8, 1), (15, 1 / 15)):
-        steps = [1] * num_right + [0] * (16 - num_right)
-        assert advantage(1, steps) == pytest.approx(right)
-        assert advantage(0, steps) == -1
 
 
 def test_a_response_that_was_cut_before_any_mistake_has_none(hf):

@@ -291,6 +291,16 @@ def test_reward_flags_that_cannot_work_are_named():
     assert "--reward-key score" in problems(rm_type="dapo")[0]
 
 
+def test_scores_below_0_are_none_for_maxrl():
+    def problems(key):
+        reward = {"rm_type": "dapo", "reward_key": key}
+        cfg = make_config("none", reward=reward, algorithm={"advantage_estimator": "maxrl"})
+        return grading.check_rewards(cfg)
+
+    assert problems("acc") == []
+    assert problems("score")[0].endswith("wants rewards from 0 up. Give --reward-key acc.")
+
+
 def test_a_grader_that_compares_needs_a_label():
     sample = finished(r"\boxed{5}", None)
     assert grade(make_args(rm_type="math"), sample) is None

@@ -234,6 +234,7 @@ def test_a_loss_of_ones_own_is_a_policy_loss_by_either_name():
         {"tis_mode": "mask"},
         {"advantage_estimator": "dr_grpo", "per_token_loss": True},
         {"advantage_estimator": "dr_grpo", "custom_reducer_path": "a.b"},
+        {"advantage_estimator": "maxrl", "overlong_buffer_len": 8},
         {"overlong_penalty": 2.0},
         {"custom_loss_path": "a.b", "loss_type": "sft_loss"},
         {"custom_loss_path": "a.b", "use_tis": True},

@@ -222,6 +222,17 @@ def rloo(answers: Sequence[Answer]) -> Tensor:
     return total / len(answers)
 
 
+def maxrl(answers: Sequence[Answer]) -> Tensor:
+    """arXiv:2602.02710: the mean over successes, less the mean over all; nothing without one."""
+    total = torch.zeros((), dtype=torch.float64)
+    for group in groups_of(answers):
+        logps = torch.stack([a.logp[a.kept].mean() for a in group])
+        succeeded = rewards_of(group) == 1
+        if succeeded.any():
+            total = total + logps[succeeded].mean() - logps.mean()
+    return total / len(groups_of(answers))
+
+
 def whitened(values: list[Tensor], answers: Sequence[Answer]) -> list[Tensor]:
     over = torch.cat([v[a.kept] for v, a in zip(values, answers, strict=True)])
     return [(v - over.mean()) / over.std() for v in values]
@@ -405,8 +416,19 @@ def test_rloos_gradient_on_policy_is_the_papers() -> None:
         assert_same(mine, gradients(-rloo(answers), answers))
 
 
+def test_maxrls_gradient_on_policy_is_the_papers() -> None:
+    succeed = {1, 8, 9, 11}  # of the three groups one, none and three
+    for seed in range(5):
+        answers = [
+            replace(a, old=a.logp.detach(), reward=float(i in succeed))
+            for i, a in enumerate(answers_of(seed))
+        ]
+        mine = gradients(vime_loss(answers, {"advantage_estimator": "maxrl"}), answers)
+        assert_same(mine, gradients(-maxrl(answers), answers))
+
+
 def test_every_estimator_has_its_paper() -> None:
-    assert set(ESTIMATORS) - set(PAPERS) <= {"rloo", "ppo"}
+    assert set(ESTIMATORS) - set(PAPERS) <= {"rloo", "maxrl", "ppo"}
 
 
 # -- estimates of the KL, against the divergence itself, summed over a whole vocabulary ------------

@@ -45,6 +45,22 @@ def leave_one_out_baseline(rewards_G: Tensor) -> Tensor:
     return centred_baseline(rewards_G) * (size / (size - 1) if size > 1 else 0.0)
 
 
+def mean_scaled_baseline(rewards_G: Tensor) -> Tensor:
+    """(r - mean) / mean in one group (MaxRL, arXiv:2602.02710): the gradient of the log of the pass
+    rate. With 0 for a failure and 1 for a success, the rarer a success the more it counts. A group
+    that earns nothing scores 0.
+
+    Raises ValueError for a reward below 0: the mean would say nothing.
+    """
+    if bool((rewards_G < 0).any()):
+        raise ValueError(
+            f"reward {rewards_G.min():g} is below 0, and --advantage-estimator maxrl divides by a "
+            "group's mean. Give rewards from 0 up, or choose another estimator"
+        )
+    mean = rewards_G.mean()
+    return centred_baseline(rewards_G) / mean if mean > 0 else torch.zeros_like(rewards_G)
+
+
 def no_baseline(rewards_G: Tensor) -> Tensor:
     """The reward itself."""
     return rewards_G
@@ -100,6 +116,7 @@ ESTIMATORS: dict[str, Estimator] = {
     # Dr. GRPO (arXiv:2503.20783); its weights, the same for every token, are the batch's business
     "dr_grpo": Estimator(centred_baseline, centred_baseline),
     "rloo": Estimator(leave_one_out_baseline, leave_one_out_baseline),
+    "maxrl": Estimator(mean_scaled_baseline, mean_scaled_baseline),
     # REINFORCE++ (arXiv:2501.03262), without and with a group baseline
     "reinforce_plus_plus": Estimator(no_baseline, no_baseline, discounted_returns, whiten=True),
     "reinforce_plus_plus_baseline": Estimator(centred_baseline, centred_baseline, whiten=True),

@@ -25,6 +25,7 @@ class AlgorithmConfig(Section):
             "cispo",
             "dr_grpo",
             "rloo",
+            "maxrl",
             "reinforce_plus_plus",
             "reinforce_plus_plus_baseline",
             "ppo",
@@ -272,6 +273,8 @@ class AlgorithmConfig(Section):
             yield f"--tis-veto {self.tis_veto} is part of vime's own --use-tis. Add that, without --custom-tis-function-path, or leave it out."
         if self.advantage_estimator == "dr_grpo" and self.per_token_loss:
             yield "--calculate-per-token-loss divides by the response tokens, and --advantage-estimator dr_grpo by a constant. Drop one of the two."
+        if self.advantage_estimator == "maxrl" and self.overlong_buffer_len is not None:
+            yield f"--overlong-buffer-len {self.overlong_buffer_len} takes rewards below 0, where --advantage-estimator maxrl has no meaning. Drop one of the two."
         if self.loss_type == "custom_loss" and self.custom_loss_path is None:
             yield "--loss-type custom_loss needs a loss. Add --custom-loss-function-path, or choose policy_loss."
         hooks = {

@@ -71,8 +71,11 @@ def test_an_engine_without_room_for_one_sequence(tmp_path):
         "(2.12 GiB). Based on the available memory, the estimated maximum model length is 19824. "
     )
     text = engine_remedy(cfg, log)
-    assert "2.2 GiB more KV cache" in text
-    assert "raise --vllm-gpu-memory-utilization 0.2, or --vllm-max-model-len 19824" in text
+    assert "2.25 GiB more KV cache" in text
+    assert "raise --vllm-gpu-memory-utilization 0.2, or give --vllm-max-model-len 19824" in text
+    cfg, _ = planned(tmp_path, vllm_kv_cache_memory_bytes="2276332666")
+    text = engine_remedy(cfg, log)
+    assert "raise --vllm-kv-cache-memory-bytes 2276332666 -> 4703911936, or give" in text
 
 
 def test_an_engine_whose_log_tells_of_something_else(tmp_path):

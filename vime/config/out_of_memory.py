@@ -103,6 +103,7 @@ ONE_REQUEST = re.compile(
 LONGEST = re.compile(r"estimated maximum model length is (\d+)")
 OUT = ("CUDA out of memory", "OutOfMemoryError")
 SHARE = "--vllm-gpu-memory-utilization"
+CACHE = "--vllm-kv-cache-memory-bytes"
 
 
 def engine_remedy(cfg: Config, log: str) -> str | None:
@@ -117,12 +118,15 @@ def engine_remedy(cfg: Config, log: str) -> str | None:
             f"share of {found[3]}: {SHARE} {found[3]} -> {fits}"
         )
     if found := ONE_REQUEST.search(log):
-        more = float(found[1]) - float(found[2])
-        remedy = (
-            f"one full sequence needs {more:.1f} GiB more KV cache than there is: raise {share}"
-        )
+        needed, there = float(found[1]), float(found[2])
+        size = cfg.engine.vllm_args.get("kv_cache_memory_bytes")  # where given, it alone counts
+        enough = math.ceil((needed + 0.01) * 1024) << 20  # vLLM rounds what is needed to 0.01 GiB
+        flag = share if size is None else f"{CACHE} {size} -> {enough}"
         longest = LONGEST.search(log)
-        return remedy + (f", or --vllm-max-model-len {longest[1]}" if longest else "")
+        return (
+            f"one full sequence needs {needed - there:.2f} GiB more KV cache than there is: raise "
+            f"{flag}" + (f", or give --vllm-max-model-len {longest[1]}" if longest else "")
+        )
     if NO_CACHE in log:
         size = cfg.cluster.gpus_per_engine
         return (

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
-from itertools import groupby
+from itertools import chain, groupby, islice
 from typing import Any
 
 import torch
 
-from vime.algorithms.advantages import mean_scaled_baseline
+from vime.config import AlgorithmConfig
 from vime.data import chat
+from vime.data.rewards import score_samples
 from vime.types import Sample, Status, TrainSequence
 
 ANSWER = re.compile(r"(?:^|\n)Answer: (-?\d+)\s*(?:<\|im_end\|>)?$")
@@ -38,14 +38,16 @@ def compare_tokens(args: Any, samples: list[Sample]) -> tuple[list[float], list[
     Groups are whole here, and no longer on the trainer's ranks: `token_advantages` finds there what
     this leaves in `train_metadata`. What is not read has no loss.
     """
-    tokenizer = chat.load_tokenizer(args.config.model.hf_checkpoint)
+    cfg = args.config
+    tokenizer = chat.load_tokenizer(cfg.model.hf_checkpoint)
     means = []
     for _, members in groupby(samples, key=lambda sample: sample.group_index):
         group = list(members)
         [work] = chat.encode(tokenizer, [group[0].metadata["work"] + tokenizer.eos_token])
         steps = [steps_of(sample, work) for sample in group]
         responses = [tuple(sample.tokens[sample.prompt_length :]) for sample in group]
-        for sample, advantages in zip(group, compare(responses, steps), strict=True):
+        compared = compare(responses, steps, cfg.algorithm)
+        for sample, advantages in zip(group, compared, strict=True):
             unread = sample.response_length - len(advantages)
             sample.loss_mask = [1] * len(advantages) + [0] * unread
             sample.train_metadata = {"advantages": advantages + [0.0] * unread}
@@ -62,19 +64,14 @@ def steps_of(sample: Sample, work: list[int]) -> list[int]:
     return [1] * num_right + [0]
 
 
-def compare(responses: list[tuple[int, ...]], steps: list[list[int]]) -> list[list[float]]:
-    """The advantage of every step, among all that `responses` took from the same place: MaxRL's, in
-    which a rare right step counts more."""
-    places = defaultdict(list)  # tokens so far -> (response, position) of the steps from there
-    for i, (response, read) in enumerate(zip(responses, steps, strict=True)):
-        for t in range(len(read)):
-            places[response[:t]].append((i, t))
-    advantages = [[0.0] * len(read) for read in steps]
-    for taken in places.values():
-        scores = mean_scaled_baseline(torch.tensor([float(steps[i][t]) for i, t in taken]))
-        for (i, t), score in zip(taken, scores.tolist(), strict=True):
-            advantages[i][t] = score
-    return advantages
+def compare(
+    responses: list[tuple[int, ...]], steps: list[list[int]], cfg: AlgorithmConfig
+) -> list[list[float]]:
+    """The advantage of every step, by --advantage-estimator, among all that `responses` took from
+    the same place."""
+    places = [r[:t] for r, read in zip(responses, steps, strict=True) for t in range(len(read))]
+    scores = iter(score_samples(list(chain.from_iterable(steps)), places, cfg))
+    return [list(islice(scores, len(read))) for read in steps]
 
 
 def token_advantages(

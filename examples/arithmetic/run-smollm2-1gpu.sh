@@ -71,7 +71,8 @@ PERF_ARGS=(
 )
 
 GRPO_ARGS=(
-   --advantage-estimator grpo
+   # a right token counts the more the rarer it is (MaxRL, arXiv:2602.02710)
+   --advantage-estimator maxrl
    # every token up to a sample's first mistake is judged, among those with the same beginning
    --custom-reward-post-process-path examples.arithmetic.reward.compare_tokens
    --custom-advantage-function-path examples.arithmetic.reward.token_advantages

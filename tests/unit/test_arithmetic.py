@@ -120,7 +120,8 @@ def trained_on(hf, *groups):
 
     `hf` has a token a character; <|im_end|> is one.
     """
-    cfg = make_config(hf, batch={"prompts": len(groups)}, algorithm={"per_token_loss": True})
+    algorithm = {"advantage_estimator": "maxrl", "per_token_loss": True}
+    cfg = make_config(hf, batch={"prompts": len(groups)}, algorithm=algorithm)
     args = ArgsView(cfg)
     samples = [
         [

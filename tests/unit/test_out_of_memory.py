@@ -76,6 +76,8 @@ def test_an_engine_without_room_for_one_sequence(tmp_path):
     cfg, _ = planned(tmp_path, vllm_kv_cache_memory_bytes="2276332666")
     text = engine_remedy(cfg, log)
     assert "raise --vllm-kv-cache-memory-bytes 2276332666 -> 4703911936, or give" in text
+    text = engine_remedy(cfg, "OutOfMemoryError")
+    assert "lower --vllm-kv-cache-memory-bytes 2276332666, --vllm-max-num-seqs or" in text
 
 
 def test_an_engine_whose_log_tells_of_something_else(tmp_path):

@@ -108,7 +108,10 @@ CACHE = "--vllm-kv-cache-memory-bytes"
 
 def engine_remedy(cfg: Config, log: str) -> str | None:
     """What to change where an engine's log tells of memory; None where it does not."""
-    share = f"{SHARE} {cfg.engine.vllm_args.get('gpu_memory_utilization', '(the default)')}"
+    given = cfg.engine.vllm_args
+    size = given.get("kv_cache_memory_bytes")  # where given, it counts and the share does not
+    share = f"{SHARE} {given.get('gpu_memory_utilization', '(the default)')}"
+    sized_by = share if size is None else f"{CACHE} {size}"
     if found := FREE_IS_LESS.search(log):
         free, total = float(found[1]), float(found[2])
         fits = math.floor(98 * free / total) / 100
@@ -119,23 +122,24 @@ def engine_remedy(cfg: Config, log: str) -> str | None:
         )
     if found := ONE_REQUEST.search(log):
         needed, there = float(found[1]), float(found[2])
-        size = cfg.engine.vllm_args.get("kv_cache_memory_bytes")  # where given, it alone counts
         enough = math.ceil((needed + 0.01) * 1024) << 20  # vLLM rounds what is needed to 0.01 GiB
-        flag = share if size is None else f"{CACHE} {size} -> {enough}"
-        longest = LONGEST.search(log)
-        return (
+        remedy = (
             f"one full sequence needs {needed - there:.2f} GiB more KV cache than there is: raise "
-            f"{flag}" + (f", or give --vllm-max-model-len {longest[1]}" if longest else "")
+            f"{sized_by}"
         )
+        if size is not None:
+            remedy += f" -> {enough}"
+        longest = LONGEST.search(log)
+        return remedy + (f", or give --vllm-max-model-len {longest[1]}" if longest else "")
     if NO_CACHE in log:
-        size = cfg.cluster.gpus_per_engine
+        gpus = cfg.cluster.gpus_per_engine
         return (
             f"the weights leave no room for a KV cache: raise {share}, or "
-            f"--rollout-num-gpus-per-engine {size} -> {2 * size}"
+            f"--rollout-num-gpus-per-engine {gpus} -> {2 * gpus}"
         )
     if any(word in log for word in OUT):
         return (
-            f"GPU memory ran out while the engine started: lower {share}, --vllm-max-num-seqs or "
-            "--vllm-max-num-batched-tokens"
+            f"GPU memory ran out while the engine started: lower {sized_by}, --vllm-max-num-seqs "
+            "or --vllm-max-num-batched-tokens"
         )
     return None

@@ -81,7 +81,7 @@ CASES = {
     "1.7b-selective": Case("1.7b", 8192, 2048, SELECTIVE),
     "0.6b-ppo": Case("0.6b", 16384, 1024, "--advantage-estimator ppo"),
     "0.6b-block": Case("0.6b", 16384, 4096, BLOCK),
-    "4b-full": Case("4b", 9216, 4608, FULL),  # 64 GiB of state: an H200
+    "4b-full": Case("4b", 9216, 4608, FULL),  # 67 GiB of state
     "tiny": Case("tiny", 256, 64),
 }
 DEFAULT = ("0.6b-none", "0.6b-full", "1.7b-selective")

@@ -166,10 +166,23 @@ def test_an_early_stage_holds_more_micro_batches(tmp_path):
     assert four["activations"] == pytest.approx(one["activations"])  # a quarter of it, four times
 
 
-def test_a_small_micro_batch_leaves_the_peak_to_the_optimizer(tmp_path):
-    found = bytes_of(tmp_path, tokens=256)
+@pytest.mark.parametrize(
+    ("given", "per_parameter"),
+    [
+        ({"no_accumulate_allreduce_grads_in_fp32": None}, 4),
+        ({"optimizer": "sgd", "weight_decay": "0.1"}, 4),
+        ({"optimizer": "sgd", "no_accumulate_allreduce_grads_in_fp32": None}, 8),
+    ],
+)
+def test_copies_of_gradients_can_be_the_peak(given, per_parameter, tmp_path):
+    found = bytes_of(tmp_path, tokens=256, **given)
     assert found["phase"] == "the optimizer's step"
-    assert found["temporary"] == pytest.approx(found["optimizer"] / 3)
+    assert found["temporary"] == per_parameter * found["weights"] / 2
+
+
+def test_a_fused_adam_needs_nothing_on_top(tmp_path):
+    cfg, shape = planned(tmp_path, tokens=256)
+    assert trainer_memory(cfg, shape, 2).phases["the optimizer's step"] == []
 
 
 def test_the_most_tokens_that_fit_do_fit(tmp_path):

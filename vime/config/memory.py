@@ -214,11 +214,15 @@ class _Stage:
             yield Part("output matrix", size, "its gradient: V x h / t x b")
 
     def _step(self) -> Iterator[Part]:
-        """AdamW over lists of tensors makes one float32 list; bfloat16 gradients are widened."""
-        size, counted = 4, "4 for a square root"
-        if self.b < 4 and not self.cfg.optimizer.accumulate_fp32:
-            size, counted = size + 4, counted + " + 4 for float32 gradients"
-        yield Part("temporary", size * self.optimized, f"P x ({counted})")
+        """Adam is one kernel over what is there; SGD adds the decay into a list of its own."""
+        optimizer, needs = self.cfg.optimizer, []
+        if self.b < 4 and not optimizer.accumulate_fp32:
+            needs.append("4 for float32 gradients")
+        if optimizer.optimizer == "sgd" and optimizer.weight_decay:
+            needs.append("4 for gradients with decay")
+        if needs:
+            size = 4 * len(needs) * self.optimized
+            yield Part("temporary", size, f"P x ({' + '.join(needs)})")
 
 
 def largest_tokens(cfg: Config, shape: Shape, num_bytes: int, room: float) -> int:

@@ -27,6 +27,10 @@ def test_actor_and_critic_leave_the_gpu_train_on_and_resume(sharded: bool, tmp_p
     assert losses[-1] < 0.9 * losses[0]
     assert found["away"] == found["home"]
     assert found["resumed"] == (True, True)
+    used, rest = found["used"], "perf/memory_beside_engines_gib"
+    assert rest not in found["used_before"]
+    assert 0 < used["perf/max_memory_allocated_gib"] <= used["perf/max_memory_reserved_gib"]
+    assert used[rest] < used["perf/max_memory_reserved_gib"]
 
 
 def train(rank: int, world: int, port: int, folder: Path, sharded: bool) -> dict[str, Any]:
@@ -55,7 +59,8 @@ def train(rank: int, world: int, port: int, folder: Path, sharded: bool) -> dict
         columns = RolloutColumns(batch, cfg, trainer.device)
         return trainer.critic.values(columns, list(batch.steps)).tolist()
 
-    losses = [trainer.train(batch)["train/value_loss"] for _ in range(5)]
+    figures = [trainer.train(batch) for _ in range(5)]
+    losses, used_before = [f["train/value_loss"] for f in figures], figures[0]
     away = values()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -65,7 +70,8 @@ def train(rank: int, world: int, port: int, folder: Path, sharded: bool) -> dict
     held = trainer.away.num_bytes
     trainer.onload()
     home = values()
-    losses.append(trainer.train(batch)["train/value_loss"])
+    used = trainer.train(batch)
+    losses.append(used["train/value_loss"])
     trainer.save(0)
     saved = values()
     straight = trainer.train(batch)["train/critic_grad_norm"]
@@ -81,6 +87,8 @@ def train(rank: int, world: int, port: int, folder: Path, sharded: bool) -> dict
         "held": held,
         "resumed": resumed,
         "freed": freed,
+        "used": used,
+        "used_before": used_before,
         "head": critic.output_layer.weight.dtype,
         "trunk": critic.embedding.word_embeddings.weight.dtype,
     }

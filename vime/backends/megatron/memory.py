@@ -1,4 +1,4 @@
-"""GPU memory that ran out, turned into flags that help."""
+"""GPU memory of a trainer: what it took, and, where it ran out, the flags that help."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 
 from vime import platform
 from vime.config import Config
@@ -31,3 +32,33 @@ def memory_remedy(cfg: Config, longest: int = 0) -> Iterator[None]:
         on_one_gpu = -(-longest // cfg.parallel.cp)
         remedy = trainer_remedy(cfg, num_bytes, longest=on_one_gpu, limit=limit)
         raise ConfigError(f"{remedy}\n(torch: {error})") from error
+
+
+class MemoryUse:
+    """What torch took of a GPU, as metrics in GiB: the most of any rank. None without a GPU."""
+
+    def __init__(self) -> None:
+        self.beside_engines: int | None = None
+
+    def starts(self) -> None:
+        """A rollout's training begins: what came before is no part of its peak."""
+        if platform.current().is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    def left(self) -> None:
+        """The trainer has made room: what it keeps now is not the engines'."""
+        self.beside_engines = torch.cuda.memory_reserved()
+
+    def metrics(self) -> dict[str, float]:
+        """A collective."""
+        if not platform.current().is_cuda:
+            return {}
+        most = {
+            "perf/max_memory_allocated_gib": torch.cuda.max_memory_allocated(),
+            "perf/max_memory_reserved_gib": torch.cuda.max_memory_reserved(),
+        }
+        if self.beside_engines is not None:
+            most["perf/memory_beside_engines_gib"] = self.beside_engines
+        figures = torch.tensor(list(most.values()), dtype=torch.float64, device="cuda")
+        dist.all_reduce(figures, dist.ReduceOp.MAX)
+        return dict(zip(most, (figures / 2**30).tolist(), strict=True))

@@ -14,7 +14,7 @@ from torch import Tensor
 from vime import platform
 from vime.algorithms.hooks import TrainingHooks
 from vime.backends.megatron.async_save import BackgroundSaves
-from vime.backends.megatron.memory import memory_remedy
+from vime.backends.megatron.memory import MemoryUse, memory_remedy
 from vime.backends.megatron.offload import (
     Offload,
     gradients_of,
@@ -66,6 +66,7 @@ class MegatronTrainer:
         self.shape = shape_of(cfg)
         self.sender: Any = None
         self.away = Offload()
+        self.memory = MemoryUse()
         self.saves: BackgroundSaves | None = None
 
         files, asked = cfg.checkpoint, cfg.batch.start_rollout_id
@@ -85,8 +86,9 @@ class MegatronTrainer:
         when GPU memory runs out, with the flags that help.
         """
         longest = max(s.length for s in batch.sequences)
+        self.memory.starts()
         with memory_remedy(self.cfg, longest):
-            return self._train(batch)
+            return self._train(batch) | self.memory.metrics()
 
     def _train(self, batch: TrainBatch) -> dict[str, float]:
         from vime.backends.megatron.actor import forward_plans, where_in
@@ -162,10 +164,12 @@ class MegatronTrainer:
             stay = {w.untyped_storage()._cdata for w in weights_of(self.actor.chunks)}
             leaving = [t for t in leaving if t.untyped_storage()._cdata not in stay]
         self.away.leave(leaving, dropped=dropped)
+        self.memory.left()
 
     def free_cache(self) -> None:
         """Makes room without moving state: gives back what torch keeps for later allocations."""
         torch.cuda.empty_cache()
+        self.memory.left()
 
     def onload(self) -> None:
         """Takes the GPU back, up to --train-memory-margin-bytes."""

@@ -3,6 +3,7 @@
     python benchmarks/founding_recipe.py                        10 steps of each of the three modes
     python benchmarks/founding_recipe.py async --steps 5 --response 2048
     python benchmarks/founding_recipe.py --gpus 4               decoupled: 2 train, 2 generate
+    python benchmarks/founding_recipe.py colocated --gpus 1     without tensor parallelism
 
 The recipe's own flags, less checkpoints and evaluation, on a model with random weights in
 Qwen3-4B shapes, whose answers have log-normal lengths (`gpu_assets.length_of`: mean 1,024 tokens)
@@ -25,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu_assets import PROMPT_DIGITS, length_of, write_model, write_prompts  # noqa: E402
+from benchmarks.gpu_assets import PROMPT_TOKENS, length_of, write_model, write_prompts  # noqa: E402
 from benchmarks.gpu_step import MISMATCH, PHASES, WARM_UP, device, summarize  # noqa: E402
 from benchmarks.scaling_model import QWEN3_4B, SAMPLES  # noqa: E402
 from vime.observe import read_metrics  # noqa: E402
@@ -34,7 +35,6 @@ SCRIPT = ROOT / "scripts/run-qwen3-4B.sh"
 RESULTS = ROOT / "benchmarks/results"
 MODES = ("colocated", "decoupled", "async")
 TRAIN_GPUS = 2
-PROMPT = PROMPT_DIGITS + 6  # tokens, with the chat template's
 LEFT_OUT = ("--save", "--load", "--eval-", "--n-samples-per-eval-prompt", "--rm-type")
 PACKAGES = ("torch", "vllm", "megatron-core", "ray")
 
@@ -42,7 +42,7 @@ PACKAGES = ("torch", "vllm", "megatron-core", "ray")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("modes", nargs="*", metavar="MODE", help=f"of {', '.join(MODES)}")
-    parser.add_argument("--gpus", type=int, default=8, choices=(2, 4, 8))
+    parser.add_argument("--gpus", type=int, default=8, choices=(1, 2, 4, 8))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--response", type=int, default=8192)
     parser.add_argument("--work-dir", type=Path, default=Path("/tmp/vime-founding-recipe"))
@@ -50,7 +50,7 @@ def main() -> int:
     args = parser.parse_args()
     if unknown := set(args.modes) - set(MODES):
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(MODES)}")
-    if args.gpus == TRAIN_GPUS and args.modes != ["colocated"]:
+    if args.gpus <= TRAIN_GPUS and args.modes != ["colocated"]:
         parser.error(f"--gpus {args.gpus} leaves no GPU to generate on: give it colocated alone")
     prompts = write_prompts(args.work_dir / "prompts.jsonl")
     model = args.work_dir / "qwen3-4B"
@@ -98,6 +98,8 @@ def command_of(
     changed = ["--num-rollout", str(args.steps), "--rollout-max-response-len", str(args.response)]
     changed += ["--custom-generate-function-path", "benchmarks.gpu_assets.long_tail"]
     changed += ["--rm-type", "random", "--run-dir", str(run_dir), "--progress", "plain"]
+    if args.gpus == 1:
+        changed += ["--tensor-model-parallel-size", "1", "--rollout-num-gpus-per-engine", "1"]
     return [sys.executable, entry, *without(words, LEFT_OUT), *changed]
 
 
@@ -117,7 +119,7 @@ def row_of(mode: str, args: argparse.Namespace, run_dir: Path) -> dict[str, Any]
     figures = summarize(records, overlapping=mode == "async")
     lengths = [length_of(i, args.response) for i in range(args.steps * SAMPLES)]
     mean = sum(lengths) / len(lengths)
-    trained = SAMPLES * (mean + PROMPT)
+    trained = SAMPLES * (mean + PROMPT_TOKENS)
     step, train = figures["step"]["value"], figures["train"]["value"]
     trainers = args.gpus if mode == "colocated" else TRAIN_GPUS
     return {
@@ -142,7 +144,7 @@ def train_share(lengths: list[int], tok_per_s: float) -> float | None:
     path = RESULTS / "train_mfu_4b.json"
     if not path.exists():
         return None
-    whole = [length + PROMPT for length in lengths]
+    whole = [length + PROMPT_TOKENS for length in lengths]
     flops = QWEN3_4B.training_flops(whole) / sum(whole)  # of a token
     rate = json.loads(path.read_text())["peer"]["value"] * 1e12
     return round(flops * tok_per_s / rate, 4)

@@ -23,7 +23,8 @@ SHAPES = {  # hidden size, layers, query heads, MLP width; all have 8 key/value 
     "4B": (2560, 36, 32, 9728),
 }
 NUM_PROMPTS = 512
-PROMPT_DIGITS = 144  # one token each; with the chat template about 150
+PROMPT_DIGITS = 144  # one token each
+PROMPT_TOKENS = PROMPT_DIGITS + 6  # with the chat template's
 LONG_TAIL_MEAN, LONG_TAIL_SIGMA = 1024, 1.0  # of a log-normal distribution, before it is cut
 
 

@@ -1,20 +1,19 @@
 """A GRPO step of the founding recipe on 1 to 8 GPUs, reckoned from figures of one and two.
 
-    python benchmarks/scaling_model.py                     Qwen3-4B, 256 samples, mean 1,000 tokens
-    python benchmarks/scaling_model.py --mean 4096 --longest 8192
+    python benchmarks/scaling_model.py                     with the lengths of founding_recipe.py
+    python benchmarks/scaling_model.py --mean 4096 --no-reference
 
 Reads what other benchmarks left in benchmarks/results (train_mfu_4b, weight_update_colocated_4b_s,
 weight_update_nccl_4b_s, sleep_wake_4b_s, rollout_http_ratio_4b); where a file is missing, the value
-below stands in and the table says so. docs/performance.md explains the formulas. Beside a layout
-that benchmarks/founding_recipe.py has run stands what it measured (with its own lengths:
-log-normal, mean 1,000, up to 8,192). Writes benchmarks/results/scaling_model.json.
+below stands in and the table says so. docs/performance.md explains the formulas. Below a layout
+that benchmarks/founding_recipe.py has run stands what it measured. Writes
+benchmarks/results/scaling_model.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.gpu_assets import PROMPT_TOKENS  # noqa: E402
 from vime.config.shape import Shape  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
-SAMPLES, PROMPT = 256, 256
+SAMPLES = 256
+MEAN, LONGEST = 958, 8192  # of the responses of ten steps of founding_recipe.py
 QWEN3_4B = Shape.of(
     {
         "model_type": "qwen3",
@@ -110,18 +111,20 @@ LAYOUTS = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mean", type=int, default=1000, help="tokens of a response, on average")
-    parser.add_argument("--longest", type=int, default=8192, help="of the longest response")
-    parser.add_argument("--recompute", action="store_true", help="full: a forward pass more")
-    parser.add_argument("--reference", action="store_true", help="a pass of the reference model")
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--mean", type=int, default=MEAN, help="tokens of a response, on average")
+    parser.add_argument("--longest", type=int, default=LONGEST, help="of the longest response")
+    parser.add_argument("--recompute", action=switch, default=True, help="a forward pass more")
+    parser.add_argument("--reference", action=switch, default=True, help="a pass of that model")
     parser.add_argument("--output", type=Path, default=RESULTS / "scaling_model.json")
     args = parser.parse_args()
     known = figures(RESULTS)
     print("from")
     for name, k in known.items():
         print(f"  {name:<14}{k.value:>14,.4g}  {k.source}")
-    rows = {lay.name: step(lay, known, args) | measured(lay, RESULTS) for lay in LAYOUTS}
-    show(rows)
+    rows = {layout.name: step(layout, known, args) for layout in LAYOUTS}
+    runs = {layout.name: measured(layout, known, RESULTS) for layout in LAYOUTS}
+    show(rows, runs)
     record = {
         "name": "scaling_model",
         "value": round(
@@ -133,10 +136,8 @@ def main() -> int:
         "versions": {},
         "spread": None,
         "inputs": {name: {"value": k.value, "source": k.source} for name, k in known.items()},
-        "rows": {
-            name: {k: round(v, 4) for k, v in row.items() if not math.isnan(v)}
-            for name, row in rows.items()
-        },
+        "reckoned": {name: rounded(row) for name, row in rows.items()},
+        "measured": {name: rounded(run) for name, run in runs.items() if run},
     }
     args.output.write_text(json.dumps(record, indent=2) + "\n")
     print(f"written to {args.output}")
@@ -162,12 +163,10 @@ def step(layout: Layout, known: dict[str, Known], args: argparse.Namespace) -> d
     """Seconds of one step by phase, and what follows from them."""
     k = {name: figure.value for name, figure in known.items()}
     shape, tp, dp = QWEN3_4B, layout.tp, layout.dp
-    sampled, trained = SAMPLES * args.mean, SAMPLES * (args.mean + PROMPT)
+    sampled, trained = SAMPLES * args.mean, SAMPLES * (args.mean + PROMPT_TOKENS)
     weights = 2.0 * shape.parameters  # bytes, bfloat16
 
-    keeps = 1.0 if layout.engine_gpus == 1 else k["tp_engine"]
-    rate = layout.engines * layout.engine_gpus * keeps * k["rollout_tok_s"]
-    sampling = sampled / rate
+    sampling = sampled / sampling_rate(layout, known)
     rollout = max(sampling, args.longest * k["token_s"])
 
     passes = 4 / 3 if args.recompute else 1.0
@@ -186,31 +185,52 @@ def step(layout: Layout, known: dict[str, Known], args: argparse.Namespace) -> d
         update, turns = k["nccl_s"] + weights * (tp - 1) / tp / k["nvlink_B_s"], 0.0
     busy = train + reference
     whole = update + (max(rollout, busy) if layout.overlapped else rollout + busy + turns)
-    trainers, engines = tp * dp, layout.engines * layout.engine_gpus
-    used = busy * trainers + sampling * engines
     return {
         "rollout": rollout,
         "reference": reference,
         "train": train,
-        "of it TP": tensor,
-        "of it DP": data,
         "update": update,
         "sleep, offload": turns,
         "step": whole,
         "tokens/s/GPU": trained / whole / layout.gpus,
-        "idle share": max(0.0, 1 - used / (whole * layout.gpus)),
+        "idle share": idle(layout, busy, sampling, whole),
     }
 
 
-def measured(layout: Layout, folder: Path) -> dict[str, float]:
-    """{"measured step": s, "measured tokens/s/GPU": ...}, NaN where this layout has not run."""
+def idle(layout: Layout, training: float, sampling: float, whole: float) -> float:
+    """Share of the GPUs' time without work. Engines that wait for the longest response count.
+
+    sampling  seconds that all responses would take the engines at their full rate
+    """
+    engines = layout.engines * layout.engine_gpus
+    used = training * layout.tp * layout.dp + sampling * engines
+    return max(0.0, 1 - used / (whole * layout.gpus))
+
+
+def measured(layout: Layout, known: dict[str, Known], folder: Path) -> dict[str, float]:
+    """As `step`, from the layout's run of founding_recipe.py; {} where there is none."""
     path = folder / f"founding_recipe_{layout.mode}_{layout.gpus}_gpus.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
-    missing = float("nan")
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text())
+    took = {name: figure["value"] for name, figure in record["phases"].items()}
+    sampling = SAMPLES * record["mean_response"] / sampling_rate(layout, known)
     return {
-        "measured step": record.get("value", missing),
-        "measured tokens/s/GPU": record.get("tokens_per_s_per_gpu", missing),
+        "rollout": took["rollout"],
+        "reference": took["log_probs"],
+        "train": took["train"],
+        "update": took["weight_update"],
+        "sleep, offload": took["sleep_wake"] + took["offload_onload"],
+        "step": took["step"],
+        "tokens/s/GPU": record["tokens_per_s_per_gpu"],
+        "idle share": idle(layout, took["log_probs"] + took["train"], sampling, took["step"]),
     }
+
+
+def sampling_rate(layout: Layout, known: dict[str, Known]) -> float:
+    """Tokens/s of all engines, busy."""
+    keeps = 1.0 if layout.engine_gpus == 1 else known["tp_engine"].value
+    return layout.engines * layout.engine_gpus * keeps * known["rollout_tok_s"].value
 
 
 def tp_bytes(shape: Shape, tp: int, tokens: float, recompute: bool) -> float:
@@ -228,20 +248,24 @@ def dp_bytes(shape: Shape, tp: int, dp: int) -> float:
     return (4 + 2) * shape.parameters / tp * (dp - 1) / dp
 
 
-def show(rows: dict[str, dict[str, float]]) -> None:
+def show(rows: dict[str, dict[str, float]], runs: dict[str, dict[str, float]]) -> None:
     names = list(next(iter(rows.values())))
-    print("\n| GPUs | " + " | ".join(names) + " |\n|---" * 1 + "|---" * len(names) + "|")
+    print("\n| GPUs | | " + " | ".join(names) + " |\n|---|---" + "|---" * len(names) + "|")
     for layout, row in rows.items():
-        cells = [as_cell(name, value) for name, value in row.items()]
-        print(f"| {layout} | " + " | ".join(cells) + " |")
+        for name, how, figures in ((layout, "reckoned", row), ("", "measured", runs[layout])):
+            if figures:
+                cells = [as_cell(*figure) for figure in figures.items()]
+                print(f"| {name} | {how} | " + " | ".join(cells) + " |")
 
 
 def as_cell(name: str, value: float) -> str:
-    if math.isnan(value):
-        return ""
     if name.endswith("share"):
         return f"{value:.0%}"
     return f"{value:,.0f}" if name.endswith("tokens/s/GPU") else f"{value:.2f}"
+
+
+def rounded(row: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in row.items()}
 
 
 if __name__ == "__main__":

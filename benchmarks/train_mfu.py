@@ -1,17 +1,19 @@
-"""Training speed on one GPU: model FLOPs over what the GPU's own matrix product reaches.
+"""Training speed of a GPU: model FLOPs over what the GPU's own matrix product reaches.
 
     make bench-train-mfu      a table; writes benchmarks/results/train_mfu_4b.json and _0_6b.json
     PROFILE=1 make bench-train-mfu      and the 15 kernels that take most time of each case
+    python benchmarks/train_mfu.py --only 4b-tp2 4b-tp2-plain      on two GPUs
 
 Random weights in the shapes of Qwen3-4B (packs of 16,384 tokens in sequences of 8,192, forward and
 backward) and of Qwen3-0.6B (sequences of 1,024, with the optimizer's step), in bfloat16 with
 gradients summed in float32 where they fit. Model, micro-batch, policy loss, schedule and optimizer
-are the trainer's own.
+are the trainer's own. "4b-tp2" is what scripts/run-qwen3-4B.sh asks of two GPUs: tensor and
+sequence parallelism, full recomputation, packs of up to 9,216 tokens, here of log-normal lengths.
 
 Model FLOPs of a token: 6 N + 6 L H D S. N counts every parameter once, the output layer being the
 embedding's transpose; the second term is causal attention (2 products of H x D channels with S / 2
 positions on average, 3 times: forward, and two gradients). What is computed again does not count.
-The peer is an 8192 x 8192 x 8192 bfloat16 product of the same process. Each case runs in a process
+The peer is an 8192 x 8192 x 8192 bfloat16 product of the same process. Each case runs in processes
 of its own; times are CUDA events, the median of several steps.
 """
 
@@ -20,12 +22,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,8 +40,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.gpu_assets import PROMPT_TOKENS, length_of  # noqa: E402
+from vime.config.shape import Shape  # noqa: E402
+
 RESULTS = ROOT / "benchmarks/results"
-TOKENS = 16_384
 STEPS, WARM_UP = 7, 2
 CHILD_LIMIT_S = 150
 QWEN3 = {
@@ -62,7 +69,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 3072,
     },
 }
-SEQUENCE = {"4b": 8192, "0.6b": 1024}
 LIMIT = {"4b": {"NVIDIA H200": 0.60, "NVIDIA H100": 0.50}, "0.6b": {"": 0.35}}  # the targets
 SAVING = {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp_act"]}
 FULL = {
@@ -72,33 +78,66 @@ FULL = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Case:
+    """packs: the lengths of the sequences of each micro-batch of a step."""
+
+    shape: str
+    packs: tuple[tuple[int, ...], ...]
+    tp: int = 1
+    plain: bool = False
+
+    @property
+    def lengths(self) -> list[int]:
+        return [length for pack in self.packs for length in pack]
+
+
+@cache
+def cases() -> dict[str, Case]:
+    long, short, mixed = ((8192,) * 2,), ((1024,) * 16,), recipe_packs(samples=64)
+    found = {"4b": Case("4b", long), "0.6b": Case("0.6b", short), "4b-tp2": Case("4b", mixed, tp=2)}
+    plain = {f"{name}-plain": Case(c.shape, c.packs, c.tp, plain=True) for name, c in found.items()}
+    return found | plain
+
+
+def recipe_packs(samples: int) -> tuple[tuple[int, ...], ...]:
+    """Packs of the lengths that benchmarks/founding_recipe.py generates."""
+    from vime.data.packing import PackingRules, plan_step
+
+    lengths = [length_of(i, 8192) + PROMPT_TOKENS for i in range(samples)]
+    plan = plan_step(range(samples), lengths, PackingRules(max_tokens=9216))
+    return tuple(tuple(lengths[i] for i in pack) for pack in plan.micro_batches[0])
+
+
 def main() -> int:
+    named = " ".join(cases())
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", help="run one case here and print its JSON")
-    parser.add_argument("--only", nargs="+", help="of: 4b 4b-plain 0.6b 0.6b-plain", default=None)
+    parser.add_argument("--only", nargs="+", choices=cases(), metavar="CASE", help=f"of: {named}")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("train_mfu needs a CUDA GPU; there is none here", file=sys.stderr)
         return 2
     if args.case:
-        print("RESULT " + json.dumps(measure(args.case)), flush=True)
+        figures = measure(cases()[args.case], int(os.environ.get("RANK", 0)))
+        if figures:
+            print("RESULT " + json.dumps(figures), flush=True)
         return 0
-    found = {name: child(name) for name in args.only or cases()}
-    for shape in SHAPES:
-        if "mfu" in found.get(shape, {}):
-            write(shape, found[shape], found.get(f"{shape}-plain"))
+    alone = [name for name, case in cases().items() if case.tp == 1]
+    found = {name: child(name) for name in args.only or alone}
+    for name, case in cases().items():
+        if not case.plain and "mfu" in found.get(name, {}):
+            write(name, found[name], found.get(f"{name}-plain"))
     show(found)
     return 0 if all("mfu" in f for f in found.values()) else 1
 
 
-def cases() -> list[str]:
-    return ["4b", "0.6b", "4b-plain", "0.6b-plain"]
-
-
 def child(name: str) -> dict[str, Any]:
-    """The case in a process of its own: its figures, or {"error": ...}."""
-    plain = {"VIME_KERNELS": "plain"} if name.endswith("-plain") else {}
-    command = [sys.executable, __file__, "--case", name]
+    """The case in processes of its own: its figures, or {"error": ...}."""
+    case = cases()[name]
+    plain = {"VIME_KERNELS": "plain"} if case.plain else {}
+    ranks = f"-m torch.distributed.run --standalone --nproc-per-node={case.tp}".split()
+    command = [sys.executable, *(ranks if case.tp > 1 else ()), __file__, "--case", name]
     began = time.monotonic()
     try:
         done = subprocess.run(
@@ -122,11 +161,12 @@ def child(name: str) -> dict[str, Any]:
 # -- one case --------------------------------------------------------------------------------------
 
 
-def measure(name: str) -> dict[str, Any]:
-    shape, plain = name.removesuffix("-plain"), name.endswith("-plain")
+def measure(case: Case, rank: int) -> dict[str, Any]:
+    """The figures; {} on ranks other than 0."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Pass(config_of(shape, plain, Path(folder)), with_optimizer=shape == "0.6b")
-    batches, table = trainer.inputs(SEQUENCE[shape])
+        cfg = config_of(case, Path(folder))
+        trainer = Pass(cfg, rank, case.tp, with_optimizer=case.shape == "0.6b")
+    batches, table = trainer.inputs(case.packs)
     rate = matrix_rate()
 
     def step() -> None:
@@ -134,61 +174,67 @@ def measure(name: str) -> dict[str, Any]:
 
     times_ms = timed(step, STEPS, WARM_UP)
     if os.environ.get("PROFILE"):
-        profile(step)
+        profile(step, shown=rank == 0)
+    host_ms = host_time_ms(step)
+    if rank:
+        return {}
     middle = statistics.median(times_ms)
-    flops = model_flops(shape, trainer.num_parameters)
+    flops = Shape.of(described(case.shape)).training_flops(case.lengths) / case.tp
     return {
         "mfu": flops / (middle / 1000) / rate,
         "spread": [flops / (t / 1000) / rate for t in (max(times_ms), min(times_ms))],
         "ms": middle,
-        "tok_per_s": TOKENS / middle * 1000,
+        "tok_per_s": sum(case.lengths) / case.tp / middle * 1000,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "matrix_tflops": rate / 1e12,
         "device": torch.cuda.get_device_name(),
+        "gpus": case.tp,
         "kernels": trainer.kernels,
         "recompute": trainer.recompute,
         "loss": trainer.loss,
-        "host_ms": host_time_ms(step),
+        "host_ms": host_ms,
     }
 
 
-def model_flops(shape: str, num_parameters: int) -> float:
-    s = SHAPES[shape]
-    channels = s["num_attention_heads"] * QWEN3["head_dim"]
-    attention = 6 * s["num_hidden_layers"] * channels * SEQUENCE[shape]
-    return (6 * num_parameters + attention) * TOKENS
+def described(shape: str) -> dict[str, Any]:
+    common = {"model_type": "qwen3", "dtype": "bfloat16", "hidden_act": "silu"}
+    return QWEN3 | SHAPES[shape] | common | {"architectures": ["Qwen3ForCausalLM"]}
 
 
-def config_of(shape: str, plain: bool, folder: Path) -> Any:
+def config_of(case: Case, folder: Path) -> Any:
     """The trainer's configuration. A GPU of 80 GB has to save memory on 4B."""
     from dataclasses import fields
     from typing import get_type_hints
 
     from vime.config import Config
 
-    described = QWEN3 | SHAPES[shape] | {"model_type": "qwen3", "dtype": "bfloat16"}
-    described |= {"architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu"}
-    (folder / "config.json").write_text(json.dumps(described))
+    (folder / "config.json").write_text(json.dumps(described(case.shape)))
     small = torch.cuda.get_device_properties(0).total_memory < 100 * 2**30
-    saving = (FULL if plain else SAVING) if shape == "4b" and small else {}
+    alone = case.shape == "4b" and case.tp == 1 and small
+    parallel = (FULL if case.plain else SAVING) if alone else {}
+    if case.tp > 1:
+        parallel = FULL | {"tp": case.tp, "sequence_parallel": True}
     sections: dict[str, dict[str, Any]] = {
         "model": {"hf_checkpoint": str(folder)},
         "batch": {"prompts": 2},
-        "cluster": {"actor_gpus_per_node": 1},
-        "parallel": saving,
-        "optimizer": {"accumulate_fp32": not (shape == "4b" and small)},
+        "cluster": {"actor_gpus_per_node": case.tp},
+        "parallel": parallel,
+        "optimizer": {"accumulate_fp32": not alone},
     }
     types = get_type_hints(Config)
     return Config(**{f.name: types[f.name](**sections.get(f.name, {})) for f in fields(Config)})
 
 
 class Pass:
-    """The trainer's model, loss and optimizer with random weights."""
+    """The trainer's model, loss and optimizer with random weights, one GPU a rank."""
 
-    def __init__(self, cfg: Any, *, with_optimizer: bool) -> None:
+    def __init__(self, cfg: Any, rank: int, ranks: int, *, with_optimizer: bool) -> None:
+        from vime import platform
         from vime.backends.megatron.parallel import initialize_parallel
 
-        initialize_parallel(cfg, 0, 1)
+        port = int(os.environ.get("MASTER_PORT", 0))  # torchrun's
+        initialize_parallel(cfg, rank, ranks, rank, master_port=port)
+        self.device = platform.current().device(rank)
         from vime.algorithms.hooks import TrainingHooks
         from vime.backends.megatron.kernels import chosen
         from vime.backends.megatron.losses import objective_of
@@ -203,35 +249,41 @@ class Pass:
         with torch.no_grad():
             for p in self.chunks[0].parameters():
                 p.fill_(1.0) if p.dim() == 1 else p.normal_(0, 0.02)
-        self.num_parameters = sum(p.numel() for p in self.chunks[0].parameters())
         self.optimizer = build_optimizer(cfg, self.chunks)[0] if with_optimizer else None
         self.objective = objective_of(cfg.algorithm, TrainingHooks())
         self.loss = float("nan")
 
-    def inputs(self, length: int) -> tuple[list, Any]:
-        """One micro-batch of TOKENS in sequences of `length`, a prompt of a tenth each."""
+    def inputs(self, packs: Sequence[Sequence[int]]) -> tuple[list, Any]:
+        """Micro-batches of sequences of these lengths, a prompt of a tenth each."""
         import numpy as np
 
         from vime.backends.megatron.layout import lay_out, token_table
         from vime.types import TrainSequence
 
-        rng, count = np.random.default_rng(0), TOKENS // length
-        response = length - length // 10
-        sequences = [
-            TrainSequence(
-                index=i,
-                group=0,
-                tokens=rng.integers(0, QWEN3["vocab_size"], length),
-                response_length=response,
-                loss_mask=np.ones(response, np.float32),
-                weight=np.full(response, 1 / response / count, np.float32),
-                reward=float(i % 2) - 0.5,
-                raw_reward=float(i % 2),
+        rng, lengths = np.random.default_rng(0), [length for pack in packs for length in pack]
+        sequences = []
+        for i, length in enumerate(lengths):
+            response = length - length // 10
+            sequences.append(
+                TrainSequence(
+                    index=i,
+                    group=0,
+                    tokens=rng.integers(0, QWEN3["vocab_size"], length),
+                    response_length=response,
+                    loss_mask=np.ones(response, np.float32),
+                    weight=np.full(response, 1 / response / len(lengths), np.float32),
+                    reward=float(i % 2) - 0.5,
+                    raw_reward=float(i % 2),
+                )
             )
-            for i in range(count)
-        ]
-        table = token_table(sequences, range(count), torch.device("cuda"))
-        return [lay_out(table, range(count), [length] * count)], table
+        table = token_table(sequences, range(len(lengths)), self.device)
+        shards = self.cfg.parallel.tp if self.cfg.parallel.sequence_parallel else 1
+        batches, first = [], 0
+        for pack in packs:
+            members = range(first, first + len(pack))
+            batches.append(lay_out(table, members, pack, tp_shards=shards))
+            first += len(pack)
+        return batches, table
 
     def step(self, batches: list, table: Any) -> None:
         from vime.backends.megatron.step import policy_judge, run_pass
@@ -284,7 +336,7 @@ def matrix_rate(size: int = 8192) -> float:
     return 2 * size**3 / (statistics.median(times_ms) / 1000)
 
 
-def profile(step: Callable[[], Any], top: int = 15) -> None:
+def profile(step: Callable[[], Any], top: int = 15, *, shown: bool = True) -> None:
     """The kernels of one step that take most time, and the share of it that the GPU is busy."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -294,6 +346,8 @@ def profile(step: Callable[[], Any], top: int = 15) -> None:
         step()
         torch.cuda.synchronize()
         wall_ms = (time.perf_counter() - began) * 1000
+    if not shown:
+        return
     rows = [
         e for e in seen.key_averages() if e.self_device_time_total and not e.self_cpu_time_total
     ]
@@ -307,26 +361,28 @@ def profile(step: Callable[[], Any], top: int = 15) -> None:
 # -- what is shown and kept ------------------------------------------------------------------------
 
 
-def target(shape: str, device: str) -> float | None:
-    return next((t for name, t in LIMIT[shape].items() if name in device), None)
+def target(name: str, device: str) -> float | None:
+    return next((t for kind, t in LIMIT.get(name, {}).items() if kind in device), None)
 
 
-def write(shape: str, figures: dict[str, Any], plain: dict[str, Any] | None) -> None:
+def write(name: str, figures: dict[str, Any], plain: dict[str, Any] | None) -> None:
+    kept = re.sub(r"\W", "_", name)
     record = {
-        "name": f"train_mfu_{shape.replace('.', '_')}",
+        "name": f"train_mfu_{kept}",
         "value": round(figures["mfu"], 4),
         "unit": "model FLOPs / matrix product FLOPs",
         "peer": {
             "name": "8192^3 bf16 product, TFLOP/s",
             "value": round(figures["matrix_tflops"], 1),
         },
-        "device": figures["device"],
+        "device": f"{figures['gpus']} x {figures['device']}",
         "versions": {p: version(p) for p in ("torch", "triton", "megatron-core")},
         "spread": [round(x, 4) for x in figures["spread"]],
-        "target": target(shape, figures["device"]),
+        "target": target(name, figures["device"]),
         "ms": round(figures["ms"], 1),
         "tok_per_s": round(figures["tok_per_s"]),
         "peak_gib": round(figures["peak_gib"], 1),
+        "host_ms": round(figures["host_ms"], 1),
         "kernels": figures["kernels"],
         "recompute": figures["recompute"],
         "plain": plain and {k: plain.get(k) for k in ("mfu", "ms", "peak_gib", "recompute")},
@@ -342,7 +398,7 @@ def show(found: dict[str, dict[str, Any]]) -> None:
         "of the matrix rate",
         "target",
         "ms",
-        "tok/s",
+        "tok/s a GPU",
         "host ms",
         "peak GiB",
         "recompute",
@@ -353,12 +409,12 @@ def show(found: dict[str, dict[str, Any]]) -> None:
             rows.append((name, f["error"], *[""] * 6))
             continue
         low, high = f["spread"]
-        wanted = target(name.removesuffix("-plain"), f["device"])
+        wanted = target(name, f["device"])
         rows.append(
             (
                 name,
                 f"{f['mfu']:.1%} ({low:.1%} to {high:.1%})",
-                f"{wanted:.0%}" if wanted and "plain" not in name else "",
+                f"{wanted:.0%}" if wanted else "",
                 f"{f['ms']:.0f}",
                 f"{f['tok_per_s']:,.0f}",
                 f"{f['host_ms']:.0f}",

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from benchmarks.gpu_assets import PROMPT_TOKENS
 from benchmarks.scaling_model import (
     LAYOUTS,
     QWEN3_4B,
@@ -40,7 +41,7 @@ def test_with_free_communication_and_no_straggler_work_divides(tmp_path):
     rates = known(tmp_path, train_tok_s=10_000.0, rollout_tok_s=10_000.0, **free)
     one, eight = (step(layout(name), rates, ARGS) for name in ("1, colocated", "8, colocated"))
     assert one["rollout"] == 256 * 2048 / 10_000
-    assert one["train"] == 256 * (2048 + 256) / 10_000
+    assert one["train"] == 256 * (2048 + PROMPT_TOKENS) / 10_000
     assert eight["step"] == pytest.approx(one["step"] / 8)
     assert eight["idle share"] == pytest.approx(0)
 
@@ -61,11 +62,19 @@ def test_a_measurement_takes_the_place_of_an_assumption(tmp_path):
     assert "NVIDIA H200" in found.source
 
 
-def test_what_the_recipe_measured_stands_beside_the_prediction(tmp_path):
-    run = {"value": 41.5, "tokens_per_s_per_gpu": 1800.0}
+def test_what_the_recipe_measured_stands_below_the_prediction(tmp_path):
+    took = {"step": 40.0, "rollout": 38.0, "log_probs": 4.0, "train": 16.0, "weight_update": 0.2}
+    took |= {"sleep_wake": 0.0, "offload_onload": 0.0}
+    run = {
+        "tokens_per_s_per_gpu": 1800.0,
+        "mean_response": 1000.0,
+        "phases": {name: {"value": value} for name, value in took.items()},
+    }
     (tmp_path / "founding_recipe_async_4_gpus.json").write_text(json.dumps(run))
-    row = measured(layout("4, async 2 + 2"), tmp_path)
-    assert row == {"measured step": 41.5, "measured tokens/s/GPU": 1800.0}
-    assert [as_cell(*cell) for cell in row.items()] == ["41.50", "1,800"]
-    not_run = measured(layout("4, decoupled 2 + 2"), tmp_path)
-    assert [as_cell(*cell) for cell in not_run.items()] == ["", ""]
+    rates = known(tmp_path, rollout_tok_s=16_000.0, tp_engine=1.0)
+    row = measured(layout("4, async 2 + 2"), rates, tmp_path)
+    assert list(row) == list(step(layout("4, async 2 + 2"), rates, ARGS))
+    assert row["idle share"] == pytest.approx(1 - (2 * 20 + 2 * 8) / (4 * 40))
+    cells = [as_cell(*cell) for cell in row.items()]
+    assert cells == ["38.00", "4.00", "16.00", "0.20", "0.00", "40.00", "1,800", "65%"]
+    assert measured(layout("4, decoupled 2 + 2"), rates, tmp_path) == {}

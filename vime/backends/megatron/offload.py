@@ -58,7 +58,7 @@ class Offload:
         for part in leaving.values():
             part.storage.resize_(0)
         self.away |= leaving
-        torch.cuda.empty_cache()
+        give_back()
 
     @torch.no_grad()
     def come_back(self) -> None:
@@ -83,6 +83,12 @@ class Offload:
             self.block = torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
         held, self.block = self.block[:size], self.block[room:]
         return held
+
+
+def give_back() -> None:
+    """To the GPU: what torch keeps for later, and buffers that engines have let go of since."""
+    torch.cuda.ipc_collect()
+    torch.cuda.empty_cache()
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

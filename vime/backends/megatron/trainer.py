@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from vime.backends.megatron.async_save import BackgroundSaves
 from vime.backends.megatron.memory import MemoryUse, memory_remedy
 from vime.backends.megatron.offload import (
     Offload,
+    give_back,
     gradients_of,
     leave_free,
     optimizer_state_of,
@@ -168,7 +168,7 @@ class MegatronTrainer:
 
     def free_cache(self) -> None:
         """Makes room without moving state: gives back what torch keeps for later allocations."""
-        torch.cuda.empty_cache()
+        give_back()
         self.memory.left()
 
     def onload(self) -> None:

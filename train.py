@@ -8,7 +8,7 @@ from vime.ray.run import launch, run_or_exit
 
 def train(cfg: Config) -> None:
     with launch(cfg) as run:
-        run.sync_weights(version=run.start_step)
+        run.sync_weights()
         if cfg.eval.due_before_train(run.start_step):
             run.evaluate(run.start_step)
         for step in run.steps():
@@ -18,7 +18,7 @@ def train(cfg: Config) -> None:
                 if run.due(cfg.checkpoint.save_interval, step):
                     run.save(step)
             if run.due(cfg.engine.update_weights_interval, step):
-                run.sync_weights(version=step + 1)
+                run.sync_weights()
             if run.due(cfg.eval.interval, step):
                 run.evaluate(step)
 

@@ -12,7 +12,7 @@ from vime.ray.run import launch, run_or_exit
 
 def train_async(cfg: Config) -> None:
     with launch(cfg) as run:
-        run.sync_weights(version=run.start_step)
+        run.sync_weights()
         if cfg.eval.due_before_train(run.start_step):
             run.evaluate(run.start_step)
         upcoming = run.start_generating(run.start_step)
@@ -21,11 +21,11 @@ def train_async(cfg: Config) -> None:
             if step + 1 < run.num_rollouts:
                 upcoming = run.start_generating(step + 1)
             run.train(batch)
-            run.finish(upcoming)  # one rollout has one set of weights: none changes under way
+            upcoming = run.finish(upcoming)  # its weights must not change under way
             if run.due(cfg.checkpoint.save_interval, step):
                 run.save(step)  # with the upcoming rollout: a run that resumes trains on it
             if run.due(cfg.engine.update_weights_interval, step):
-                run.sync_weights(version=step + 1)
+                run.sync_weights()
             if run.due(cfg.eval.interval, step):
                 run.evaluate(step)
 

@@ -125,6 +125,32 @@ def test_the_async_loop_trains_decoupled_and_over_gloo(job_in):
     assert steps[-1]["rollout/raw_reward"] > steps[0]["rollout/raw_reward"]
 
 
+def test_a_lost_engine_comes_back_and_nothing_of_the_run_is_lost(job_in, straight_run):
+    """Once while it generates, once before it is to get new weights, over gloo.
+
+    With the weights kept that generated each rollout, none may drift, whatever came back when.
+    """
+    job = job_in(
+        "lost",
+        env={"LOSE_IN": "1", "LOSE_AFTER": "3"},
+        entry="train_async.py",
+        colocate="",
+        rollout_num_gpus="1",
+        keep_old_actor=None,
+        use_fault_tolerance=None,
+        custom_generate_function_path="tests.cpu.losing_engines.generate",
+        rollout_all_samples_process_path="tests.cpu.losing_engines.after_rollout",
+    )
+    job.run(timeout_s=420)
+    steps = [m for m in job.metrics() if "train/loss" in m]
+    name = "rollout/engines_restarted"
+    assert {m["step"]: m[name] for m in steps if name in m} == {1: 1, 3: 1}
+    # rollout 1 was begun again with the weights from after rollout 0
+    assert [m["rollout/weight_version/max"] for m in steps] == [0, 1, 1, 2, 3, 4]
+    assert max(m["train/train_rollout_logprob_abs_diff"] for m in steps) < EXACT
+    assert trained_prompts(job) == trained_prompts(straight_run)
+
+
 @pytest.fixture(scope="module")
 def untied_model(quickstart_assets, tmp_path_factory) -> Path:
     """The quickstart's model with an output layer of its own."""

@@ -134,8 +134,8 @@ def test_megatron_flags_that_say_what_vime_does_are_accepted(tmp_path):
         ),
         (
             {"--rollout-health-check-interval": "30"},
-            "--rollout-health-check-interval 30 is no flag here: a run whose engine dies ends; the "
-            "same command continues it from --load. Leave it out.",
+            "--rollout-health-check-interval 30 is no flag here: --use-fault-tolerance looks after "
+            "engines when a rollout or an update fails. Leave it out.",
         ),
         (
             {"--vllm-config": "f.yaml"},

@@ -41,6 +41,8 @@ def one_step(folder: Path, *, on_gpus=True, **cluster) -> tuple[list, dict[str, 
     gpus.engines_started([Engine(notes)])
     gpus.trainer_started()
     for turn in ("update", "train", "update"):
+        if turn == "train":
+            gpus.rest_engines()
         with gpus.for_training() if turn == "train" else gpus.for_weight_update():
             notes.append(turn)
     return notes, timers.take()
@@ -56,6 +58,24 @@ def test_engines_sleep_while_the_trainer_has_the_memory_and_the_other_way_round(
         *update,
     ]
     assert set(seconds) == {f"perf/{n}_time" for n in ("sleep", "wake_up", "offload", "onload")}
+
+
+def test_an_engine_that_starts_again_finds_room_and_an_update_follows(folder):
+    notes: list = []
+    cfg = make_config(folder, cluster={"colocate": True})
+    gpus = SharedGpus(cfg, lambda *call: notes.append(call), Timers(), on_gpus=True)
+    gpus.engines_started([Engine(notes)])
+    notes.clear()
+    gpus.room_for_engines()
+    notes.append("start")
+    gpus.rest_engines()
+    with gpus.for_training():
+        pass
+    with gpus.for_weight_update():
+        notes.append("update")
+    ready = [("sleep", 2), ("onload",), ("offload", True)]
+    update = [("wake", "weights"), "update", ("offload", False), ("wake", "kv_cache")]
+    assert notes == [("offload", False), "start", *ready, *update]
 
 
 @pytest.mark.parametrize(

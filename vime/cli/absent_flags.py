@@ -15,7 +15,7 @@ _PROFILE = (
     "make bench-train-mfu PROFILE=1 shows a GPU's kernels, and --dry-run what fills its memory"
 )
 _DEBUG = "--save-debug-rollout-data keeps what a step trains on"
-_RESTART = "a run whose engine dies ends; the same command continues it from --load"
+_ON_FAILURE = "--use-fault-tolerance looks after engines when a rollout or an update fails"
 
 ABSENT: dict[str, str] = {
     "--use-routing-replay": _NO_REPLAY,
@@ -33,10 +33,9 @@ ABSENT: dict[str, str] = {
     "--rollout-external-engine-addrs": _OWN_ENGINES,
     "--update-weight-disk-dir": _ALWAYS_WHOLE,
     "--update-weight-delta-encoding": _ALWAYS_WHOLE,
-    "--use-fault-tolerance": _RESTART,
-    "--rollout-health-check-interval": _RESTART,
-    "--rollout-health-check-timeout": _RESTART,
-    "--rollout-health-check-first-wait": _RESTART,
+    "--rollout-health-check-interval": _ON_FAILURE,
+    "--rollout-health-check-timeout": _ON_FAILURE,
+    "--rollout-health-check-first-wait": _ON_FAILURE,
     "--multimodal-keys": "prompts are text",
     "--loss-mask-type": "sft_loss finds the assistant's turns with the tokenizer's own template",
     "--log-passrate": "evaluations always log eval/NAME-pass@k",

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
 import ray
 
 from vime.backends.vllm.client import EngineClient
-from vime.backends.vllm.engine import VLLMEngine
+from vime.backends.vllm.engine import VLLMEngine, logs_dir
 from vime.backends.vllm.router import Router
 from vime.backends.vllm.server import api_key
 from vime.config import Config
 from vime.config.view import ArgsView
 from vime.data.chat import load_tokenizer
+from vime.errors import EngineError
 from vime.ray.placement_group import Placement
-from vime.ray.wait import stacks_if_longer_than, wait_all
+from vime.ray.wait import stacks_if_longer_than, wait, wait_all
 from vime.rollout import debug_data
 from vime.rollout.ahead import Ahead, load_ahead, save_ahead
 from vime.rollout.plugins import load_function
 from vime.rollout.train_data import eval_metrics, make_train_batch, rollout_metrics
 from vime.types import RolloutFnEvalOutput, RolloutFnTrainOutput, TrainBatch
+
+log = logging.getLogger(__name__)
+
+_CHECK_TIMEOUT_S = 60.0
 
 
 class RolloutManager:
@@ -28,6 +34,7 @@ class RolloutManager:
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
+        self.placement: Placement | None = None
         self.engines: list[Any] = []
         self.router: Router | None = None
         # The data source's state right after each rollout was generated: with rollouts generated
@@ -38,7 +45,10 @@ class RolloutManager:
 
     def start(self, placement: Placement | None) -> list[str]:
         """Starts engines (none without a placement), router, data source. Gives the engine urls."""
-        starting = self._start_engines(placement) if placement else []
+        self.placement = placement
+        if placement:
+            self.engines = [self._engine(i) for i in range(self.cfg.cluster.num_engines)]
+        starting = [engine.start.remote() for engine in self.engines]
         # While engines start: the first use of a tokenizer costs seconds.
         load_tokenizer(self.cfg.model.hf_checkpoint)
         what, timeout_s = f"{len(starting)} vLLM engines to start", self.cfg.engine.start_timeout_s
@@ -63,16 +73,42 @@ class RolloutManager:
         self.data_source.load(rollout_id)
         self.restored = load_ahead(self.cfg, rollout_id)
 
-    def _start_engines(self, placement: Placement) -> list[ray.ObjectRef]:
-        per_engine = self.cfg.cluster.gpus_per_engine
-        bundles = placement.engine_bundles
-        actor = ray.remote(VLLMEngine)
-        for index in range(self.cfg.cluster.num_engines):
-            mine = bundles[index * per_engine : (index + 1) * per_engine]
-            slots = [placement.device_ids[b] for b in mine]
-            options = placement.options("engine", mine[0])
-            self.engines.append(actor.options(**options).remote(self.cfg, index, slots))
-        return [engine.start.remote() for engine in self.engines]
+    def _engine(self, index: int) -> Any:
+        """The actor that will own an engine's server."""
+        placement, per_engine = self.placement, self.cfg.cluster.gpus_per_engine
+        mine = placement.engine_bundles[index * per_engine : (index + 1) * per_engine]
+        slots = [placement.device_ids[b] for b in mine]
+        options = placement.options("engine", mine[0])
+        return ray.remote(VLLMEngine).options(**options).remote(self.cfg, index, slots)
+
+    def lost_engines(self) -> list[int]:
+        """Which engines died or do not answer."""
+        checks, lost = [engine.check.remote() for engine in self.engines], []
+        for index, check in enumerate(checks):
+            try:
+                wait(check, what=f"vLLM engine {index} to answer", timeout_s=_CHECK_TIMEOUT_S)
+            except (EngineError, TimeoutError, ray.exceptions.RayError) as error:
+                reason = str(getattr(error, "cause", error)).partition(";")[0]
+                if isinstance(error, ray.exceptions.RayActorError):
+                    reason = f"the owner of vLLM engine {index} died"
+                where = logs_dir(self.cfg) / f"engine-{index}.log"
+                log.warning("engine lost: %s (see %s)", reason, where)
+                lost.append(index)
+        return lost
+
+    def restart_engines(self, lost: list[int]) -> None:
+        """Starts them again, each at its URL, with the weights of --hf-checkpoint."""
+        for index in lost:
+            stop = self.engines[index].stop.remote()
+            try:
+                wait(stop, what=f"vLLM engine {index} to stop", timeout_s=_CHECK_TIMEOUT_S)
+            except (TimeoutError, ray.exceptions.RayError):  # its owner is lost too
+                ray.kill(self.engines[index])
+                self.engines[index] = self._engine(index)
+        urls = self.args.vllm_engine_urls
+        starts = [self.engines[index].start.remote(urls[index]) for index in lost]
+        what, timeout_s = f"{len(lost)} vLLM engines to start", self.cfg.engine.start_timeout_s
+        wait_all(starts, what=what, timeout_s=timeout_s)
 
     def count_prompts(self) -> int:
         return len(self.data_source)
@@ -80,9 +116,17 @@ class RolloutManager:
     def generate(self, rollout_id: int) -> tuple[TrainBatch, dict[str, float]]:
         """One rollout, batched for the trainer, and its metrics."""
         started = time.perf_counter()
-        output = self._samples_of(rollout_id)
+        has_state = hasattr(self.data_source, "state_dict")  # a user's own source may have none
+        may_repeat = has_state and self.cfg.engine.fault_tolerance
+        before = self.data_source.state_dict() if may_repeat else None
+        try:
+            output = self._samples_of(rollout_id)
+        except EngineError:
+            if before is not None:
+                self.data_source.load_state_dict(before)
+            raise
         rollout_s = time.perf_counter() - started
-        if hasattr(self.data_source, "state_dict"):  # a user's own source may have none
+        if has_state:
             self.states[rollout_id] = self.data_source.state_dict()
             self.latest = Ahead(rollout_id, output, self.states[rollout_id])
         if path := self.cfg.debug.save_rollout_data:

@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
 from vime.backends.vllm.client import EngineClient
 from vime.config import Config
 from vime.config.view import resolved
-from vime.errors import ConfigError
+from vime.errors import ConfigError, EngineError
 from vime.observe import RunLog, Timers
 from vime.platform import current
 from vime.ray.placement_group import Placement, local_slots, place
@@ -26,6 +26,9 @@ from vime.ray.trainer import TrainerGroup
 from vime.ray.wait import wait
 
 _STOP_TIMEOUT_S = 90.0
+_RESTARTS = 3  # of engines lost in one rollout or update, before the error is the run's
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +68,18 @@ class Run:
         if self.start_step > 0 and (cfg.checkpoint.load or not cfg.debug.begins_anywhere):
             self._ask(self.manager.load.remote(self.start_step - 1), "the data state to be loaded")
         self.num_rollouts = self._num_rollouts()
-        if self.engine_urls and self.trainer:
-            timeout_s = cfg.engine.weight_transfer_timeout_s
-            self._train("connect_engines", self.engine_urls, timeout_s=timeout_s)
+        self.num_trained = self.start_step
+        self._connect_engines()
 
     def _engines_started(self, urls: ray.ObjectRef) -> None:
         timeout_s = self.cfg.engine.start_timeout_s
         self.engine_urls = self._ask(urls, "engines and router to start", timeout_s)
         self.gpus.engines_started([EngineClient(u, who="the run") for u in self.engine_urls])
+
+    def _connect_engines(self) -> None:
+        if self.engine_urls and self.trainer:
+            timeout_s = self.cfg.engine.weight_transfer_timeout_s
+            self._train("connect_engines", self.engine_urls, timeout_s=timeout_s)
 
     def _ask(self, ref: ray.ObjectRef, what: str, timeout_s: float | None = None) -> Any:
         return wait(ref, what=what, timeout_s=timeout_s or self.cfg.engine.request_timeout_s)
@@ -119,10 +126,21 @@ class Run:
         return Generation(step, self.manager.generate.options(num_returns=2).remote(step))
 
     def finish(self, generation: Generation) -> Generation:
-        """Waits until a rollout is complete."""
+        """Waits until a rollout is complete. It is another one where engines were lost."""
+        attempts = [generation]
+
+        def complete() -> Generation:
+            self._ask(attempts[-1].refs[1], f"rollout {generation.rollout_id}")
+            return attempts[-1]
+
+        def begin_again() -> None:
+            with suppress(EngineError):  # of an error that nobody sees Ray prints a traceback
+                self._ask(attempts[-1].refs[0], "the rollout that failed")
+            self.sync_weights()
+            attempts.append(self.start_generating(generation.rollout_id))
+
         with self.timers("train_wait"):
-            self._ask(generation.refs[1], f"rollout {generation.rollout_id}")
-        return generation
+            return self._without_lost_engines(complete, begin_again)
 
     def generate(self, step: int) -> Generation:
         self.log.phase("generate")
@@ -130,6 +148,7 @@ class Run:
 
     def gpus_for_training(self) -> AbstractContextManager[None]:
         """Under --colocate the engines give up their memory inside; else nothing happens."""
+        self._without_lost_engines(self.gpus.rest_engines)
         return self.gpus.for_training()
 
     def train(self, generation: Generation) -> None:
@@ -141,19 +160,57 @@ class Run:
             return
         with self.timers("train"):
             self.metrics |= self._train("train", batch)
+        self.num_trained = generation.rollout_id + 1
 
-    def sync_weights(self, version: int) -> None:
+    def sync_weights(self) -> None:
         """Puts the trainer's weights into every engine, and makes sure that all have them."""
         if not self.engine_urls or self.trainer is None:
             return
-        self.log.phase("sync weights")
-        timeout_s = self.cfg.engine.weight_transfer_timeout_s + 30
-        with self.gpus.for_weight_update():
-            self.metrics |= self._train("update_weights", version, timeout_s=timeout_s)
+
+        def update() -> None:
+            self.log.phase("sync weights")
+            timeout_s = self.cfg.engine.weight_transfer_timeout_s + 30
+            with self.gpus.for_weight_update():
+                self.metrics |= self._train("update_weights", self.num_trained, timeout_s=timeout_s)
+
+        self._without_lost_engines(update)
 
     def evaluate(self, step: int) -> None:
-        self.log.phase("evaluate")
-        self.metrics |= self._ask(self.manager.evaluate.remote(step), "the evaluation")
+        def scores() -> dict[str, float]:
+            self.log.phase("evaluate")
+            return self._ask(self.manager.evaluate.remote(step), "the evaluation")
+
+        self.metrics |= self._without_lost_engines(scores, self.sync_weights)
+
+    def _without_lost_engines(
+        self, work: Callable[[], T], prepare: Callable[[], None] = lambda: None
+    ) -> T:
+        """What `work` gives. Under --use-fault-tolerance, where it fails because engines were lost,
+        they are started again and it is repeated, after `prepare`."""
+        for _ in range(_RESTARTS if self.cfg.engine.fault_tolerance else 0):
+            try:
+                return work()
+            except EngineError:
+                lost = self._ask(self.manager.lost_engines.remote(), "the engines to be checked")
+                if not lost:
+                    raise
+            self._restart_engines(lost)
+            prepare()
+        return work()
+
+    def _restart_engines(self, lost: list[int]) -> None:
+        """Leaves engines and trainer as they are before a weight update."""
+        self.log.phase("restart engines")
+        self.gpus.room_for_engines()
+        restarted = self.manager.restart_engines.remote(lost)
+        timeout_s = self.cfg.engine.start_timeout_s + _STOP_TIMEOUT_S
+        self._ask(restarted, "lost engines to start again", timeout_s)
+        self.gpus.rest_engines()
+        with self.gpus.for_training():
+            pass  # the trainer comes back with its weights
+        self._connect_engines()
+        name = "rollout/engines_restarted"
+        self.metrics[name] = self.metrics.get(name, 0) + len(lost)
 
     def save(self, step: int) -> None:
         """Commits a checkpoint: exports and data state, then weights; the tracker comes last."""

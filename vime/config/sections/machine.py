@@ -201,6 +201,11 @@ class EngineConfig(Section):
         default=600.0,
         above=0,
     )
+    fault_tolerance: bool = flag(
+        "--use-fault-tolerance",
+        "start an engine that died again, with the trainer's weights, and repeat what failed without it",
+        default=False,
+    )
     update_weight_buffer_size: int = flag(
         "--update-weight-buffer-size",
         "bytes of one bucket of weights",

@@ -1,0 +1,52 @@
+"""Hooks that lose the run's engine at moments which a test can name, each moment once.
+
+LOSE_IN   rollouts whose requests find it dead
+LOSE_AFTER  rollouts after whose last answer it dies
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+_done: set[str] = set()
+
+
+async def generate(args: Any, sample: Any, sampling_params: dict[str, Any]) -> Any:
+    """--custom-generate-function-path"""
+    from vime.rollout.vllm_rollout import generate
+
+    _lose(args, "LOSE_IN", sample.rollout_id)
+    return await generate(args, sample, sampling_params)
+
+
+def after_rollout(args: Any, all_samples: Any, data_source: Any) -> None:
+    """--rollout-all-samples-process-path"""
+    _lose(args, "LOSE_AFTER", all_samples[0].rollout_id)
+
+
+def _lose(args: Any, moment: str, rollout_id: int) -> None:
+    name = f"{moment} {rollout_id}"
+    if str(rollout_id) not in os.environ.get(moment, "").split() or name in _done:
+        return
+    _done.add(name)
+    port = args.vllm_engine_urls[0].rsplit(":", 1)[1]
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    (server,) = [pid for pid in pids if _is_server(pid, port)]
+    os.kill(server, signal.SIGKILL)
+
+
+def _is_server(pid: int, port: str) -> bool:
+    """Below its guard, which has the same words after its own name; EngineCore is further down."""
+    try:
+        parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        own, above = (_words(p) for p in (pid, parent))
+    except OSError:
+        return False
+    return port in own and own[-len(own) + 1 :] == above[-len(own) + 1 :] and len(above) > len(own)
+
+
+def _words(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode().rstrip("\0").split("\0")

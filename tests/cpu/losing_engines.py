@@ -39,13 +39,13 @@ def _lose(args: Any, moment: str, rollout_id: int) -> None:
 
 
 def _is_server(pid: int, port: str) -> bool:
-    """Below its guard, which has the same words after its own name; EngineCore is further down."""
+    """Right below its guard, whose words end with the server's; EngineCore is further down."""
     try:
         parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
         own, above = (_words(p) for p in (pid, parent))
     except OSError:
         return False
-    return port in own and own[-len(own) + 1 :] == above[-len(own) + 1 :] and len(above) > len(own)
+    return port in own and len(above) > len(own) and above[-len(own) :] == own
 
 
 def _words(pid: int) -> list[str]:

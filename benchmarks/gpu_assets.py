@@ -22,10 +22,29 @@ SHAPES = {  # hidden size, layers, query heads, MLP width; all have 8 key/value 
     "1.7B": (2048, 28, 16, 6144),
     "4B": (2560, 36, 32, 9728),
 }
+QWEN3 = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "dtype": "bfloat16",
+}
 NUM_PROMPTS = 512
 PROMPT_DIGITS = 144  # one token each
 PROMPT_TOKENS = PROMPT_DIGITS + 6  # with the chat template's
 LONG_TAIL_MEAN, LONG_TAIL_SIGMA = 1024, 1.0  # of a log-normal distribution, before it is cut
+
+
+def described(shape: str) -> dict[str, Any]:
+    """`config.json` of a Qwen3 of this shape."""
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    return QWEN3 | dict(zip(sizes, SHAPES[shape], strict=True))
 
 
 def visible_gpus() -> list[str]:
@@ -52,23 +71,12 @@ def _write_model(folder: Path, shape: str, *, seed: int = 0) -> None:
 
     from scripts.quickstart.model import make_tokenizer
 
-    hidden, layers, heads, width = SHAPES[shape]
     tokenizer = make_tokenizer()
     config = Qwen3Config(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=width,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=151936,
-        max_position_embeddings=40960,
-        rope_theta=1e6,
-        tie_word_embeddings=True,
+        **described(shape),
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        dtype="bfloat16",
     )
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"

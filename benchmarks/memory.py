@@ -30,6 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.gpu_assets import described  # noqa: E402
 from vime.cli import parse_config  # noqa: E402
 from vime.config import Config  # noqa: E402
 from vime.config.memory import shape_of, trainer_memory  # noqa: E402
@@ -42,23 +43,10 @@ GIB = 1 << 30
 CASE_TIMEOUT_S = 420
 PACKAGES = ("torch", "megatron-core")
 
-QWEN3 = {
-    "model_type": "qwen3",
-    "architectures": ["Qwen3ForCausalLM"],
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 40960,
-}
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "vocab_size": 256}
 SHAPES = {
-    "tiny": QWEN3 | dict(zip(SIZES, (64, 2, 16, 128), strict=True)) | {"vocab_size": 256},
-    "0.6b": QWEN3 | dict(zip(SIZES, (1024, 28, 16, 3072), strict=True)),
-    "1.7b": QWEN3 | dict(zip(SIZES, (2048, 28, 16, 6144), strict=True)),
-    "4b": QWEN3 | dict(zip(SIZES, (2560, 36, 32, 9728), strict=True)),
+    "tiny": described("0.6B") | TINY,
+    **{shape.lower(): described(shape) for shape in ("0.6B", "1.7B", "4B")},
 }
 SELECTIVE = "--recompute-granularity selective"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"

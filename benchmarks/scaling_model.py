@@ -21,25 +21,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu_assets import PROMPT_TOKENS  # noqa: E402
+from benchmarks.gpu_assets import PROMPT_TOKENS, described  # noqa: E402
 from vime.config.shape import Shape  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 SAMPLES = 256
 MEAN, LONGEST = 958, 8192  # of the responses of ten steps of founding_recipe.py
-QWEN3_4B = Shape.of(
-    {
-        "model_type": "qwen3",
-        "hidden_size": 2560,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 9728,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    }
-)
+QWEN3_4B = Shape.of(described("4B"))
 
 
 @dataclass(frozen=True, slots=True)

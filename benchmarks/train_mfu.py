@@ -40,35 +40,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu_assets import PROMPT_TOKENS, length_of  # noqa: E402
+from benchmarks.gpu_assets import PROMPT_TOKENS, QWEN3, described, length_of  # noqa: E402
 from vime.config.shape import Shape  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 STEPS, WARM_UP = 7, 2
 CHILD_LIMIT_S = 150
-QWEN3 = {
-    "vocab_size": 151_936,
-    "head_dim": 128,
-    "max_position_embeddings": 40_960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": True,
-    "num_key_value_heads": 8,
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    "4b": {
-        "hidden_size": 2560,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "intermediate_size": 9728,
-    },
-    "0.6b": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "intermediate_size": 3072,
-    },
-}
 LIMIT = {"4b": {"NVIDIA H200": 0.60, "NVIDIA H100": 0.50}, "0.6b": {"": 0.35}}  # the targets
 SAVING = {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp_act"]}
 FULL = {
@@ -179,7 +156,7 @@ def measure(case: Case, rank: int) -> dict[str, Any]:
     if rank:
         return {}
     middle = statistics.median(times_ms)
-    flops = Shape.of(described(case.shape)).training_flops(case.lengths) / case.tp
+    flops = Shape.of(described(case.shape.upper())).training_flops(case.lengths) / case.tp
     return {
         "mfu": flops / (middle / 1000) / rate,
         "spread": [flops / (t / 1000) / rate for t in (max(times_ms), min(times_ms))],
@@ -191,14 +168,8 @@ def measure(case: Case, rank: int) -> dict[str, Any]:
         "gpus": case.tp,
         "kernels": trainer.kernels,
         "recompute": trainer.recompute,
-        "loss": trainer.loss,
         "host_ms": host_ms,
     }
-
-
-def described(shape: str) -> dict[str, Any]:
-    common = {"model_type": "qwen3", "dtype": "bfloat16", "hidden_act": "silu"}
-    return QWEN3 | SHAPES[shape] | common | {"architectures": ["Qwen3ForCausalLM"]}
 
 
 def config_of(case: Case, folder: Path) -> Any:
@@ -208,7 +179,7 @@ def config_of(case: Case, folder: Path) -> Any:
 
     from vime.config import Config
 
-    (folder / "config.json").write_text(json.dumps(described(case.shape)))
+    (folder / "config.json").write_text(json.dumps(described(case.shape.upper())))
     small = torch.cuda.get_device_properties(0).total_memory < 100 * 2**30
     alone = case.shape == "4b" and case.tp == 1 and small
     parallel = (FULL if case.plain else SAVING) if alone else {}
@@ -251,7 +222,6 @@ class Pass:
                 p.fill_(1.0) if p.dim() == 1 else p.normal_(0, 0.02)
         self.optimizer = build_optimizer(cfg, self.chunks)[0] if with_optimizer else None
         self.objective = objective_of(cfg.algorithm, TrainingHooks())
-        self.loss = float("nan")
 
     def inputs(self, packs: Sequence[Sequence[int]]) -> tuple[list, Any]:
         """Micro-batches of sequences of these lengths, a prompt of a tenth each."""
@@ -295,8 +265,7 @@ class Pass:
         judge = policy_judge(
             table, self.objective, table.score_N, table.column(), None, on_policy=True
         )
-        sums = run_pass(self.chunks, batches, table, judge, temperature=1.0, forward_only=False)
-        self.sums = sums
+        run_pass(self.chunks, batches, table, judge, temperature=1.0, forward_only=False)
         if self.optimizer is not None:
             self.optimizer.prepare_grads()
             self.optimizer.get_grad_norm()

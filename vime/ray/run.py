@@ -127,20 +127,20 @@ class Run:
 
     def finish(self, generation: Generation) -> Generation:
         """Waits until a rollout is complete. It is another one where engines were lost."""
-        attempts = [generation]
 
-        def complete() -> Generation:
-            self._ask(attempts[-1].refs[1], f"rollout {generation.rollout_id}")
-            return attempts[-1]
+        def complete() -> None:
+            self._ask(generation.refs[1], f"rollout {generation.rollout_id}")
 
         def begin_again() -> None:
+            nonlocal generation
             with suppress(EngineError):  # of an error that nobody sees Ray prints a traceback
-                self._ask(attempts[-1].refs[0], "the rollout that failed")
+                self._ask(generation.refs[0], "the rollout that failed")
             self.sync_weights()
-            attempts.append(self.start_generating(generation.rollout_id))
+            generation = self.start_generating(generation.rollout_id)
 
         with self.timers("train_wait"):
-            return self._without_lost_engines(complete, begin_again)
+            self._without_lost_engines(complete, begin_again)
+        return generation
 
     def generate(self, step: int) -> Generation:
         self.log.phase("generate")

@@ -65,25 +65,28 @@ def write_model(folder: Path, shape: str) -> Path:
     return folder
 
 
-def _write_model(folder: Path, shape: str, *, seed: int = 0) -> None:
+def random_model(shape: str, *, seed: int = 0, **special: int) -> Any:
+    """Hugging Face's, bfloat16 weights drawn on the GPU where there is one.
+
+    special  ids of special tokens, as config.json names them
+    """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    config = Qwen3Config(**{**described(shape), "bos_token_id": None, **special})
+    torch.manual_seed(seed)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return Qwen3ForCausalLM(config).to(torch.bfloat16)
+
+
+def _write_model(folder: Path, shape: str) -> None:
     from scripts.quickstart.model import make_tokenizer
 
     tokenizer = make_tokenizer()
-    config = Qwen3Config(
-        **described(shape),
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device):
-        model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    ids = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
+    model = random_model(shape, **ids)
     model.save_pretrained(folder)
-    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
 
 

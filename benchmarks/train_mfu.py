@@ -241,7 +241,7 @@ class Pass:
         rng, lengths = np.random.default_rng(0), [length for pack in packs for length in pack]
         sequences = []
         for i, length in enumerate(lengths):
-            response = length - length // 10
+            response = length - max(1, length // 10)
             sequences.append(
                 TrainSequence(
                     index=i,

@@ -241,6 +241,10 @@ def one_rank(rank: int, world: int, port: int, folder: Path, out: str) -> dict[s
     seen["other model"] = failure(
         lambda: checkpoint.load_checkpoint(bigger.cfg, start, build_model(bigger.cfg))
     )
+    turned = make_config(write_tiny_hf(f"{out}/turned", tied=True, rope_theta=5e6))
+    seen["other angles"] = failure(
+        lambda: checkpoint.load_checkpoint(turned, start, build_model(turned))
+    )
     seen["other model, streamed"] = failure(
         lambda: StoredWeights(start, build_model(bigger.cfg)[0])
     )
@@ -368,7 +372,8 @@ def test_a_checkpoint_is_whole_or_its_error_names_the_file(folder: Path, tmp_pat
         "data gone": ("state_0.pt is missing",),
         "gone": ("iter_0000000, which does not exist", "iter_0000001"),
         "garbled": ("latest_checkpointed_iteration.txt holds 'soon'",),
-        "other model": ("release", "config.json"),
+        "other model": ("release", "ffn_hidden_size 128, not 160", "--hf-checkpoint"),
+        "other angles": ("release", "rotary_base 1000000, not 5000000", "--hf-checkpoint"),
         "other model, streamed": ("linear_fc", "stored as", "config.json"),
         "other model's files": ("model.safetensors", "[128, 64]", "[160, 64]", "config.json"),
     }.items():

@@ -283,6 +283,41 @@ def test_a_start_that_cannot_be_is_told_before_anything_runs(tmp_path: Path) -> 
     assert "iter_0000007, which does not exist" in problems(load=str(empty), ckpt_step=7)[0]
 
 
+OTHER_MODELS = {
+    "another rotary base, which no weight's shape tells": (
+        {"rope_theta": 5000000},
+        "rotary_base 5000000, not 1000000",
+    ),
+    "fewer layers and words": (
+        {"num_hidden_layers": 28, "vocab_size": 97},
+        "num_layers 28, not 36; vocab_size 97, not 151936",
+    ),
+    "another family": ({"model_type": "llama"}, "model_type llama, not qwen3"),
+    "more positions": ({"max_position_embeddings": 262144}, None),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_MODELS)
+@pytest.mark.parametrize("flag", ["--load", "--ref-load"])
+def test_weights_of_another_architecture_are_refused(tmp_path: Path, case: str, flag: str) -> None:
+    changes, difference = OTHER_MODELS[case]
+    hf, other = tmp_path / "hf", tmp_path / "other"
+    for folder, its in ((hf, QWEN3_4B), (other, QWEN3_4B | changes)):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(its))
+        save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+    files = {flag[2:].replace("-", "_"): str(other)}
+    algorithm = {"use_kl_loss": True}
+    assert check_start(config(hf, checkpoint=files, algorithm=algorithm)) == (
+        []
+        if difference is None
+        else [
+            f"{flag} {other}: the weights are of another architecture than --hf-checkpoint {hf} "
+            f"describes: {difference}. Choose weights of the same, or correct --hf-checkpoint."
+        ]
+    )
+
+
 def test_old_checkpoints_go_and_the_committed_one_stays(tmp_path: Path) -> None:
     for iteration in (3, 9, 12, 100):
         iteration_folder(tmp_path, iteration).mkdir()

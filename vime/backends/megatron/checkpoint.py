@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from vime.backends.megatron import compat
 from vime.backends.megatron.async_save import BackgroundSaves
-from vime.backends.megatron.hf import load_hf_weights, model_args
+from vime.backends.megatron.hf import family_for, load_hf_weights, model_args, read_config
+from vime.backends.megatron.hf.check import check_architecture_fits
 from vime.backends.megatron.start import (
     MANIFEST,
     RELEASE,
@@ -162,6 +163,8 @@ def load_checkpoint(
     with _agreed(f"{start.folder / 'common.pt'} is damaged"):
         common = dist_checkpointing.load_common_state_dict(str(start.folder))
     saved = common.get(_STATE, {"optimizer": "optimizer" in common})
+    if _STATE in common and not cfg.model.override:  # another program's may spell things otherwise
+        _check_architecture(cfg, common, start.folder)
     if not start.resume:
         optimizer_to_load = scheduler = None
     else:
@@ -204,6 +207,15 @@ def load_checkpoint(
 
             restore_rng_state(state["rng_state"])
     return json.loads(saved.get("extra", "{}"))
+
+
+def _check_architecture(cfg: Config, common: dict[str, Any], folder: Path) -> None:
+    hf_config = read_config(cfg.model.hf_checkpoint)
+    expected = family_for(hf_config).megatron_args(hf_config)
+    try:
+        check_architecture_fits(cfg, vars(common["args"]), expected)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
 
 
 def load_critic(cfg: Config, start: Start, critic: Any) -> bool:

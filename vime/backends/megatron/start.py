@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from vime.backends.megatron.hf.check import check_hf_fits
 from vime.backends.megatron.hf.files import HFFiles
 from vime.config import Config
 from vime.errors import CheckpointError
@@ -90,8 +91,10 @@ def check_start(cfg: Config) -> list[str]:
             problems.append(str(error))
             continue
         try:
-            if start.is_hf and not cfg.debug.dry_run:  # a plan needs no weights
-                HFFiles(start.folder)
+            if start.is_hf:
+                check_hf_fits(cfg, start.folder)
+                if not cfg.debug.dry_run:  # a plan needs no weights
+                    HFFiles(start.folder)
         except CheckpointError as error:
             given = {"--load": load, "--ref-load": files.ref_load, "--hf-checkpoint": hf}
             flag = next(f for f, path in given.items() if path and Path(path) == start.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from vime.backends.megatron.hf.family import layer_pattern
@@ -60,6 +61,45 @@ def check_training(cfg: Config) -> list[str]:
             "--recompute-modules mla_up_proj: the model has no latent attention. Leave it out."
         )
     return problems
+
+
+def check_hf_fits(cfg: Config, hf_dir: Path) -> None:
+    """The folder's weights belong into the model that --hf-checkpoint describes.
+
+    Shapes would not tell of a rotary base or an epsilon that differs. Raises CheckpointError.
+    """
+    own, its = read_config(cfg.model.hf_checkpoint), read_config(str(hf_dir))
+    if its == own:
+        return
+    if its.get("model_type") != own.get("model_type"):
+        kinds = f"model_type {its.get('model_type')}, not {own.get('model_type')}"
+        raise CheckpointError(_not_fitting(cfg, [kinds]))
+    try:
+        family = family_for(own)
+        expected = family.megatron_args(own)
+    except (ConfigError, KeyError):
+        return  # told by `check_model_args`
+    try:
+        found = family.megatron_args(its)
+    except (ConfigError, KeyError) as error:
+        raise CheckpointError(f"config.json cannot be used: {error}") from None
+    check_architecture_fits(cfg, found, expected)
+
+
+def check_architecture_fits(cfg: Config, found: dict[str, Any], own: dict[str, Any]) -> None:
+    """The same for an architecture under Megatron's flag names. Raises CheckpointError."""
+    shared = (found.keys() & own.keys()) - {"max_position_embeddings"}  # a bound, not a weight's
+    others = [n for n in own if n in shared and not _same(n, found[n], own)]
+    if others:
+        raise CheckpointError(_not_fitting(cfg, [f"{n} {found[n]}, not {own[n]}" for n in others]))
+
+
+def _not_fitting(cfg: Config, differences: list[str]) -> str:
+    return (
+        f"the weights are of another architecture than --hf-checkpoint {cfg.model.hf_checkpoint} "
+        f"describes: {'; '.join(differences)}. Choose weights of the same, or correct "
+        "--hf-checkpoint."
+    )
 
 
 # "sinkhorn" would route by another rule than the engines do

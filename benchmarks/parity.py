@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "cpu")]
 
 from parity import (  # noqa: E402
     CASES,
-    DENSE,
+    EXPERTS,
     MAX_GRADIENT,
     MAX_LOSS,
     Apart,
@@ -79,7 +79,7 @@ def table_of(found: Found) -> str:
     """Markdown: a row per case."""
     rows = [["ranks", "layout", "model", "batching", "loss", "gradient", "weights after"]]
     for world, case, a in found:
-        model = "dense" if case.model == DENSE else "MoE"
+        model = "MoE" if case.model == EXPERTS else case.model
         figures = [cell(a.loss, MAX_LOSS), cell(a.gradient, MAX_GRADIENT)]
         figures.append(cell(a.weights, MAX_GRADIENT))
         rows.append([str(world), case.name, model, case.batching, *figures])

@@ -38,10 +38,11 @@ ALGORITHM = {
     "clip_low": 0.01,
     "clip_high_asked": 0.02,
 }
-DENSE, EXPERTS = "dense", "experts"
+DENSE, EXPERTS, TAUGHT = "dense", "experts", "with a teacher"
 MODELS: dict[str, dict[str, Any]] = {
     DENSE: {"tied": True},
     EXPERTS: {"moe": True, "num_hidden_layers": 2, "mlp_only_layers": [0]},
+    TAUGHT: {"num_hidden_layers": 2},
 }
 PACKED = {"dynamic": True, "max_tokens_per_gpu": 60}
 BALANCED = PACKED | {"balance": True, "log_probs_max_tokens_per_gpu": 100}
@@ -85,6 +86,7 @@ CASES: dict[int, list[Case]] = {
         Case("one rank", "packs of 60, log-probs by 7", {}, PACKED | {"log_probs_chunk_asked": 7}),
         Case("one rank, recompute", "packs of 60", RECOMPUTE, PACKED),
         Case("one rank", "packs of 60", {}, PACKED, EXPERTS),
+        Case("one rank", "packs of 60", {}, PACKED, TAUGHT),
     ],
     2: [
         Case("DP2", "packs of 60, balanced", {}, BALANCED),
@@ -108,6 +110,9 @@ CASES: dict[int, list[Case]] = {
         Case("DP2", "one sequence in all: a rank has none", {}, ALONE),
         Case("DP2, EP2", "packs of 60", {"ep": 2}, PACKED, EXPERTS),
         Case("TP2+SP, EP2", "packs of 60", {"tp": 2, "ep": 2} | SP, PACKED, EXPERTS),
+        Case("TP2+SP", "packs of 60", {"tp": 2} | SP, PACKED, TAUGHT),
+        Case("PP2", "packs of 60, balanced", {"pp": 2}, BALANCED, TAUGHT),
+        Case("CP2", "packs of 60", {"cp": 2}, PACKED, TAUGHT),
     ],
     4: [
         Case("DP4", "packs of 60, balanced", {}, BALANCED),
@@ -153,8 +158,12 @@ def config(root: Path, world: int, case: Case) -> Any:
         batch={"prompts": 4, "samples_per_prompt": 4, "steps_asked": 2, "num_rollout": 1}
         | case.batch,
         rollout={"temperature": TEMPERATURE},
-        algorithm=ALGORITHM,
-        checkpoint={"ref_load": str(folder / "reference"), "load": str(folder / "actor")},
+        algorithm=ALGORITHM | {"use_opd": case.model == TAUGHT},
+        checkpoint={
+            "ref_load": str(folder / "reference"),
+            "load": str(folder / "actor"),
+            "opd_teacher_load": str(folder / "teacher") if case.model == TAUGHT else None,
+        },
         optimizer={
             "lr": LR,
             "beta1": BETAS[0],
@@ -176,16 +185,17 @@ def groups_of(root: Path, model: str, alone: bool) -> list:
 
 
 def write_models(root: Path, **shape: int) -> None:
-    """Actors, references that differ a little, log-probabilities as an engine would give."""
+    """Actors, references and teachers that differ a little, log-probabilities as of an engine."""
     for model, own_shape in MODELS.items():
         folder = root / model
         write_tiny_hf(folder / "actor", **own_shape, **shape)
-        actor, reference = hf_model(folder / "actor"), hf_model(folder / "actor")
+        actor, other = hf_model(folder / "actor"), hf_model(folder / "actor")
         torch.manual_seed(5)
         with torch.no_grad():
-            for p in reference.parameters():
-                p.add_(0.01 * torch.randn_like(p))
-            reference.save_pretrained(folder / "reference")
+            for name in ("reference", "teacher"):
+                for p in other.parameters():
+                    p.add_(0.01 * torch.randn_like(p))
+                other.save_pretrained(folder / name)
             groups = samples_of(4, 4)
             sampled = [hf_logps(actor, s, TEMPERATURE)[0].tolist() for g in groups for s in g]
         torch.save(sampled, folder / "sampled.pt")
@@ -208,6 +218,10 @@ def expected_of(root: Path, model: str, alone: bool = False) -> Expected:
     with torch.no_grad():
         old = [hf_logps(actor, s, TEMPERATURE)[0] for s in batch.sequences]
         ref = [hf_logps(reference, s, TEMPERATURE)[0] for s in batch.sequences]
+        teacher = None
+        if model == TAUGHT:
+            judge = hf_model(root / model / "teacher").double()
+            teacher = [hf_logps(judge, s, TEMPERATURE)[0] for s in batch.sequences]
     matrices = [p for p in actor.parameters() if p.ndim > 1]
     norms = [p for p in actor.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
@@ -229,6 +243,7 @@ def expected_of(root: Path, model: str, alone: bool = False) -> Expected:
             clip=(ALGORITHM["clip_low"], ALGORITHM["clip_high_asked"]),
             kl_coef=ALGORITHM["kl_loss_coef"],
             entropy_coef=ALGORITHM["entropy_coef"],
+            teacher=teacher and [teacher[p] for p in members],
         )
         loss.backward()
         optimizer.step()

@@ -11,6 +11,7 @@ from parity import (
     DENSE,
     MAX_GRADIENT,
     MAX_LOSS,
+    TAUGHT,
     Case,
     Expected,
     all_expected,
@@ -50,7 +51,8 @@ def test_loss_gradient_and_weights_are_those_of_plain_autograd(
         assert found.weights < MAX_GRADIENT, (case, found)
         for rank in ranks:
             m = rank[number]["metrics"]
-            assert m["train/ppo_kl_first_step"] == 0.0, case
+            own_pass = case.model == TAUGHT  # before the first step, whose advantages need it
+            assert abs(m["train/ppo_kl_first_step"]) <= (1e-7 if own_pass else 0.0), case
             if case.batch != ALONE:  # that has one step, in which every ratio is 1
                 assert 0 < m["train/pg_clipfrac"] < 1, case
             assert m["train/train_rollout_logprob_abs_diff_max"] < 2e-5, case

@@ -63,6 +63,8 @@ def every_case(rank: int, world: int, port: int, folder: Path, out: str) -> None
         the_old_policy_may_be_the_engines,
         the_old_policy_may_be_the_one_that_generated,
         the_reference_follows_the_actor,
+        a_teacher_is_approached_without_a_reward,
+        a_teacher_judges_each_token_under_every_estimator,
         users_functions_take_part,
         users_functions_are_called_at_their_moments,
         a_resumed_run_takes_the_same_steps,
@@ -303,6 +305,70 @@ def the_reference_follows_the_actor(trainer: Any, out: Path) -> None:
     with pytest.raises(ConfigError, match="--ref-update-interval 3.*--ckpt-step"):
         trainer(algorithm=odd, checkpoint={"load": str(out / "following")})
     shutdown_parallel()
+
+
+def distilling(trainer: Any, out: Path, **algorithm: Any) -> Any:
+    """A trainer whose teacher has the actor's architecture and other weights."""
+    from transformers import Qwen3ForCausalLM
+
+    teacher = write_tiny_hf(out / "teacher", tied=True, num_hidden_layers=2)
+    model = Qwen3ForCausalLM.from_pretrained(teacher)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    model.save_pretrained(teacher)
+    checkpoint = {"opd_teacher_load": str(teacher)}
+    return trainer(algorithm={"use_opd": True, **algorithm}, checkpoint=checkpoint)
+
+
+def a_teacher_is_approached_without_a_reward(trainer: Any, out: Path) -> None:
+    t = distilling(trainer, out)
+    groups = samples_of(4, 4)
+    for sample in sum(groups, []):
+        sample.reward = 0.0
+    batch = batch_of(t, groups)
+    found = [t.train(batch) for _ in range(8)]
+    taught = [m["rollout/teacher_log_probs"] for m in found]
+    assert taught == pytest.approx([taught[0]] * 8, abs=1e-6)  # the teacher stays as it was
+    for m in found:
+        apart = m["rollout/log_probs"] - m["rollout/teacher_log_probs"]
+        assert m["rollout/opd_kl"] == pytest.approx(apart, abs=1e-5)
+        assert m["rollout/advantages"] == pytest.approx(-apart, abs=1e-5)
+        assert m["train/ppo_kl"] == pytest.approx(0.0, abs=1e-6)
+        assert m["perf/teacher_log_probs_time"] > 0
+    apart = [abs(m["rollout/opd_kl"]) for m in found]
+    assert apart[-1] < 0.5 * apart[0], apart
+    t.close()
+
+
+def a_teacher_judges_each_token_under_every_estimator(trainer: Any, out: Path) -> None:
+    from vime.algorithms.advantages import ESTIMATORS
+    from vime.backends.megatron.rollout_columns import RolloutColumns
+
+    t = distilling(trainer, out, kl_coef=0.1, opd_kl_coef=0.5)
+    batch = batch_of(t)
+    for name, estimator in ESTIMATORS.items():
+        if estimator.critic:
+            continue  # has no values here
+        cfg = dataclasses.replace(t.cfg.algorithm, advantage_estimator=name)
+        columns = RolloutColumns(batch, t.cfg, t.device)
+        columns.old_logp_N = t.actor.logps(columns, list(batch.steps))
+        columns.ref_logp_N = t.actor.logps_of(t.actor.reference, batch, columns)
+        columns.set_advantages(cfg)
+        alone_N = columns.adv_N
+        columns.teacher_logp_N = t.actor.logps_of(t.actor.teacher, batch, columns)
+        apart_N = (columns.old_logp_N - columns.teacher_logp_N) * columns.table.mask_N
+        assert apart_N.abs().max() > 0.01
+        columns.set_advantages(cfg)
+        if not estimator.whiten:
+            expected_N = alone_N - 0.5 * apart_N
+            torch.testing.assert_close(columns.adv_N, expected_N, rtol=0, atol=1e-6)
+            continue
+        chosen_N = columns.adv_N[columns.table.mask_N > 0]  # whitened last
+        assert not torch.allclose(columns.adv_N, alone_N, atol=1e-2)
+        assert (chosen_N.mean().abs(), chosen_N.std()) == pytest.approx((0.0, 1.0), abs=1e-2)
+    t.close()
 
 
 def users_functions_take_part(trainer: Any, out: Path) -> None:

@@ -64,13 +64,18 @@ def hf_policy_loss(
     clip: tuple[float, float],
     kl_coef: float,
     entropy_coef: float,
+    teacher: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """The mean over sequences of token means of clip + k3 - entropy, written out."""
+    """The mean over sequences of token means of clip + k3 - entropy, written out.
+
+    teacher  log-probabilities, under on-policy distillation
+    """
     loss = torch.zeros((), dtype=old[0].dtype)
-    for seq, old_logp, ref_logp in zip(sequences, old, ref, strict=True):
+    for i, (seq, old_logp, ref_logp) in enumerate(zip(sequences, old, ref, strict=True)):
+        advantage = seq.reward - (0.0 if teacher is None else old_logp - teacher[i])
         logp, entropy = hf_logps(model, seq, temperature)
         ratio = (logp - old_logp).exp()
-        free, held = ratio * seq.reward, ratio.clamp(1 - clip[0], 1 + clip[1]) * seq.reward
+        free, held = ratio * advantage, ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage
         kl = (ref_logp - logp).exp() - 1 - (ref_logp - logp)
         token = -torch.minimum(free, held) + kl_coef * kl - entropy_coef * entropy
         mask = torch.as_tensor(seq.loss_mask)

@@ -124,6 +124,23 @@ REFUSED = {
         "--kl-loss-coef 0.2 has no effect without --use-kl-loss. Add that, or set the coefficient "
         "to 0.",
     ),
+    "a teacher without distillation": (
+        {"--opd-teacher-load": "teacher"},
+        "--opd-teacher-load teacher has no effect without --use-opd. Add that, or leave it out.",
+    ),
+    "distillation without a teacher": (
+        {"--use-opd": None},
+        "--use-opd has no teacher. Add --opd-teacher-load FOLDER: a checkpoint, or an HF folder, "
+        "of a model of the policy's architecture.",
+    ),
+    "a teacher that is not there": (
+        {"--use-opd": None, "--opd-teacher-load": "none"},
+        "--opd-teacher-load none is not a folder. Give a checkpoint or an HF folder.",
+    ),
+    "a distillation coefficient alone": (
+        {"--opd-kl-coef": "0.5"},
+        "--opd-kl-coef 0.5 has no effect without --use-opd. Add that, or leave it out.",
+    ),
     "evaluation without data": (
         {"--eval-interval": "5"},
         "--eval-interval 5 has nothing to evaluate. Add --eval-prompt-data NAME PATH, or leave it "
@@ -277,6 +294,25 @@ def test_a_missing_reference_is_refused(capsys, tmp_path):
         f"--ref-load {tmp_path}/none is not a folder. Make it with "
         "tools/convert_hf_to_torch_dist.py, or leave it out to start from --hf-checkpoint."
     ]
+
+
+def test_imitation_has_no_part_for_a_teacher(capsys, tmp_path):
+    changes = {
+        "--loss-type": "sft_loss",
+        "--rollout-function-path": "vime.rollout.sft_rollout.generate_rollout",
+        "--use-opd": None,
+        "--opd-teacher-load": str(write_checkpoint(tmp_path / "teacher")),
+    }
+    assert refused(capsys, tmp_path, changes) == [
+        "--use-opd has no part in --loss-type sft_loss. Leave it out."
+    ]
+
+
+def test_one_answer_to_a_prompt_is_enough_for_a_teacher(capsys, tmp_path):
+    teacher = str(write_checkpoint(tmp_path / "teacher"))
+    changes = {"--n-samples-per-prompt": "1", "--use-opd": None, "--opd-teacher-load": teacher}
+    parse_config(words(tmp_path, changes))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_folder_that_cannot_be_made_is_refused(capsys, tmp_path):

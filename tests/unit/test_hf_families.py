@@ -283,6 +283,25 @@ def test_a_start_that_cannot_be_is_told_before_anything_runs(tmp_path: Path) -> 
     assert "iter_0000007, which does not exist" in problems(load=str(empty), ckpt_step=7)[0]
 
 
+def test_a_teacher_that_cannot_be_loaded_is_told_before_anything_runs(tmp_path: Path) -> None:
+    model, teacher = tmp_path / "hf", tmp_path / "teacher"
+    cfg = config(
+        model,
+        QWEN3_4B,
+        checkpoint={"opd_teacher_load": str(teacher)},
+        algorithm={"use_opd": True},
+    )
+    teacher.mkdir()
+    save_file({"a": torch.zeros(1)}, model / "model.safetensors")
+    (neither,) = check_start(cfg)
+    assert neither.startswith(f"--opd-teacher-load {teacher} holds neither a checkpoint")
+    (teacher / "config.json").write_text(json.dumps(QWEN3_4B))
+    (no_weights,) = check_start(cfg)
+    assert no_weights.startswith(f"--opd-teacher-load {teacher}: {teacher} holds no *.safetensors")
+    save_file({"a": torch.zeros(1)}, teacher / "model.safetensors")
+    assert check_start(cfg) == []
+
+
 OTHER_MODELS = {
     "another rotary base, which no weight's shape tells": (
         {"rope_theta": 5000000},
@@ -298,7 +317,7 @@ OTHER_MODELS = {
 
 
 @pytest.mark.parametrize("case", OTHER_MODELS)
-@pytest.mark.parametrize("flag", ["--load", "--ref-load"])
+@pytest.mark.parametrize("flag", ["--load", "--ref-load", "--opd-teacher-load"])
 def test_weights_of_another_architecture_are_refused(tmp_path: Path, case: str, flag: str) -> None:
     changes, difference = OTHER_MODELS[case]
     hf, other = tmp_path / "hf", tmp_path / "other"
@@ -306,8 +325,8 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path, case: str, 
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(its))
         save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
-    files = {flag[2:].replace("-", "_"): str(other)}
-    algorithm = {"use_kl_loss": True}
+    files = {"opd_teacher_load": str(hf)} | {flag[2:].replace("-", "_"): str(other)}
+    algorithm = {"use_opd": True, "use_kl_loss": True}
     assert check_start(config(hf, checkpoint=files, algorithm=algorithm)) == (
         []
         if difference is None

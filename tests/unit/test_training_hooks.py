@@ -102,8 +102,11 @@ def test_every_function_of_the_examples_fits_its_flag():
 
 def test_the_documents_examples_work():
     text = (Path(__file__).parents[2] / "docs/algorithms.md").read_text()
-    loss_code, estimator_code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    teacher_code, loss_code, estimator_code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     made: dict = {}
+    exec(teacher_code, made)
+    samples = [SimpleNamespace(get_reward_value=lambda args: 0.5)] * 2
+    assert made["only_the_teacher"](None, samples) == ([0.5, 0.5], [0.0, 0.0])
     exec(loss_code, made)
     logp = torch.tensor([-1.0, -2.0], requires_grad=True)
     objective = user_loss(TrainingHooks(loss=made["loss"]))

@@ -6,7 +6,6 @@ A recipe that was written for another program gets these answers in place of the
 from __future__ import annotations
 
 _NO_REPLAY = "the choices of experts are not replayed"
-_NO_DISTILLATION = "there is no distillation from a teacher"
 _NO_MTP = "heads for several tokens ahead are not trained"
 _ONE_KIND = "all engines are alike and serve the one policy"
 _OWN_ENGINES = "a run starts and ends its own engines"
@@ -20,10 +19,6 @@ _ON_FAILURE = "--use-fault-tolerance looks after engines when a rollout or an up
 ABSENT: dict[str, str] = {
     "--use-routing-replay": _NO_REPLAY,
     "--use-rollout-routing-replay": _NO_REPLAY,
-    "--use-opd": _NO_DISTILLATION,
-    "--opd-type": _NO_DISTILLATION,
-    "--opd-kl-coef": _NO_DISTILLATION,
-    "--opd-teacher-load": _NO_DISTILLATION,
     "--mtp-num-layers": _NO_MTP,
     "--enable-mtp-training": _NO_MTP,
     "--mtp-loss-scaling-factor": _NO_MTP,

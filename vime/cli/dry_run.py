@@ -135,6 +135,8 @@ def _memory(cfg: Config) -> Iterator[str]:
         yield f"Weights that engines were given wait there too, {copy / GIB:.3f} GiB a version."
     if cfg.algorithm.needs_reference:
         yield f"The reference waits in host memory: {copy / GIB:.3f} GiB for each trainer GPU."
+    if cfg.algorithm.needs_teacher:
+        yield f"The teacher waits in host memory: {copy / GIB:.3f} GiB for each trainer GPU."
 
 
 def _trainer(cfg: Config, shape: Shape, num_bytes: int) -> Iterator[str]:

@@ -69,6 +69,7 @@ def _compares_an_answer_with_itself(cfg: Config) -> bool:
         and a.advantage_estimator not in ("reinforce_plus_plus", "ppo")
         and a.normalize_rewards
         and a.custom_advantage_path is None
+        and not a.use_opd
         and own is None
         and rollout.function_path == VLLM_ROLLOUT
     )

@@ -59,6 +59,21 @@ def reference_is_there(cfg: Config) -> Iterator[str]:
         yield f"--ref-ckpt-step {step} chooses within --ref-load. Add --ref-load FOLDER."
 
 
+def teacher_is_there(cfg: Config) -> Iterator[str]:
+    folder = cfg.checkpoint.opd_teacher_load
+    name = f"--opd-teacher-load {folder}"
+    if not cfg.algorithm.use_opd:
+        if folder is not None:
+            yield f"{name} has no effect without --use-opd. Add that, or leave it out."
+    elif folder is None:
+        yield (
+            "--use-opd has no teacher. Add --opd-teacher-load FOLDER: a checkpoint, or an HF "
+            "folder, of a model of the policy's architecture."
+        )
+    elif not Path(folder).is_dir():
+        yield f"{name} is not a folder. Give a checkpoint or an HF folder."
+
+
 def folders_can_be_made(cfg: Config) -> Iterator[str]:
     """What would otherwise end a run at its first checkpoint, or just after its start."""
     if cfg.debug.dry_run:
@@ -336,6 +351,7 @@ RULES: tuple[Rule, ...] = (
     own_values_are_their_own,
     checkpoint_is_there,
     reference_is_there,
+    teacher_is_there,
     folders_can_be_made,
     run_has_a_length,
     run_has_prompts,

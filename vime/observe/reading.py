@@ -13,7 +13,11 @@ STEP_TIME = "perf/step_time"
 PHASES: dict[str, tuple[str, ...]] = {
     "rollout": ("perf/rollout_time",),
     "reward": ("perf/reward_time",),
-    "log-probs": ("perf/log_probs_time", "perf/ref_log_probs_time"),
+    "log-probs": (
+        "perf/log_probs_time",
+        "perf/ref_log_probs_time",
+        "perf/teacher_log_probs_time",
+    ),
     "train": ("perf/actor_train_time",),
     "sync": ("perf/update_weights_time",),
     "sleep": ("perf/sleep_time", "perf/wake_up_time"),

@@ -20,7 +20,7 @@ from vime.backends.megatron.optimizer import (
 from vime.backends.megatron.reference import SentWeights, WeightCopy
 from vime.backends.megatron.report import samples_of
 from vime.backends.megatron.rollout_columns import RolloutColumns
-from vime.backends.megatron.start import Start
+from vime.backends.megatron.start import Start, teacher_start
 from vime.backends.megatron.step import policy_judge, remember_logps, run_pass, sft_judge
 from vime.backends.megatron.update import Updates
 from vime.config import Config
@@ -36,6 +36,7 @@ class Actor:
     start          where its weights come from; a checkpoint that resumes brings the optimizer too
     first_rollout  the first that it will train
     reference      the model that KL is measured to, where one is needed
+    teacher        the one that advantages distil, under --use-opd
     sent           copies of the weights that engines were given, under --keep-old-actor
     """
 
@@ -47,6 +48,10 @@ class Actor:
         self.chunks = wrap_for_training(cfg, build_model(cfg, provider=provider))
         log.info("the model is built; weights come from %s", start.folder)
         self.reference: WeightCopy | None = None
+        self.teacher: WeightCopy | None = None
+        if cfg.algorithm.needs_teacher:
+            load_checkpoint(cfg, teacher_start(cfg), self.chunks)
+            self.teacher = WeightCopy(self.chunks)
         reference = None
         if cfg.algorithm.needs_reference:
             files, hf = cfg.checkpoint, cfg.model.hf_checkpoint
@@ -100,10 +105,12 @@ class Actor:
             columns.old_logp_N = self.logps(columns, forward_plans(batch, first))
         return on_policy
 
-    def reference_logps(self, batch: TrainBatch, columns: RolloutColumns) -> None:
-        assert self.reference is not None
-        with self.reference.swapped_in():
-            columns.ref_logp_N = self.logps(columns, forward_plans(batch), "ref_")
+    def logps_of(
+        self, copy: WeightCopy, batch: TrainBatch, columns: RolloutColumns, prefix: str = ""
+    ) -> Tensor:
+        """A column of the rollout's log-probabilities under other weights."""
+        with copy.swapped_in():
+            return self.logps(columns, forward_plans(batch), prefix)
 
     def _logps_of_generator(self, batch: TrainBatch, columns: RolloutColumns) -> None:
         """Those of the weights that generated the rollout.
@@ -122,14 +129,13 @@ class Actor:
                 )
             columns.old_logp_from_engine()
             return
-        with copy.swapped_in():
-            columns.old_logp_N = self.logps(columns, forward_plans(batch))
+        columns.old_logp_N = self.logps_of(copy, batch, columns)
 
     @property
     def _first_step_is_on_policy(self) -> bool:
         """Advantages that depend on the old log-probabilities need them before the first step."""
         a = self.cfg.algorithm
-        no_early_use = a.kl_coef == 0.0 and self.hooks.advantage is None
+        no_early_use = a.kl_coef == 0.0 and not a.use_opd and self.hooks.advantage is None
         return no_early_use and not a.use_rollout_logprobs
 
     def logps(self, columns: RolloutColumns, plans: list[StepPlan], prefix: str = "") -> Tensor:

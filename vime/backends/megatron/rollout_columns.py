@@ -57,6 +57,7 @@ class RolloutColumns:
             self.old_logp_from_engine()
         self.mismatch_metrics = cfg.algorithm.mismatch_metrics
         self.ref_logp_N: Tensor | None = None
+        self.teacher_logp_N: Tensor | None = None
         self.value_N: Tensor | None = None  # of a critic, before the rollout's first step
         self.return_N: Tensor | None = None  # what the critic learns
         self.adv_N = self.table.column()
@@ -95,7 +96,10 @@ class RolloutColumns:
         return self.laid_out[id(plan)]
 
     def set_advantages(self, cfg: AlgorithmConfig, hooks: TrainingHooks | None = None) -> None:
-        """From the scores, less --kl-coef times each token's KL; spread over tokens; whitened."""
+        """From the scores, less --kl-coef times each token's KL; spread over tokens; whitened.
+
+        What --use-opd takes from a token's advantage is that token's alone, whatever the estimator.
+        """
         table, estimator = self.table, ESTIMATORS[cfg.advantage_estimator]
         penalty_N = table.column()
         if cfg.kl_coef and self.ref_logp_N is not None:
@@ -112,6 +116,9 @@ class RolloutColumns:
             for position, rows in table.responses.items():
                 score = self.batch.sequences[position].reward
                 adv_N[rows] = estimator.spread(score, penalty_N[rows], cfg.gamma)
+        if self.teacher_logp_N is not None:
+            apart_N = self._whole(kl_estimate(self.old_logp_N, self.teacher_logp_N, "k1"))
+            adv_N = adv_N - cfg.opd_kl_coef * apart_N * table.mask_N
         is_users = hooks is not None and hooks.advantage is not None
         if cfg.normalize_advantages or (estimator.whiten and not is_users):
             whole_N = adv_N
@@ -213,6 +220,9 @@ class RolloutColumns:
         if self.ref_logp_N is not None:
             columns["rollout/ref_log_probs"] = self.ref_logp_N * mask_N
             columns["rollout/kl"] = (own_logp_N - self.ref_logp_N) * mask_N  # as k1 has it
+        if self.teacher_logp_N is not None:
+            columns["rollout/teacher_log_probs"] = self.teacher_logp_N * mask_N
+            columns["rollout/opd_kl"] = (own_logp_N - self.teacher_logp_N) * mask_N
         if self.value_N is not None and self.return_N is not None:
             columns |= _of_values(self.value_N, self.return_N, mask_N)
         sums = self.reduce({name: c.sum() for name, c in columns.items()}, list(columns))

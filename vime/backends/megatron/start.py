@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from vime.backends.megatron.hf.check import check_hf_fits
@@ -60,16 +61,15 @@ def resolve(
             f"--load {load} holds no checkpoint, yet --ckpt-step asks for {ckpt_step}. Drop one."
         )
     if ref_load:
-        start = _in_folder(Path(ref_load), "--ref-load", ckpt_step)
-        if start is None:
-            raise CheckpointError(
-                f"--ref-load {ref_load} holds neither a checkpoint ({TRACKER}) nor an HF model "
-                "(config.json). Make one with tools/convert_hf_to_torch_dist.py, or drop the flag."
-            )
-        return start
+        return _weights_in(Path(ref_load), "--ref-load", ckpt_step)
     if hf_checkpoint:
         return Start(Path(hf_checkpoint), is_hf=True)
     raise CheckpointError("No weights to start from: give --hf-checkpoint, --ref-load or --load.")
+
+
+def teacher_start(cfg: Config) -> Start:
+    """Where the teacher of --use-opd is. Raises CheckpointError."""
+    return _weights_in(Path(cfg.checkpoint.opd_teacher_load), "--opd-teacher-load")
 
 
 def check_start(cfg: Config) -> list[str]:
@@ -79,13 +79,16 @@ def check_start(cfg: Config) -> list[str]:
         return []  # the second is told by the rule `reference_is_there`
     if not (Path(hf) / "config.json").is_file():
         return []  # `checkpoint_is_there`
-    asked = [(files.load, files.ckpt_step)]
+    asked = [partial(resolve, files.load, files.ref_load, hf, files.ckpt_step)]
     if cfg.algorithm.needs_reference:
-        asked.append((None, files.ref_ckpt_step))
+        asked.append(partial(resolve, None, files.ref_load, hf, files.ref_ckpt_step))
+    teacher = files.opd_teacher_load
+    if cfg.algorithm.needs_teacher and teacher and Path(teacher).is_dir():  # `teacher_is_there`
+        asked.append(partial(teacher_start, cfg))
     problems = []
-    for load, step in asked:
+    for find in asked:
         try:
-            start = resolve(load, files.ref_load, hf, step)
+            start = find()
             check_manifest(start)
         except CheckpointError as error:
             problems.append(str(error))
@@ -96,10 +99,25 @@ def check_start(cfg: Config) -> list[str]:
                 if not cfg.debug.dry_run:  # a plan needs no weights
                     HFFiles(start.folder)
         except CheckpointError as error:
-            given = {"--load": load, "--ref-load": files.ref_load, "--hf-checkpoint": hf}
+            given = {
+                "--load": files.load,
+                "--ref-load": files.ref_load,
+                "--hf-checkpoint": hf,
+                "--opd-teacher-load": teacher,
+            }
             flag = next(f for f, path in given.items() if path and Path(path) == start.folder)
             problems.append(f"{flag} {start.folder}: {error}")
     return list(dict.fromkeys(problems))
+
+
+def _weights_in(folder: Path, flag: str, step: int | None = None) -> Start:
+    start = _in_folder(folder, flag, step)
+    if start is None:
+        raise CheckpointError(
+            f"{flag} {folder} holds neither a checkpoint ({TRACKER}) nor an HF model "
+            "(config.json). Make one with tools/convert_hf_to_torch_dist.py, or drop the flag."
+        )
+    return start
 
 
 def _in_folder(folder: Path, flag: str, step: int | None) -> Start | None:

@@ -105,7 +105,12 @@ class MegatronTrainer:
                 on_policy = actor.old_logps(batch, columns, trains=trains_actor)
             if actor.reference is not None:
                 with clock.timed("perf/ref_log_probs_time"):
-                    actor.reference_logps(batch, columns)
+                    columns.ref_logp_N = actor.logps_of(actor.reference, batch, columns, "ref_")
+            if actor.teacher is not None:
+                with clock.timed("perf/teacher_log_probs_time"):
+                    columns.teacher_logp_N = actor.logps_of(
+                        actor.teacher, batch, columns, "teacher_"
+                    )
             if critic is not None:
                 with clock.timed("perf/values_time"):
                     columns.value_N = critic.values(columns, forward_plans(batch))

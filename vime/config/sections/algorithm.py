@@ -44,6 +44,20 @@ class AlgorithmConfig(Section):
     kl_coef: float = flag(
         "--kl-coef", "KL to the reference model as a penalty on the reward", default=0.0, at_least=0
     )
+    use_opd: bool = flag(
+        "--use-opd",
+        "on-policy distillation: a token's advantage loses the KL to a teacher at that token",
+        default=False,
+    )
+    opd_type: str = flag(
+        "--opd-type",
+        "where the teacher computes: in the trainer's ranks, a model of the policy's shape",
+        default="megatron",
+        choices=("megatron",),
+    )
+    opd_kl_coef: float = flag(
+        "--opd-kl-coef", "advantage for each nat of that KL", default=1.0, above=0
+    )
     entropy_coef: float = flag("--entropy-coef", default=0.0)
     clip_low: float = flag("--eps-clip", default=0.2, at_least=0)
     clip_high_asked: float | None = flag(
@@ -171,7 +185,7 @@ class AlgorithmConfig(Section):
     )
     before_log_probs_path: str | None = flag(
         "--custom-megatron-before-log-prob-hook-path",
-        "f(args, model, store_prefix): before a pass for log-probabilities; the prefix is 'ref_' for the reference's",
+        "f(args, model, store_prefix): before a pass for log-probabilities; the prefix is 'ref_' for the reference's, 'teacher_' for the teacher's",
         default=None,
     )
     before_train_step_path: str | None = flag(
@@ -229,6 +243,10 @@ class AlgorithmConfig(Section):
         return self.wants_reward and (self.use_kl_loss or self.kl_coef != 0.0)
 
     @property
+    def needs_teacher(self) -> bool:
+        return self.wants_reward and self.use_opd
+
+    @property
     def needs_critic(self) -> bool:
         return self.wants_reward and self.advantage_estimator == "ppo"
 
@@ -254,6 +272,10 @@ class AlgorithmConfig(Section):
             yield f"--kl-loss-coef {self.kl_loss_coef} has no effect without --use-kl-loss. Add that, or set the coefficient to 0."
         if self.unbiased_kl and not self.use_kl_loss:
             yield "--use-unbiased-kl has no effect without --use-kl-loss. Add that, or leave it out."
+        if self.use_opd and not self.wants_reward:
+            yield f"--use-opd has no part in --loss-type {self.loss_type}. Leave it out."
+        if self.opd_kl_coef != 1.0 and not self.use_opd:
+            yield f"--opd-kl-coef {self.opd_kl_coef} has no effect without --use-opd. Add that, or leave it out."
         if self.keep_old_actor and self.use_rollout_logprobs:
             yield "--keep-old-actor and --use-rollout-logprobs both say what the old policy is. Drop one of the two."
         if self.keep_old_actor and not self.wants_reward:

@@ -39,6 +39,9 @@ class CheckpointConfig(Section):
     ref_load: Path | None = flag(
         "--ref-load", "checkpoint of the reference model, and where a new run starts", default=None
     )
+    opd_teacher_load: Path | None = flag(
+        "--opd-teacher-load", "checkpoint or HF folder of --use-opd's teacher", default=None
+    )
     save: Path | None = flag("--save", "where checkpoints go", default=None)
     save_interval: int | None = flag(
         "--save-interval", "save every so many rollouts", default=None, at_least=1

@@ -154,6 +154,19 @@ def test_the_cpu_rotates_queries_of_three_dimensions_wrongly_where_we_do_it_righ
     assert not torch.allclose(theirs, wanted)
 
 
+def test_latent_attention_on_cpu_can_be_chosen_where_the_cpu_has_amx(monkeypatch):
+    """What vLLM would take there refuses float32 weights."""
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    asked = AttentionSelectorConfig(96, torch.float32, None, None, use_mla=True)
+    chosen = CpuPlatform.get_attn_backend_cls(AttentionBackendEnum["CPU_MLA"], asked)
+    assert chosen == AttentionBackendEnum["CPU_MLA"].get_path()
+    assert CpuPlatform.get_attn_backend_cls(None, asked) != chosen  # else no choice is needed
+
+
 def test_the_cpu_head_sizes_are_those_of_vllm():
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 

@@ -105,6 +105,16 @@ def test_a_users_flag_wins(folder):
     assert value(words, "--max-num-seqs") == "8"
 
 
+def test_latent_attention_on_cpu_is_the_one_that_knows_float32(folder):
+    assert "--attention-backend" not in argv(make_config(folder))
+    (folder / "config.json").write_text(json.dumps(SHAPE | {"kv_lora_rank": 16}))
+    assert value(argv(make_config(folder)), "--attention-backend") == "CPU_MLA"
+    assert "--attention-backend" not in argv(make_config(folder), on=platform.CUDA)
+    given = {"attention_backend": "AMX_MLA"}
+    words = argv(make_config(folder, engine={"vllm_args": given}))
+    assert (value(words, "--attention-backend"), words.count("CPU_MLA")) == ("AMX_MLA", 0)
+
+
 def test_packed_answers_do_not_go_around_a_key(folder, monkeypatch):
     """The route is in front of where vLLM asks for the key; from a flag or from the environment."""
     monkeypatch.delenv("VLLM_API_KEY", raising=False)

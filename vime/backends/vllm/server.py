@@ -61,6 +61,9 @@ def command(
         given.pop("gpu_memory_utilization", None)  # a share of GPU memory; see `cpu_notice`
         ours["enforce_eager"] = True
         ours["disable_log_stats"] = True
+        if hf_config(cfg).get("kv_lora_rank"):
+            # On a CPU with AMX vLLM prefers a latent attention that knows no float32.
+            ours["attention_backend"] = "CPU_MLA"
         if dialect.kv_cache_bytes_flag:
             ours["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(cfg)
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *dialect.generate_flags]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import free_port, run_ranks
+from ranks import agree_on_port, run_ranks
 from tiny import make_config, write_tiny_hf
 from training import hf_logps, hf_model, named_gradients, samples_of
 
@@ -138,7 +138,7 @@ def by_autograd(root: Path) -> dict[str, Any]:
     }
 
 
-def train(rank: int, world: int, port: int, root: Path, ports: list[int]) -> list[dict]:
+def train(rank: int, world: int, port: int, root: Path) -> list[dict]:
     from vime.backends.megatron.hf import export_hf
     from vime.backends.megatron.model import unwrap
     from vime.backends.megatron.trainer import MegatronTrainer
@@ -154,15 +154,17 @@ def train(rank: int, world: int, port: int, root: Path, ports: list[int]) -> lis
 
     results = []
     saved = None
-    for number, (parallel, own_port) in enumerate(zip(LAYOUTS, ports[::2], strict=True)):
+    for number, parallel in enumerate(LAYOUTS):
         is_sharded = parallel.get("use_distributed_optimizer")
         if saved is not None and parallel is not SHARDED:
             cfg = config(root, parallel, saved)
-            trainer = MegatronTrainer(cfg, rank, world, rank, "127.0.0.1", ports[2 * number + 1])
+            own_port = agree_on_port(root, f"turn {number}, loaded", rank)
+            trainer = MegatronTrainer(cfg, rank, world, rank, "127.0.0.1", own_port)
             results[-1]["loaded"] = weights_of(trainer.critic)
             results[-1]["start"] = trainer.start_rollout_id, trainer.critic.scheduler.num_steps
             trainer.close()
         cfg = config(root, parallel)
+        own_port = agree_on_port(root, f"turn {number}", rank)
         trainer = MegatronTrainer(cfg, rank, world, rank, "127.0.0.1", own_port)
         head = head_of(trainer.critic)
         if head is not None:
@@ -196,8 +198,7 @@ def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def test_actor_and_critic_are_those_of_plain_autograd_in_every_layout(root: Path) -> None:
     wanted = by_autograd(root)
-    ports = [free_port() for _ in LAYOUTS for _ in range(2)]
-    for rank in run_ranks(train, 2, root=root, ports=ports):
+    for rank in run_ranks(train, 2, root=root):
         for parallel, found in zip(LAYOUTS, rank, strict=True):
             m = found["metrics"]
             assert m["train/loss"] == pytest.approx(wanted["loss"]["actor"], rel=1e-6), parallel

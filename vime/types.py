@@ -34,6 +34,7 @@ class Sample:
     reward: float | dict[str, Any] | None = None
     loss_mask: list[int] | None = None  # [R], 1 = train on it; None = all ones
     rollout_log_probs: list[float] | None = None  # [R], natural log, as the engine sampled
+    teacher_log_probs: list[float] | None = None  # [R], for --use-opd --opd-type vllm
     weight_versions: list[int] = field(
         default_factory=list
     )  # [R], the weights that made each token
@@ -48,7 +49,6 @@ class Sample:
     non_generation_time: float = 0.0  # seconds spent on tools and the like; for the metrics
     apply_chat_template_kwargs: dict[str, Any] | None = None  # in place of the flag's, for messages
     # What functions of the user's own may carry along. vime keeps these and reads none of them.
-    teacher_log_probs: list[float] | None = None  # [R]
     rollout_routed_experts: Any = None
     rollout_top_p_token_ids: list[int] | None = None
     rollout_top_p_token_offsets: list[int] | None = None
@@ -131,6 +131,7 @@ class TrainSequence:
     reward: float  # after group normalisation
     raw_reward: float
     rollout_logp: np.ndarray | None = None  # [R] float32
+    teacher_logp: np.ndarray | None = None  # [R] float32
     train_metadata: dict[str, Any] | None = None
 
     @property

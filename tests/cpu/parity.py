@@ -38,11 +38,14 @@ ALGORITHM = {
     "clip_low": 0.01,
     "clip_high_asked": 0.02,
 }
-DENSE, EXPERTS, TAUGHT = "dense", "experts", "with a teacher"
+DENSE, EXPERTS = "dense", "experts"
+TAUGHT, SERVED = "with a teacher", "with a served teacher"
+BY_TEACHER = (TAUGHT, SERVED)
 MODELS: dict[str, dict[str, Any]] = {
     DENSE: {"tied": True},
     EXPERTS: {"moe": True, "num_hidden_layers": 2, "mlp_only_layers": [0]},
     TAUGHT: {"num_hidden_layers": 2},
+    SERVED: {"num_hidden_layers": 2},
 }
 PACKED = {"dynamic": True, "max_tokens_per_gpu": 60}
 BALANCED = PACKED | {"balance": True, "log_probs_max_tokens_per_gpu": 100}
@@ -113,6 +116,8 @@ CASES: dict[int, list[Case]] = {
         Case("TP2+SP", "packs of 60", {"tp": 2} | SP, PACKED, TAUGHT),
         Case("PP2", "packs of 60, balanced", {"pp": 2}, BALANCED, TAUGHT),
         Case("CP2", "packs of 60", {"cp": 2}, PACKED, TAUGHT),
+        Case("PP2", "packs of 60, balanced", {"pp": 2}, BALANCED, SERVED),
+        Case("CP2", "packs of 60", {"cp": 2}, PACKED, SERVED),
     ],
     4: [
         Case("DP4", "packs of 60, balanced", {}, BALANCED),
@@ -158,7 +163,11 @@ def config(root: Path, world: int, case: Case) -> Any:
         batch={"prompts": 4, "samples_per_prompt": 4, "steps_asked": 2, "num_rollout": 1}
         | case.batch,
         rollout={"temperature": TEMPERATURE},
-        algorithm=ALGORITHM | {"use_opd": case.model == TAUGHT},
+        algorithm=ALGORITHM
+        | {
+            "use_opd": case.model in BY_TEACHER,
+            "opd_type": "vllm" if case.model == SERVED else "megatron",
+        },
         checkpoint={
             "ref_load": str(folder / "reference"),
             "load": str(folder / "actor"),
@@ -179,8 +188,9 @@ def groups_of(root: Path, model: str, alone: bool) -> list:
     groups = samples_of(4, 4)
     groups[0][1].remove_sample = True
     groups[2][3].loss_mask = [i % 2 for i in range(groups[2][3].response_length)]
-    for sample, logp in zip(sum(groups, []), torch.load(root / model / "sampled.pt"), strict=True):
-        sample.rollout_log_probs = logp
+    sampled, taught = (torch.load(root / model / f"{n}.pt") for n in ("sampled", "taught"))
+    for sample, logp, teachers in zip(sum(groups, []), sampled, taught, strict=True):
+        sample.rollout_log_probs, sample.teacher_log_probs = logp, teachers
     return [groups[0][:1]] if alone else groups
 
 
@@ -196,9 +206,10 @@ def write_models(root: Path, **shape: int) -> None:
                 for p in other.parameters():
                     p.add_(0.01 * torch.randn_like(p))
                 other.save_pretrained(folder / name)
-            groups = samples_of(4, 4)
-            sampled = [hf_logps(actor, s, TEMPERATURE)[0].tolist() for g in groups for s in g]
-        torch.save(sampled, folder / "sampled.pt")
+            samples = sum(samples_of(4, 4), [])
+            for name, its in (("sampled", actor), ("taught", other)):
+                logps = [hf_logps(its, s, TEMPERATURE)[0].tolist() for s in samples]
+                torch.save(logps, folder / f"{name}.pt")
 
 
 def all_expected(root: Path) -> dict[tuple[str, bool], Expected]:
@@ -219,7 +230,7 @@ def expected_of(root: Path, model: str, alone: bool = False) -> Expected:
         old = [hf_logps(actor, s, TEMPERATURE)[0] for s in batch.sequences]
         ref = [hf_logps(reference, s, TEMPERATURE)[0] for s in batch.sequences]
         teacher = None
-        if model == TAUGHT:
+        if model in BY_TEACHER:
             judge = hf_model(root / model / "teacher").double()
             teacher = [hf_logps(judge, s, TEMPERATURE)[0] for s in batch.sequences]
     matrices = [p for p in actor.parameters() if p.ndim > 1]

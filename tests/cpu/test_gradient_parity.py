@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from parity import (
     ALONE,
+    BY_TEACHER,
     CASES,
     DENSE,
     MAX_GRADIENT,
     MAX_LOSS,
-    TAUGHT,
     Case,
     Expected,
     all_expected,
@@ -51,7 +51,7 @@ def test_loss_gradient_and_weights_are_those_of_plain_autograd(
         assert found.weights < MAX_GRADIENT, (case, found)
         for rank in ranks:
             m = rank[number]["metrics"]
-            own_pass = case.model == TAUGHT  # before the first step, whose advantages need it
+            own_pass = case.model in BY_TEACHER  # before the first step, whose advantages need it
             assert abs(m["train/ppo_kl_first_step"]) <= (1e-7 if own_pass else 0.0), case
             if case.batch != ALONE:  # that has one step, in which every ratio is 1
                 assert 0 < m["train/pg_clipfrac"] < 1, case

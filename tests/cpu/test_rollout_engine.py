@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -10,6 +11,7 @@ import requests
 
 from tests.cpu.rollout_setting import router, setting  # noqa: F401, fixtures
 from tests.unit.fake_engine import write_prompts
+from vime.rollout.teacher import check_teacher
 from vime.rollout.vllm_rollout import generate_rollout
 from vime.rollout.wire import PACKED, PATH, build_request, parse_response
 from vime.types import Status
@@ -50,6 +52,20 @@ def test_every_token_has_the_log_probability_that_the_engine_gives_it(setting, t
         assert sample.rollout_log_probs == pytest.approx(
             scored_by_the_engine(tied_engine.url, sample), abs=1e-4
         )
+
+
+def test_a_served_teacher_gives_each_token_its_log_probability(setting, tied_engine):
+    """The engine is its own teacher, by the API that a server of the user's has."""
+    algorithm = {"use_opd": True, "opd_type": "vllm", "opd_teacher_url": tied_engine.url}
+    args, source = setting(rollout={"max_response_len": 12}, algorithm=algorithm)
+    own = dataclasses.replace(args.config.model, hf_checkpoint=str(tied_engine.hf_dir))
+    assert check_teacher(dataclasses.replace(args.config, model=own)) == []
+    (other_words,) = check_teacher(args.config)
+    assert "whose tokenizer is not that of --hf-checkpoint" in other_words
+    output = generate_rollout(args, 0, source)
+    for sample in (s for group in output.samples for s in group):
+        assert len(sample.teacher_log_probs) == sample.response_length > 0
+        assert sample.teacher_log_probs == pytest.approx(sample.rollout_log_probs, abs=1e-4)
 
 
 def test_dynamic_sampling_refills_until_the_target_is_met(setting):

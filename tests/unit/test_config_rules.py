@@ -137,6 +137,40 @@ REFUSED = {
         {"--use-opd": None, "--opd-teacher-load": "none"},
         "--opd-teacher-load none is not a folder. Give a checkpoint or an HF folder.",
     ),
+    "a served teacher without its server": (
+        {"--use-opd": None, "--opd-type": "vllm"},
+        "--opd-type vllm has no teacher. Add --opd-teacher-url http://HOST:PORT of `vllm serve "
+        "TEACHER`, or a function of yours that sets Sample.teacher_log_probs.",
+    ),
+    "a served teacher at another temperature": (
+        {
+            "--use-opd": None,
+            "--opd-type": "vllm",
+            "--opd-teacher-url": "http://a:1",
+            "--rollout-temperature": "0.8",
+        },
+        "--opd-teacher-url http://a:1 gives log-probabilities at temperature 1, and "
+        "--rollout-temperature 0.8 samples at another. Set it to 1, or use --opd-type megatron.",
+    ),
+    "a server that is no address": (
+        {"--use-opd": None, "--opd-type": "vllm", "--opd-teacher-url": "a:1"},
+        "--opd-teacher-url a:1 is no address. Give http://HOST:PORT of a vLLM server.",
+    ),
+    "a server without distillation": (
+        {"--opd-teacher-url": "http://a:1"},
+        "--opd-teacher-url http://a:1 has no effect without --use-opd --opd-type vllm. Add those, "
+        "or leave it out.",
+    ),
+    "a folder for a served teacher": (
+        {
+            "--use-opd": None,
+            "--opd-type": "vllm",
+            "--opd-teacher-url": "http://a:1",
+            "--opd-teacher-load": "t",
+        },
+        "--opd-teacher-load t has no effect without --use-opd --opd-type megatron. Add that, or "
+        "leave it out.",
+    ),
     "a distillation coefficient alone": (
         {"--opd-kl-coef": "0.5"},
         "--opd-kl-coef 0.5 has no effect without --use-opd. Add that, or leave it out.",

@@ -11,8 +11,9 @@ import pytest
 from tests.unit.fake_engine import FakeEngine, ids_of, make_config, write_prompts
 from vime.data import chat
 from vime.errors import EngineError
-from vime.rollout.client import GenerateClient, RequestFailed, few_handshakes
+from vime.rollout.client import GenerateClient, few_handshakes
 from vime.rollout.data_source import RolloutDataSourceWithBuffer
+from vime.rollout.posting import RequestFailed
 from vime.rollout.vllm_rollout import generate, generate_rollout
 from vime.types import DynamicFilterOutput, Status
 
@@ -101,7 +102,7 @@ def test_a_4xx_is_never_retried(status):
         async with GenerateClient(url, concurrency=4, timeout_s=10) as client:
             with pytest.raises(RequestFailed, match=f"HTTP {status}: fault on purpose"):
                 await client.generate([4], {"max_tokens": 1})
-            return client.num_retries
+            return client.endpoint.num_retries
 
     with FakeEngine(echo, faults=[status, status]) as engine:
         assert asyncio.run(post(engine.url)) == 0

@@ -60,11 +60,15 @@ def reference_is_there(cfg: Config) -> Iterator[str]:
 
 
 def teacher_is_there(cfg: Config) -> Iterator[str]:
-    folder = cfg.checkpoint.opd_teacher_load
+    folder, a = cfg.checkpoint.opd_teacher_load, cfg.algorithm
     name = f"--opd-teacher-load {folder}"
-    if not cfg.algorithm.use_opd:
-        if folder is not None:
-            yield f"{name} has no effect without --use-opd. Add that, or leave it out."
+    if folder is not None and not (a.use_opd and a.opd_type == "megatron"):
+        kind = " --opd-type megatron" if a.use_opd else ""
+        yield f"{name} has no effect without --use-opd{kind}. Add that, or leave it out."
+    elif not a.use_opd:
+        return
+    elif a.opd_type == "vllm":
+        yield from _served_teacher(cfg)
     elif folder is None:
         yield (
             "--use-opd has no teacher. Add --opd-teacher-load FOLDER: a checkpoint, or an HF "
@@ -72,6 +76,31 @@ def teacher_is_there(cfg: Config) -> Iterator[str]:
         )
     elif not Path(folder).is_dir():
         yield f"{name} is not a folder. Give a checkpoint or an HF folder."
+
+
+def _served_teacher(cfg: Config) -> Iterator[str]:
+    url, rollout = cfg.algorithm.opd_teacher_url, cfg.rollout
+    by_hand = (
+        cfg.reward.custom_rm_path,
+        rollout.custom_generate_path,
+        rollout.sample_hook_paths,
+        rollout.sample_filter_path,
+        rollout.all_samples_path,
+        rollout.convert_path,
+        rollout.data_postprocess_path,
+        cfg.debug.load_rollout_data,
+    )
+    if url is None and rollout.function_path == VLLM_ROLLOUT and not any(by_hand):
+        yield (
+            "--opd-type vllm has no teacher. Add --opd-teacher-url http://HOST:PORT of "
+            "`vllm serve TEACHER`, or a function of yours that sets Sample.teacher_log_probs."
+        )
+    if url is not None and rollout.temperature != 1.0:
+        yield (
+            f"--opd-teacher-url {url} gives log-probabilities at temperature 1, and "
+            f"--rollout-temperature {rollout.temperature} samples at another. Set it to 1, or use "
+            "--opd-type megatron."
+        )
 
 
 def folders_can_be_made(cfg: Config) -> Iterator[str]:

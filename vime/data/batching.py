@@ -96,7 +96,7 @@ def plan_batch(
     rules = PackingRules.of(cfg)
     is_dr_grpo = cfg.algorithm.advantage_estimator == "dr_grpo"
     constant = cfg.rollout.max_response_len if is_dr_grpo else None
-    _check_rollout_logp(steps, cfg)
+    _check_logps(steps, cfg)
     for members in steps:
         masks, per_token = [s.loss_mask for s in members], cfg.algorithm.per_token_loss
         if weigh is None:
@@ -173,18 +173,27 @@ def _newest_version(samples: Sequence[Sample]) -> int | None:
     return max(known, default=None)
 
 
-def _check_rollout_logp(steps: Sequence[Sequence[TrainSequence]], cfg: Config) -> None:
-    """Every token with loss has what the loss needs of the engine."""
+def _check_logps(steps: Sequence[Sequence[TrainSequence]], cfg: Config) -> None:
+    """Every token with loss has what the loss needs of the engine, and of a teacher elsewhere."""
     name = cfg.algorithm.needs_rollout_logp
-    for s in chain.from_iterable(steps) if name else ():
-        if not s.loss_mask.any():
-            continue
-        if s.rollout_logp is None or not np.isfinite(s.rollout_logp[s.loss_mask > 0]).all():
+    for s in chain.from_iterable(steps):
+        if name and _lacks(s.rollout_logp, s):
             raise ValueError(
                 f"sample {s.index} has no rollout_log_probs for some token of its loss, and {name} "
                 "needs them. Let the rollout keep what the engine returned, mask those tokens, or "
                 f"drop {name}."
             )
+        if cfg.algorithm.needs_teacher_logp and _lacks(s.teacher_logp, s):
+            raise ValueError(
+                f"sample {s.index} has no teacher_log_probs for some token of its loss, and "
+                "--opd-type vllm needs them. Add --opd-teacher-url, let your function set them, or "
+                "mask those tokens."
+            )
+
+
+def _lacks(logp: np.ndarray | None, sequence: TrainSequence) -> bool:
+    needed = sequence.loss_mask > 0
+    return bool(needed.any()) and (logp is None or not np.isfinite(logp[needed]).all())
 
 
 def _less_overlong(values: Sequence[float], samples: Sequence[Sample], cfg: Config) -> list[float]:
@@ -276,7 +285,7 @@ def _sequence(sample: Sample, group_id: int, score: float, raw_reward: float) ->
             f"sample {sample.index}: {len(sample.tokens)} tokens for a response of "
             f"{sample.response_length} leave no prompt token to predict it from"
         )
-    logp = sample.rollout_log_probs
+    logp, taught = sample.rollout_log_probs, sample.teacher_log_probs
     return TrainSequence(
         index=-1 if sample.index is None else sample.index,
         group=group_id,
@@ -287,6 +296,7 @@ def _sequence(sample: Sample, group_id: int, score: float, raw_reward: float) ->
         reward=score,
         raw_reward=raw_reward,
         rollout_logp=None if logp is None else _per_response(sample, "rollout_log_probs", logp),
+        teacher_logp=None if taught is None else _per_response(sample, "teacher_log_probs", taught),
         train_metadata=sample.train_metadata,
     )
 

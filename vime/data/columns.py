@@ -7,6 +7,7 @@ The first three columns must be there (N tokens, of which the last R are the res
     rewards            the score, final: no baseline is taken off any more
     loss_masks         [R] 0 or 1 (default: ones)
     rollout_log_probs  [R] of the engine (default: none)
+    teacher_log_probs  [R] of a teacher (default: none)
     raw_reward         for the log (default: rewards)
     sample_indices     Sample.index (default: the position)
     group_indices      Sample.group_index (default: -1)
@@ -30,6 +31,7 @@ REQUIRED = ("tokens", "response_lengths", "rewards")
 OPTIONAL = (
     "loss_masks",
     "rollout_log_probs",
+    "teacher_log_probs",
     "raw_reward",
     "sample_indices",
     "group_indices",
@@ -95,6 +97,7 @@ def _sequence(row: Mapping[str, Any], i: int) -> TrainSequence:
         reward=float(row["rewards"]),
         raw_reward=float(row["rewards"] if raw_reward is None else raw_reward),
         rollout_logp=_per_response(row, "rollout_log_probs", size, i),
+        teacher_logp=_per_response(row, "teacher_log_probs", size, i),
         train_metadata=row.get("train_metadata"),
     )
 

@@ -9,6 +9,7 @@ from vime.observe.trackers import missing_packages
 from vime.ray.placement_group import check_slots
 from vime.rollout.grading import check_rewards
 from vime.rollout.plugins import check_hooks
+from vime.rollout.teacher import check_teacher
 from vime.rollout.training_hooks import check_training_hooks
 
 
@@ -35,5 +36,6 @@ CHECKS = (
     check_hooks,
     check_training_hooks,
     check_rewards,
+    check_teacher,
     check_trackers,
 )

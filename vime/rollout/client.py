@@ -11,20 +11,14 @@ import aiohttp
 
 from vime.errors import EngineError
 from vime.rollout import wire
+from vime.rollout.posting import RETRY_WINDOW_S, Endpoint, RequestFailed
 from vime.rollout.wire import Generation, WireError
 
 logger = logging.getLogger(__name__)
 
-RETRY_WINDOW_S = 60.0  # how long an engine may be away before its requests count as failed
-FIRST_BACKOFF_S = 0.1
-LONGEST_BACKOFF_S = 2.0
 CONTROL_TIMEOUT_S = 30.0
 SESSION_HEADER = "x-session-id"
 HANDSHAKES, HANDSHAKES_S = 32, 0.01  # at most so many in so long: vllm-router queues 128
-
-
-class RequestFailed(Exception):
-    """A request that will not succeed; its sample is failed with this reason."""
 
 
 class GenerateClient:
@@ -49,23 +43,20 @@ class GenerateClient:
         api_key: str | None = None,
         retry_window_s: float = RETRY_WINDOW_S,
     ) -> None:
-        self.url = router_url.rstrip("/") + wire.PATH
+        self.endpoint = Endpoint(router_url.rstrip("/") + wire.PATH, timeout_s, retry_window_s)
         self.engine_urls = engine_urls
-        self.timeout_s = timeout_s
         self.known_version = known_version
-        self.retry_window_s = retry_window_s
         self.headers = {"Content-Type": "application/json", wire.PACKED: "1"}
         if api_key:
             self.headers["Authorization"] = f"Bearer {api_key}"
         self.aborting = False
-        self.num_retries = 0
         self._slots = asyncio.Semaphore(concurrency)
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> GenerateClient:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(total=self.timeout_s, sock_connect=10),
+            timeout=aiohttp.ClientTimeout(total=self.endpoint.timeout_s, sock_connect=10),
             headers=self.headers,
             trace_configs=[few_handshakes(HANDSHAKES, HANDSHAKES_S)],
         )
@@ -89,42 +80,18 @@ class GenerateClient:
         async with self._slots:
             if self.aborting:
                 return Generation()
-            body = wire.build_request(token_ids, sampling_params)
-            return await self._post(body, {SESSION_HEADER: session_id} if session_id else None)
-
-    async def _post(self, body: bytes, headers: dict[str, str] | None) -> Generation:
-        deadline = time.monotonic() + self.timeout_s
-        away_since: float | None = None
-        backoff_s = FIRST_BACKOFF_S
-        while True:
-            try:
-                async with self._session.post(self.url, data=body, headers=headers) as response:
-                    answer = await response.read()
-                if response.status == 200:
-                    return wire.parse_response(answer, self.known_version)
-                reason = f"HTTP {response.status}: {answer[:300].decode(errors='replace')}"
-                if response.status < 500:
-                    raise RequestFailed(f"{self.url} refused the request: {reason}")
-            except WireError as error:
-                raise RequestFailed(f"{self.url}: {error}") from None
-            except TimeoutError:
-                raise RequestFailed(
-                    f"{self.url} did not answer within {self.timeout_s:g} s "
-                    "(--router-request-timeout-secs)"
-                ) from None
-            except aiohttp.ClientError as error:
-                reason = f"{type(error).__name__}: {error}"
-            if self.aborting:
-                return Generation()
-            now = time.monotonic()
-            away_since = away_since or now
-            if min(deadline, away_since + self.retry_window_s) < now + backoff_s:
-                raise RequestFailed(
-                    f"{self.url} kept failing for {now - away_since:.0f} s; last: {reason}"
-                )
-            self.num_retries += 1
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+            answer = await self.endpoint.post(
+                self._session,
+                wire.build_request(token_ids, sampling_params),
+                {SESSION_HEADER: session_id} if session_id else None,
+                stopped=lambda: self.aborting,
+            )
+        if answer is None:
+            return Generation()
+        try:
+            return wire.parse_response(answer, self.known_version)
+        except WireError as error:
+            raise RequestFailed(f"{self.endpoint.url}: {error}") from None
 
     async def abort(self, drained: asyncio.Event, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
         """Stops every request: unsent ones at once, the others at the engines, again and again

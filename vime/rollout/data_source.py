@@ -281,7 +281,8 @@ def start_over(sample: Sample) -> None:
     """Forgets the response, keeps the prompt: the sample is pending again."""
     sample.tokens = sample.tokens[: sample.prompt_length]
     sample.response, sample.response_length = "", 0
-    sample.loss_mask = sample.rollout_log_probs = sample.reward = sample.failure = None
+    sample.loss_mask = sample.rollout_log_probs = sample.teacher_log_probs = None
+    sample.reward = sample.failure = None
     sample.weight_versions = []
     sample.status = Status.PENDING
     sample.metadata.pop("start_rollout_id", None)

@@ -18,7 +18,7 @@ from vime.config import Config
 from vime.data import chat
 from vime.errors import PluginError
 from vime.rollout import grading, metrics
-from vime.rollout.client import GenerateClient, RequestFailed
+from vime.rollout.client import GenerateClient
 from vime.rollout.filter_hub.dynamic_sampling_filters import as_verdict
 from vime.rollout.plugins import (
     ALL_SAMPLES,
@@ -30,7 +30,9 @@ from vime.rollout.plugins import (
     load_function,
     takes,
 )
+from vime.rollout.posting import RequestFailed
 from vime.rollout.sampling import FAILED, Sampled, sample_groups
+from vime.rollout.teacher import TeacherClient, teacher_of
 from vime.rollout.wire import UNKNOWN_VERSION
 from vime.types import (
     DynamicFilterOutput,
@@ -54,6 +56,7 @@ class Rollout:
     tokenizer: Any
     evaluation: bool = False
     min_new_tokens: int | None = None
+    teacher: TeacherClient | None = None
     reward_s: float = 0.0  # in which at least one group was being graded
     num_grading: int = 0
     grading_since: float = 0.0
@@ -61,6 +64,12 @@ class Rollout:
     @property
     def cfg(self) -> Config:
         return self.args.config
+
+    async def abort(self, drained: asyncio.Event) -> None:
+        """Makes every pending group return, with what it has."""
+        if self.teacher is not None:
+            self.teacher.stopped.set()
+        await self.client.abort(drained)
 
     @contextmanager
     def grading_timed(self) -> Iterator[None]:
@@ -109,8 +118,9 @@ async def _generate_rollout(args: Any, rollout_id: int, data_source: Any) -> Rol
     started = time.perf_counter()
     if hasattr(data_source, "rollout_id"):
         data_source.rollout_id = rollout_id  # the buffer filter judges age by it
-    async with make_client(args) as client:
-        rollout = Rollout(args, rollout_id, client, chat.load_tokenizer(cfg.model.hf_checkpoint))
+    tokenizer = chat.load_tokenizer(cfg.model.hf_checkpoint)
+    async with make_client(args) as client, teacher_of(cfg) as teacher:
+        rollout = Rollout(args, rollout_id, client, tokenizer, teacher=teacher)
         _current.set(rollout)
         sampled = await sample_groups(
             target=cfg.batch.prompts,
@@ -118,7 +128,7 @@ async def _generate_rollout(args: Any, rollout_id: int, data_source: Any) -> Rol
             take=data_source.get_samples,
             finish=lambda group: finish_group(rollout, group),
             judge=lambda group: judge(args, group),
-            abort=client.abort,
+            abort=rollout.abort,
         )
     _run_hooks(args, data_source, sampled)
     num_kept_for_later = _return_leftovers(rollout, data_source, sampled)
@@ -126,7 +136,7 @@ async def _generate_rollout(args: Any, rollout_id: int, data_source: Any) -> Rol
     grading.warn_of_missing_marks(args, samples)
     values = metrics.of_rollout(args, sampled, time.perf_counter() - started)
     values["rollout/buffer/returned"] = num_kept_for_later
-    values["rollout/request_retries"] = client.num_retries
+    values["rollout/request_retries"] = client.endpoint.num_retries
     values["perf/reward_time"] = rollout.reward_s
     return RolloutFnTrainOutput(sampled.kept, values)
 
@@ -152,6 +162,8 @@ async def finish_group(rollout: Rollout, group: Group) -> Group:
     if not rollout.client.aborting:
         with rollout.grading_timed():
             await grading.grade_group(rollout.args, group)
+            if rollout.teacher is not None:
+                await rollout.teacher.judge(group)
         group = [await _run_sample_hooks(rollout, sample) for sample in group]
     return group
 

@@ -25,7 +25,7 @@ class TokenTable:
     """N rows, the sequences end to end, then one row of padding that weighs nothing.
 
     weight_N, mask_N, score_N are 0 where nothing is predicted that a loss could want: inside
-    prompts, at a sequence's last token, in the padding. `rollout_logp_N` is NaN where unknown.
+    prompts, at a sequence's last token, in the padding. Log-probabilities are NaN where unknown.
     """
 
     tokens_N: Tensor  # int64
@@ -34,6 +34,7 @@ class TokenTable:
     mask_N: Tensor  # float32, 0 or 1
     score_N: Tensor  # float32, the sequence's score at each of its response tokens
     rollout_logp_N: Tensor  # float32
+    teacher_logp_N: Tensor  # float32
     sequence_N: Tensor  # int64, which sequence of the table; the padding row: their number
     starts: dict[int, int]  # position in the batch -> first row
     responses: dict[int, slice]  # position in the batch -> rows that predict its response
@@ -59,7 +60,7 @@ def token_table(
     rows = sum(sequences[p].length for p in positions) + 1
     tokens, targets = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
     weight, mask, score = (np.zeros(rows, np.float32) for _ in range(3))
-    rollout_logp = np.full(rows, np.nan, np.float32)
+    rollout_logp, teacher_logp = (np.full(rows, np.nan, np.float32) for _ in range(2))
     sequence = np.full(rows, len(positions), np.int64)
     starts, responses, first = {}, {}, 0
     for number, p in enumerate(positions):
@@ -71,9 +72,11 @@ def token_table(
         weight[response], mask[response], score[response] = seq.weight, seq.loss_mask, seq.reward
         if seq.rollout_logp is not None:
             rollout_logp[response] = seq.rollout_logp
+        if seq.teacher_logp is not None:
+            teacher_logp[response] = seq.teacher_logp
         sequence[first:last] = number
         starts[p], responses[p], first = first, response, last
-    columns = (tokens, targets, weight, mask, score, rollout_logp, sequence)
+    columns = (tokens, targets, weight, mask, score, rollout_logp, teacher_logp, sequence)
     return TokenTable(*(torch.from_numpy(c).to(device) for c in columns), starts, responses)
 
 

@@ -58,6 +58,8 @@ class RolloutColumns:
         self.mismatch_metrics = cfg.algorithm.mismatch_metrics
         self.ref_logp_N: Tensor | None = None
         self.teacher_logp_N: Tensor | None = None
+        if cfg.algorithm.needs_teacher_logp:
+            self.teacher_logp_N = self.table.teacher_logp_N.nan_to_num()
         self.value_N: Tensor | None = None  # of a critic, before the rollout's first step
         self.return_N: Tensor | None = None  # what the critic learns
         self.adv_N = self.table.column()

@@ -51,9 +51,14 @@ class AlgorithmConfig(Section):
     )
     opd_type: str = flag(
         "--opd-type",
-        "where the teacher computes: in the trainer's ranks, a model of the policy's shape",
+        "where the teacher computes: in the trainer's ranks, a model of the policy's architecture; or behind a vLLM server, one of the policy's vocabulary",
         default="megatron",
-        choices=("megatron",),
+        choices=("megatron", "vllm"),
+    )
+    opd_teacher_url: str | None = flag(
+        "--opd-teacher-url",
+        "http://HOST:PORT of the teacher of --opd-type vllm; without it a function of yours sets Sample.teacher_log_probs",
+        default=None,
     )
     opd_kl_coef: float = flag(
         "--opd-kl-coef", "advantage for each nat of that KL", default=1.0, above=0
@@ -244,7 +249,13 @@ class AlgorithmConfig(Section):
 
     @property
     def needs_teacher(self) -> bool:
-        return self.wants_reward and self.use_opd
+        """Whether the trainer's ranks hold one."""
+        return self.wants_reward and self.use_opd and self.opd_type == "megatron"
+
+    @property
+    def needs_teacher_logp(self) -> bool:
+        """Whether samples bring a teacher's log-probabilities along."""
+        return self.wants_reward and self.use_opd and self.opd_type == "vllm"
 
     @property
     def needs_critic(self) -> bool:
@@ -274,6 +285,12 @@ class AlgorithmConfig(Section):
             yield "--use-unbiased-kl has no effect without --use-kl-loss. Add that, or leave it out."
         if self.use_opd and not self.wants_reward:
             yield f"--use-opd has no part in --loss-type {self.loss_type}. Leave it out."
+        if self.opd_teacher_url is not None and not (self.use_opd and self.opd_type == "vllm"):
+            yield f"--opd-teacher-url {self.opd_teacher_url} has no effect without --use-opd --opd-type vllm. Add those, or leave it out."
+        if self.opd_teacher_url is not None and not self.opd_teacher_url.startswith(
+            ("http://", "https://")
+        ):
+            yield f"--opd-teacher-url {self.opd_teacher_url} is no address. Give http://HOST:PORT of a vLLM server."
         if self.opd_kl_coef != 1.0 and not self.use_opd:
             yield f"--opd-kl-coef {self.opd_kl_coef} has no effect without --use-opd. Add that, or leave it out."
         if self.keep_old_actor and self.use_rollout_logprobs:

@@ -40,7 +40,9 @@ class CheckpointConfig(Section):
         "--ref-load", "checkpoint of the reference model, and where a new run starts", default=None
     )
     opd_teacher_load: Path | None = flag(
-        "--opd-teacher-load", "checkpoint or HF folder of --use-opd's teacher", default=None
+        "--opd-teacher-load",
+        "checkpoint or HF folder of the teacher of --opd-type megatron",
+        default=None,
     )
     save: Path | None = flag("--save", "where checkpoints go", default=None)
     save_interval: int | None = flag(

@@ -1,0 +1,143 @@
+"""--opd-type vllm: a teacher of any size, behind a vLLM server that the user runs.
+
+It is asked about token ids, so it has the policy's vocabulary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import Any
+
+import aiohttp
+import requests
+
+from vime.config import Config
+from vime.data import chat
+from vime.rollout.posting import Endpoint, RequestFailed
+from vime.types import Group, Sample, Status
+
+CHECK_TIMEOUT_S = 10.0
+# What tokenizers of different models cut differently: digits, spaces, accents, scripts, code.
+PROBE = "In 2048, naïve Ångström   wrote\n\tx_1 = [3.14159, {'k': -70}]; // 你好, мир 🙂"
+
+
+class TeacherClient:
+    """Asks the server at --opd-teacher-url; at most --vllm-server-concurrency requests at a time.
+
+    To be entered with `async with`.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        url = (cfg.algorithm.opd_teacher_url or "").rstrip("/") + "/v1/completions"
+        self.endpoint = Endpoint(url, cfg.engine.request_timeout_s)
+        self.stopped = asyncio.Event()
+        self._slots = asyncio.Semaphore(cfg.rollout.concurrency)
+
+    async def __aenter__(self) -> TeacherClient:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=self.endpoint.timeout_s, sock_connect=10),
+            headers={"Content-Type": "application/json"},
+        )
+        return self
+
+    async def __aexit__(self, *exc: Any) -> None:
+        await self._session.close()
+
+    async def judge(self, group: Group) -> None:
+        """Gives each finished sample its `teacher_log_probs`, or fails it with the reason.
+
+        Those that have some keep them. Once `stopped` is set, the rest stays without, and what the
+        server works on is cancelled.
+        """
+        finished = (Status.COMPLETED, Status.TRUNCATED)
+        todo = [
+            s
+            for s in group
+            if s.teacher_log_probs is None and s.response_length and s.status in finished
+        ]
+        asking = asyncio.create_task(self._judge_all(todo))
+        stopping = asyncio.create_task(self.stopped.wait())
+        try:
+            await asyncio.wait({asking, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if asking.done():
+                asking.result()
+        finally:
+            asking.cancel()
+            stopping.cancel()
+
+    async def _judge_all(self, samples: list[Sample]) -> None:
+        await asyncio.gather(*(self._judge(sample) for sample in samples))
+
+    async def _judge(self, sample: Sample) -> None:
+        # one new token is the least that a server accepts; it is not read
+        body = {"prompt": sample.tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        async with self._slots:
+            try:
+                answer = await self.endpoint.post(
+                    self._session, json.dumps(body).encode(), stopped=self.stopped.is_set
+                )
+                if answer is not None:
+                    sample.teacher_log_probs = self._log_probs_in(answer, sample)
+            except RequestFailed as error:
+                sample.status, sample.failure = Status.FAILED, f"teacher: {error}"
+
+    def _log_probs_in(self, answer: bytes, sample: Sample) -> list[float]:
+        """[R] of the response's tokens. Raises RequestFailed."""
+        try:
+            entries = json.loads(answer)["choices"][0]["prompt_logprobs"]
+            pairs = list(zip(entries, sample.tokens, strict=True))[sample.prompt_length :]
+            return [float(entry[str(token)]["logprob"]) for entry, token in pairs]
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise RequestFailed(
+                f"{self.endpoint.url} answered without the tokens' log-probabilities ({error!r})"
+            ) from None
+
+
+def teacher_of(cfg: Config) -> AbstractAsyncContextManager[TeacherClient | None]:
+    """The server's client, or None where no server is asked."""
+    if cfg.algorithm.needs_teacher_logp and cfg.algorithm.opd_teacher_url is not None:
+        return TeacherClient(cfg)
+    return nullcontext()
+
+
+def check_teacher(cfg: Config) -> list[str]:
+    """Whether the server answers, has the policy's vocabulary, and room for the longest sample."""
+    url, rollout = cfg.algorithm.opd_teacher_url, cfg.rollout
+    is_asked = cfg.algorithm.needs_teacher_logp and url is not None
+    if not is_asked or cfg.debug.dry_run or cfg.debug.no_engines:
+        return []
+    name = f"--opd-teacher-url {url}"
+    try:
+        served = _json("GET", f"{url.rstrip('/')}/v1/models")["data"][0]
+        asked = {"model": served["id"], "prompt": PROBE, "add_special_tokens": False}
+        found = _json("POST", f"{url.rstrip('/')}/tokenize", asked)["tokens"]
+    except (requests.RequestException, ValueError, KeyError, IndexError, TypeError) as error:
+        return [
+            f"{name} does not answer as a vLLM server does ({type(error).__name__}: {error}). "
+            "Start it first (`vllm serve TEACHER`), or correct the address."
+        ]
+    problems = []
+    if found != chat.encode(chat.load_tokenizer(cfg.model.hf_checkpoint), [PROBE])[0]:
+        problems.append(
+            f"{name} serves {served['id']}, whose tokenizer is not that of --hf-checkpoint "
+            f"{cfg.model.hf_checkpoint}: its figures would be of other words. Serve a teacher of "
+            "the policy's family."
+        )
+    longest = rollout.max_context_len or (rollout.max_prompt_len or 1) + rollout.max_response_len
+    room = served.get("max_model_len")
+    if room is not None and room <= longest:
+        problems.append(
+            f"{name} takes {room} tokens, and a sample may have {longest}: it needs one more. "
+            f"Serve it with --max-model-len {longest + 1} or more, or lower "
+            "--rollout-max-response-len."
+        )
+    return problems
+
+
+def _json(method: str, url: str, body: dict[str, Any] | None = None) -> Any:
+    answer = requests.request(method, url, json=body, timeout=CHECK_TIMEOUT_S)
+    answer.raise_for_status()
+    return answer.json()

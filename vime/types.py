@@ -19,6 +19,9 @@ class Status(StrEnum):
     FAILED = "failed"
 
 
+FINISHED = (Status.COMPLETED, Status.TRUNCATED)  # a response that can be judged
+
+
 @dataclass(slots=True, kw_only=True)
 class Sample:
     """One prompt with one response. Lists marked [R] have one entry per response token."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from tiny import make_config, write_tiny_hf
-from training import named_weights, samples_of
+from training import hf_model, named_weights, samples_of
 
 from vime.algorithms.hooks import TrainingHooks
 from vime.data.batching import build_train_batch
@@ -309,10 +309,8 @@ def the_reference_follows_the_actor(trainer: Any, out: Path) -> None:
 
 def distilling(trainer: Any, out: Path, **algorithm: Any) -> Any:
     """A trainer whose teacher has the actor's architecture and other weights."""
-    from transformers import Qwen3ForCausalLM
-
     teacher = write_tiny_hf(out / "teacher", tied=True, num_hidden_layers=2)
-    model = Qwen3ForCausalLM.from_pretrained(teacher)
+    model = hf_model(teacher)
     torch.manual_seed(7)
     with torch.no_grad():
         for p in model.parameters():

@@ -131,17 +131,16 @@ def test_each_token_of_the_response_gets_its_own_figure(config):
     assert (len(samples), teacher.num_asked) == (4, 5)  # one was asked for again
 
 
-def test_a_refusal_fails_the_sample_and_says_whose(config):
-    said = "failed .*teacher: .*/v1/completions refused.*400"
-    with Server(faults=[400] * 99) as teacher, FakeEngine(answer) as engine:
-        cfg = config(teacher.url)
-        with pytest.raises(EngineError, match=said):
-            rollout(engine, cfg)
-
-
-def test_an_answer_without_figures_fails_the_sample(config):
-    said = "teacher: .*without the tokens' log-probabilities"
-    with Server(faults=[200] * 99) as teacher, FakeEngine(answer) as engine:
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (400, "failed .*teacher: .*/v1/completions refused.*400"),
+        (200, "teacher: .*without the tokens' log-probabilities"),
+    ],
+    ids=["a refusal", "an answer without figures"],
+)
+def test_no_figures_fail_the_sample_and_say_whose(config, status, said):
+    with Server(faults=[status] * 99) as teacher, FakeEngine(answer) as engine:
         cfg = config(teacher.url)
         with pytest.raises(EngineError, match=said):
             rollout(engine, cfg)

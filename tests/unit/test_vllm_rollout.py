@@ -11,9 +11,9 @@ import pytest
 from tests.unit.fake_engine import FakeEngine, ids_of, make_config, write_prompts
 from vime.data import chat
 from vime.errors import EngineError
-from vime.rollout.client import GenerateClient, few_handshakes
+from vime.rollout.client import GenerateClient
 from vime.rollout.data_source import RolloutDataSourceWithBuffer
-from vime.rollout.posting import RequestFailed
+from vime.rollout.posting import RequestFailed, few_handshakes
 from vime.rollout.vllm_rollout import generate, generate_rollout
 from vime.types import DynamicFilterOutput, Status
 

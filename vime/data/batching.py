@@ -264,12 +264,15 @@ def _loss_mask(sample: Sample) -> np.ndarray:
     size = sample.response_length
     if sample.remove_sample:
         return np.zeros(size, dtype=np.float32)
-    if sample.loss_mask is None:
-        return np.ones(size, dtype=np.float32)
-    return _per_response(sample, "loss_mask", sample.loss_mask)
+    mask = _per_response(sample, "loss_mask")
+    return np.ones(size, dtype=np.float32) if mask is None else mask
 
 
-def _per_response(sample: Sample, name: str, values: Sequence[float]) -> np.ndarray:
+def _per_response(sample: Sample, name: str) -> np.ndarray | None:
+    """[R] of the sample's list of that name, if it has one."""
+    values: Sequence[float] | None = getattr(sample, name)
+    if values is None:
+        return None
     if len(values) != sample.response_length:
         raise ValueError(
             f"sample {sample.index}: {name} has {len(values)} entries for a response of "
@@ -285,7 +288,6 @@ def _sequence(sample: Sample, group_id: int, score: float, raw_reward: float) ->
             f"sample {sample.index}: {len(sample.tokens)} tokens for a response of "
             f"{sample.response_length} leave no prompt token to predict it from"
         )
-    logp, taught = sample.rollout_log_probs, sample.teacher_log_probs
     return TrainSequence(
         index=-1 if sample.index is None else sample.index,
         group=group_id,
@@ -295,8 +297,8 @@ def _sequence(sample: Sample, group_id: int, score: float, raw_reward: float) ->
         weight=np.zeros(0, dtype=np.float32),
         reward=score,
         raw_reward=raw_reward,
-        rollout_logp=None if logp is None else _per_response(sample, "rollout_log_probs", logp),
-        teacher_logp=None if taught is None else _per_response(sample, "teacher_log_probs", taught),
+        rollout_logp=_per_response(sample, "rollout_log_probs"),
+        teacher_logp=_per_response(sample, "teacher_log_probs"),
         train_metadata=sample.train_metadata,
     )
 

@@ -18,7 +18,6 @@ logger = logging.getLogger(__name__)
 
 CONTROL_TIMEOUT_S = 30.0
 SESSION_HEADER = "x-session-id"
-HANDSHAKES, HANDSHAKES_S = 32, 0.01  # at most so many in so long: vllm-router queues 128
 
 
 class GenerateClient:
@@ -54,12 +53,7 @@ class GenerateClient:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> GenerateClient:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(total=self.endpoint.timeout_s, sock_connect=10),
-            headers=self.headers,
-            trace_configs=[few_handshakes(HANDSHAKES, HANDSHAKES_S)],
-        )
+        self._session = self.endpoint.session(self.headers)
         return self
 
     async def __aexit__(self, *exc: Any) -> None:
@@ -127,27 +121,3 @@ class GenerateClient:
                 raise EngineError(
                     f"{url}{path} failed while aborting requests: {type(error).__name__}: {error}"
                 ) from None
-
-
-def few_handshakes(limit: int, each_s: float) -> aiohttp.TraceConfig:
-    """Lets a session begin at most `limit` connections in `each_s` seconds; any number stay open.
-
-    All requests of a rollout start at once. The kernel drops the handshakes for which the
-    listener's queue has no room, and their clients try again after 1 s, then after 2 s more. How
-    far the listener has come cannot be asked for: it gets time instead.
-    """
-    slots = asyncio.Semaphore(limit)
-    config = aiohttp.TraceConfig(lambda **_: set())  # of a request: the slot it holds, if any
-
-    async def begin(session: Any, held: set, params: Any) -> None:
-        await slots.acquire()
-        held.add(slots)
-
-    async def end(session: Any, held: set, params: Any) -> None:
-        while held:
-            asyncio.get_running_loop().call_later(each_s, held.pop().release)
-
-    config.on_connection_create_start.append(begin)
-    config.on_connection_create_end.append(end)
-    config.on_request_exception.append(end)
-    return config

@@ -24,7 +24,7 @@ from vime.rollout.plugins import GROUP_REWARD, REWARD, load_function
 from vime.rollout.rm_hub.answers import last_boxed
 from vime.rollout.rm_hub.deepscaler import has_mark
 from vime.rollout.rm_hub.pool import GradingFailed, GradingTimeout, shared_pool
-from vime.types import Group, Sample, Status
+from vime.types import FINISHED, Group, Sample, Status
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +41,7 @@ FAILED = "grading failed"
 
 async def grade_group(args: Any, group: Group) -> None:
     """Gives each finished sample of a group its reward, or fails it with the reason."""
-    todo = [
-        s for s in group if s.reward is None and s.status in (Status.COMPLETED, Status.TRUNCATED)
-    ]
+    todo = [s for s in group if s.reward is None and s.status in FINISHED]
     if not todo:
         return
     path = args.config.reward.custom_rm_path

@@ -6,12 +6,14 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 
 RETRY_WINDOW_S = 60.0  # how long a server may be away before its requests count as failed
 FIRST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 2.0
+HANDSHAKES, HANDSHAKES_S = 32, 0.01  # at most so many in so long: vllm-router queues 128
 
 
 class RequestFailed(Exception):
@@ -31,6 +33,15 @@ class Endpoint:
     retry_window_s: float = RETRY_WINDOW_S
     num_retries: int = 0
 
+    def session(self, headers: dict[str, str]) -> aiohttp.ClientSession:
+        """For any number of requests at once. The caller closes it."""
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=self.timeout_s, sock_connect=10),
+            headers=headers,
+            trace_configs=[few_handshakes(HANDSHAKES, HANDSHAKES_S)],
+        )
+
     async def post(
         self,
         session: aiohttp.ClientSession,
@@ -39,10 +50,7 @@ class Endpoint:
         *,
         stopped: Callable[[], bool],
     ) -> bytes | None:
-        """The answer; None where a try failed and `stopped()`. Raises RequestFailed.
-
-        session  its own total timeout is `timeout_s`
-        """
+        """The answer; None where a try failed and `stopped()`. Raises RequestFailed."""
         deadline = time.monotonic() + self.timeout_s
         away_since: float | None = None
         backoff_s = FIRST_BACKOFF_S
@@ -73,3 +81,27 @@ class Endpoint:
             self.num_retries += 1
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+
+
+def few_handshakes(limit: int, each_s: float) -> aiohttp.TraceConfig:
+    """Lets a session begin at most `limit` connections in `each_s` seconds; any number stay open.
+
+    All requests of a rollout start at once. The kernel drops the handshakes for which the
+    listener's queue has no room, and their clients try again after 1 s, then after 2 s more. How
+    far the listener has come cannot be asked for: it gets time instead.
+    """
+    slots = asyncio.Semaphore(limit)
+    config = aiohttp.TraceConfig(lambda **_: set())  # of a request: the slot it holds, if any
+
+    async def begin(session: Any, held: set, params: Any) -> None:
+        await slots.acquire()
+        held.add(slots)
+
+    async def end(session: Any, held: set, params: Any) -> None:
+        while held:
+            asyncio.get_running_loop().call_later(each_s, held.pop().release)
+
+    config.on_connection_create_start.append(begin)
+    config.on_connection_create_end.append(end)
+    config.on_request_exception.append(end)
+    return config

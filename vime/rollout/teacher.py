@@ -10,13 +10,12 @@ import json
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
-import aiohttp
 import requests
 
 from vime.config import Config
 from vime.data import chat
 from vime.rollout.posting import Endpoint, RequestFailed
-from vime.types import Group, Sample, Status
+from vime.types import FINISHED, Group, Sample, Status
 
 CHECK_TIMEOUT_S = 10.0
 # What tokenizers of different models cut differently: digits, spaces, accents, scripts, code.
@@ -29,18 +28,13 @@ class TeacherClient:
     To be entered with `async with`.
     """
 
-    def __init__(self, cfg: Config) -> None:
-        url = (cfg.algorithm.opd_teacher_url or "").rstrip("/") + "/v1/completions"
-        self.endpoint = Endpoint(url, cfg.engine.request_timeout_s)
+    def __init__(self, address: str, cfg: Config) -> None:
+        self.endpoint = Endpoint(f"{address}/v1/completions", cfg.engine.request_timeout_s)
         self.stopped = asyncio.Event()
         self._slots = asyncio.Semaphore(cfg.rollout.concurrency)
 
     async def __aenter__(self) -> TeacherClient:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(total=self.endpoint.timeout_s, sock_connect=10),
-            headers={"Content-Type": "application/json"},
-        )
+        self._session = self.endpoint.session({"Content-Type": "application/json"})
         return self
 
     async def __aexit__(self, *exc: Any) -> None:
@@ -52,11 +46,10 @@ class TeacherClient:
         Those that have some keep them. Once `stopped` is set, the rest stays without, and what the
         server works on is cancelled.
         """
-        finished = (Status.COMPLETED, Status.TRUNCATED)
         todo = [
             s
             for s in group
-            if s.teacher_log_probs is None and s.response_length and s.status in finished
+            if s.teacher_log_probs is None and s.response_length and s.status in FINISHED
         ]
         asking = asyncio.create_task(self._judge_all(todo))
         stopping = asyncio.create_task(self.stopped.wait())
@@ -98,22 +91,25 @@ class TeacherClient:
 
 def teacher_of(cfg: Config) -> AbstractAsyncContextManager[TeacherClient | None]:
     """The server's client, or None where no server is asked."""
-    if cfg.algorithm.needs_teacher_logp and cfg.algorithm.opd_teacher_url is not None:
-        return TeacherClient(cfg)
-    return nullcontext()
+    address = _address(cfg)
+    return nullcontext() if address is None else TeacherClient(address, cfg)
+
+
+def _address(cfg: Config) -> str | None:
+    url = cfg.algorithm.opd_teacher_url if cfg.algorithm.needs_teacher_logp else None
+    return None if url is None else url.rstrip("/")
 
 
 def check_teacher(cfg: Config) -> list[str]:
     """Whether the server answers, has the policy's vocabulary, and room for the longest sample."""
-    url, rollout = cfg.algorithm.opd_teacher_url, cfg.rollout
-    is_asked = cfg.algorithm.needs_teacher_logp and url is not None
-    if not is_asked or cfg.debug.dry_run or cfg.debug.no_engines:
+    address, rollout = _address(cfg), cfg.rollout
+    if address is None or cfg.debug.dry_run or cfg.debug.no_engines:
         return []
-    name = f"--opd-teacher-url {url}"
+    name = f"--opd-teacher-url {cfg.algorithm.opd_teacher_url}"
     try:
-        served = _json("GET", f"{url.rstrip('/')}/v1/models")["data"][0]
+        served = _json("GET", f"{address}/v1/models")["data"][0]
         asked = {"model": served["id"], "prompt": PROBE, "add_special_tokens": False}
-        found = _json("POST", f"{url.rstrip('/')}/tokenize", asked)["tokens"]
+        found = _json("POST", f"{address}/tokenize", asked)["tokens"]
     except (requests.RequestException, ValueError, KeyError, IndexError, TypeError) as error:
         return [
             f"{name} does not answer as a vLLM server does ({type(error).__name__}: {error}). "

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vime.backends.megatron import compat
 from vime.backends.megatron.async_save import BackgroundSaves
-from vime.backends.megatron.hf import family_for, load_hf_weights, model_args, read_config
+from vime.backends.megatron.hf import described_by, load_hf_weights, model_args
 from vime.backends.megatron.hf.check import check_architecture_fits
 from vime.backends.megatron.start import (
     MANIFEST,
@@ -210,8 +210,7 @@ def load_checkpoint(
 
 
 def _check_architecture(cfg: Config, common: dict[str, Any], folder: Path) -> None:
-    hf_config = read_config(cfg.model.hf_checkpoint)
-    expected = family_for(hf_config).megatron_args(hf_config)
+    expected = described_by(cfg.model.hf_checkpoint)
     try:
         check_architecture_fits(cfg, vars(common["args"]), expected)
     except CheckpointError as error:

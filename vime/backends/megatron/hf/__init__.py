@@ -9,13 +9,20 @@ from vime.backends.megatron.hf.family import Family
 from vime.backends.megatron.hf.files import read_config
 from vime.backends.megatron.hf.folder import save_hf
 from vime.backends.megatron.hf.load import load_hf_weights
-from vime.backends.megatron.hf.registry import FAMILIES, family_for, in_stored_dtype, model_args
+from vime.backends.megatron.hf.registry import (
+    FAMILIES,
+    described_by,
+    family_for,
+    in_stored_dtype,
+    model_args,
+)
 
 __all__ = [
     "FAMILIES",
     "Family",
     "check_model_args",
     "check_training",
+    "described_by",
     "export_hf",
     "family_for",
     "in_stored_dtype",

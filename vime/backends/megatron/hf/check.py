@@ -8,7 +8,7 @@ from typing import Any
 
 from vime.backends.megatron.hf.family import layer_pattern
 from vime.backends.megatron.hf.files import read_config
-from vime.backends.megatron.hf.registry import family_for, model_args
+from vime.backends.megatron.hf.registry import described_by, model_args
 from vime.config import Config, rules
 from vime.errors import CheckpointError, ConfigError
 
@@ -19,8 +19,7 @@ def check_model_args(cfg: Config) -> list[str]:
     if not rules.hf_config(cfg):
         return []
     try:
-        hf_config = read_config(cfg.model.hf_checkpoint)
-        expected = family_for(hf_config).megatron_args(hf_config)
+        expected = described_by(cfg.model.hf_checkpoint)
     except CheckpointError as error:
         return [f"--hf-checkpoint {cfg.model.hf_checkpoint}: {error}"]
     except ConfigError as error:
@@ -75,12 +74,11 @@ def check_hf_fits(cfg: Config, hf_dir: Path) -> None:
         kinds = f"model_type {its.get('model_type')}, not {own.get('model_type')}"
         raise CheckpointError(_not_fitting(cfg, [kinds]))
     try:
-        family = family_for(own)
-        expected = family.megatron_args(own)
+        expected = described_by(cfg.model.hf_checkpoint)
     except (ConfigError, KeyError):
         return  # told by `check_model_args`
     try:
-        found = family.megatron_args(its)
+        found = described_by(str(hf_dir))
     except (ConfigError, KeyError) as error:
         raise CheckpointError(f"config.json cannot be used: {error}") from None
     check_architecture_fits(cfg, found, expected)

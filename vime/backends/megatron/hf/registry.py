@@ -29,14 +29,23 @@ def family_for(hf_config: dict[str, Any]) -> Family:
     return FAMILIES[model_type]
 
 
+def described_by(hf_dir: str) -> dict[str, Any]:
+    """The architecture in a folder's config.json, under Megatron's flag names.
+
+    Raises CheckpointError without a config.json, ConfigError on what vime cannot train, and
+    KeyError where it lacks a name.
+    """
+    hf_config = read_config(hf_dir)
+    return family_for(hf_config).megatron_args(hf_config)
+
+
 def model_args(cfg: Config) -> dict[str, Any]:
     """The architecture to build, under Megatron's flag names.
 
     config.json decides; a MODEL_ARG that it says nothing about is added, and under
     --override-model-config every MODEL_ARG wins.
     """
-    hf_config = read_config(cfg.model.hf_checkpoint)
-    found = family_for(hf_config).megatron_args(hf_config)
+    found = described_by(cfg.model.hf_checkpoint)
     args = found | cfg.model.args if cfg.model.override else cfg.model.args | found
     if args.get("num_experts"):
         args["moe_layer_freq"] = layer_pattern(args.get("moe_layer_freq", 1), args["num_layers"])

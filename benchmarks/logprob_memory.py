@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.cpu_step import cpu_name  # noqa: E402
-from vime.backends.megatron.logprobs import TokenLogProbs, token_logprobs  # noqa: E402
+from vime.backends.megatron.training.logprobs import TokenLogProbs, token_logprobs  # noqa: E402
 
 RESULT = ROOT / "benchmarks/results/logprob_memory.json"
 VOCAB = 151_936

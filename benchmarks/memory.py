@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.gpu_assets import described  # noqa: E402
 from vime.cli import parse_config  # noqa: E402
 from vime.config import Config  # noqa: E402
-from vime.config.memory import shape_of, trainer_memory  # noqa: E402
+from vime.plan.memory import shape_of, trainer_memory  # noqa: E402
 from vime.platform import current  # noqa: E402
 from vime.types import Sample, Status  # noqa: E402
 
@@ -138,7 +138,7 @@ def config(case: Case, folder: Path) -> Config:
 
 def measure(cfg: Config, case: Case) -> dict[str, float]:
     """Bytes by component in the second of two steps; 0 for what only CUDA counts, without it."""
-    from vime.backends.megatron import checkpoint
+    from vime.backends.megatron.checkpoints import checkpoint
     from vime.backends.megatron.trainer import MegatronTrainer
     from vime.data.batching import build_train_batch
 
@@ -219,7 +219,7 @@ def optimizer_tensors(optimizer: Any) -> Iterator[Any]:
 @contextmanager
 def kept_by_decoder(chunks: Any) -> Iterator[list[float]]:
     """Bytes that each forward pass with gradients leaves allocated behind it."""
-    from vime.backends.megatron.model import unwrap
+    from vime.backends.megatron.chunks import unwrap
 
     kept, before = [0.0], [0]
 

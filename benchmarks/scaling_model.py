@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu_assets import PROMPT_TOKENS, described  # noqa: E402
-from vime.config.shape import Shape  # noqa: E402
+from vime.plan.shape import Shape  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 SAMPLES = 256

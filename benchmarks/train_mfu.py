@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu_assets import PROMPT_TOKENS, QWEN3, described, length_of  # noqa: E402
-from vime.config.shape import Shape  # noqa: E402
+from vime.plan.shape import Shape  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 STEPS, WARM_UP = 7, 2
@@ -216,9 +216,9 @@ class Pass:
         self.device = platform.current().device(rank)
         from vime.algorithms.hooks import TrainingHooks
         from vime.backends.megatron.kernels import chosen
-        from vime.backends.megatron.losses import objective_of
-        from vime.backends.megatron.model import build_model
-        from vime.backends.megatron.optimizer import build_optimizer, wrap_for_training
+        from vime.backends.megatron.model.build import build_model
+        from vime.backends.megatron.training.losses import objective_of
+        from vime.backends.megatron.training.optimizer import build_optimizer, wrap_for_training
 
         torch.manual_seed(0)
         self.cfg = cfg
@@ -235,7 +235,7 @@ class Pass:
         """Micro-batches of sequences of these lengths, a prompt of a tenth each."""
         import numpy as np
 
-        from vime.backends.megatron.layout import lay_out, token_table
+        from vime.backends.megatron.training.token_table import lay_out, token_table
         from vime.types import TrainSequence
 
         rng, lengths = np.random.default_rng(0), [length for pack in packs for length in pack]
@@ -264,7 +264,7 @@ class Pass:
         return batches, table
 
     def step(self, batches: list, table: Any) -> None:
-        from vime.backends.megatron.step import policy_judge, run_pass
+        from vime.backends.megatron.training.step import policy_judge, run_pass
 
         for chunk in self.chunks:
             chunk.zero_grad_buffer()

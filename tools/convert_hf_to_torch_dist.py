@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from vime.backends.megatron import hf
-from vime.backends.megatron.start import RELEASE, TRACKER
+from vime.backends.megatron.checkpoints.start import RELEASE, TRACKER
 from vime.cli import parse_convert_config
 from vime.config import Config
 from vime.errors import CheckpointError
@@ -36,9 +36,9 @@ def main() -> int:
             print(line, flush=True)
 
     say("starting Megatron")
-    from vime.backends.megatron.model import build_model  # takes seconds: after the checks
+    from vime.backends.megatron.checkpoints.streaming import Conversion
+    from vime.backends.megatron.model.build import build_model  # takes seconds: after the checks
     from vime.backends.megatron.parallel import initialize_parallel, shutdown_parallel
-    from vime.backends.megatron.streaming import Conversion
 
     started = time.monotonic()
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "0")

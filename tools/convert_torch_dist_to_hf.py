@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from vime.backends.megatron import hf
-from vime.backends.megatron.start import resolve
+from vime.backends.megatron.checkpoints.start import resolve
 from vime.cli import parse_convert_config
 from vime.errors import CheckpointError
 from vime.observe.bar import ByteBar
@@ -37,9 +37,9 @@ def main() -> int:
     argv = ["--hf-checkpoint", given.origin_hf_dir, "--save", given.output_dir]
     cfg = hf.in_stored_dtype(parse_convert_config(argv, checks=[hf.check_model_args]))
 
-    from vime.backends.megatron.model import build_model  # takes seconds: after the checks
+    from vime.backends.megatron.checkpoints.streaming import StoredWeights
+    from vime.backends.megatron.model.build import build_model  # takes seconds: after the checks
     from vime.backends.megatron.parallel import initialize_parallel, shutdown_parallel
-    from vime.backends.megatron.streaming import StoredWeights
 
     started = time.monotonic()
     initialize_parallel(cfg, rank=0, world_size=1)

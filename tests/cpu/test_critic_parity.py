@@ -139,8 +139,8 @@ def by_autograd(root: Path) -> dict[str, Any]:
 
 
 def train(rank: int, world: int, port: int, root: Path) -> list[dict]:
+    from vime.backends.megatron.chunks import unwrap
     from vime.backends.megatron.hf import export_hf
-    from vime.backends.megatron.model import unwrap
     from vime.backends.megatron.trainer import MegatronTrainer
 
     def head_of(critic: Any) -> torch.nn.Parameter | None:
@@ -186,7 +186,7 @@ def train(rank: int, world: int, port: int, root: Path) -> list[dict]:
 
 
 def save(trainer: Any, folder: Path) -> None:
-    from vime.backends.megatron.checkpoint import save_checkpoint
+    from vime.backends.megatron.checkpoints.checkpoint import save_checkpoint
 
     state = (trainer.actor.chunks, trainer.actor.optimizer, trainer.actor.scheduler)
     save_checkpoint(trainer.cfg, folder, 0, *state, critic=trainer.critic)

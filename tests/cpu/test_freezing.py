@@ -36,7 +36,7 @@ def train(rank: int, world: int, port: int, folder: Path) -> tuple[list[set[str]
 
     A second step from a checkpoint must be the one that would have followed.
     """
-    from vime.backends.megatron.model import build_model
+    from vime.backends.megatron.model.build import build_model
     from vime.backends.megatron.trainer import MegatronTrainer
     from vime.data.batching import build_train_batch
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from vime.backends.megatron.logprobs import token_logprobs
+from vime.backends.megatron.training.logprobs import token_logprobs
 
 TOKENS, VOCAB = 23, 96
 

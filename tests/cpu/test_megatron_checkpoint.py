@@ -50,7 +50,7 @@ class Trainee:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-        from vime.backends.megatron.model import build_model
+        from vime.backends.megatron.model.build import build_model
         from vime.backends.megatron.parallel import initialize_groups
 
         shard = parallel.get("use_distributed_optimizer", False)
@@ -102,13 +102,13 @@ class Trainee:
         return {n: t.clone() for n, t in hf.export_hf(self.chunks, self.cfg)}
 
     def save(self, folder: str, iteration: int | None, **kw: Any) -> Path:
-        from vime.backends.megatron.checkpoint import save_checkpoint
+        from vime.backends.megatron.checkpoints.checkpoint import save_checkpoint
 
         args = (self.cfg, folder, iteration, self.chunks, self.optimizer, self.scheduler)
         return save_checkpoint(*args, {"rollout_id": iteration, "note": "kept"}, **kw)
 
     def load(self, folder: str, **kw: Any) -> tuple[int, dict]:
-        from vime.backends.megatron.checkpoint import load_checkpoint, resolve
+        from vime.backends.megatron.checkpoints.checkpoint import load_checkpoint, resolve
 
         start = resolve(folder, **kw)
         args = (self.cfg, start, self.chunks, self.optimizer, self.scheduler)
@@ -185,7 +185,7 @@ def test_a_mixture_loads_with_other_expert_parallelism(mixture: Path, tmp_path: 
 
 def one_rank(rank: int, world: int, port: int, folder: Path, out: str) -> dict[str, Any]:
     """What a single rank meets: damaged and missing files, RNG, release weights, dtypes."""
-    from vime.backends.megatron import checkpoint
+    from vime.backends.megatron.checkpoints import checkpoint
 
     start_ranks(rank, world, port, folder)
     here = Trainee(folder, {})
@@ -233,8 +233,8 @@ def one_rank(rank: int, world: int, port: int, folder: Path, out: str) -> dict[s
     seen["garbled"] = failure(lambda: here.load(whole))
     wider = write_tiny_hf(f"{out}/wider", tied=True, intermediate_size=160)
     bigger = Trainee.__new__(Trainee)
-    from vime.backends.megatron.model import build_model
-    from vime.backends.megatron.streaming import StoredWeights
+    from vime.backends.megatron.checkpoints.streaming import StoredWeights
+    from vime.backends.megatron.model.build import build_model
 
     bigger.cfg = make_config(wider)
     start = checkpoint.resolve(converted)
@@ -263,7 +263,7 @@ def full_disk(rank: int, world: int, port: int, folder: Path, out: str) -> dict[
     """A disk that takes files of 40 kB at most stands for a full one."""
     import resource
 
-    from vime.backends.megatron import checkpoint
+    from vime.backends.megatron.checkpoints import checkpoint
 
     start_ranks(rank, world, port, folder)
     here = Trainee(folder, {})
@@ -303,8 +303,8 @@ def save_behind_training(
     import resource
     import threading
 
-    from vime.backends.megatron import checkpoint, torch_dist
-    from vime.backends.megatron.async_save import BackgroundSaves
+    from vime.backends.megatron.checkpoints import checkpoint, torch_dist
+    from vime.backends.megatron.checkpoints.async_save import BackgroundSaves
 
     start_ranks(rank, world, port, folder)
     here, saves = Trainee(folder, {**TP2, "use_distributed_optimizer": True}), BackgroundSaves()

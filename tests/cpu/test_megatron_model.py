@@ -59,7 +59,7 @@ def sequences() -> list[torch.Tensor]:
 
 def compare(rank: int, world: int, port: int, folders: dict, layouts: list, out: str) -> list:
     """[(model, layout, largest difference of logits or None)]; exports go to OUT/number."""
-    from vime.backends.megatron import model
+    from vime.backends.megatron.model.build import build as model
     from vime.backends.megatron.parallel import initialize_groups, initialize_parallel
 
     results = []
@@ -88,7 +88,7 @@ def packed_logits(cfg: Any, chunks: list) -> torch.Tensor | None:
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from vime.backends.megatron.attention import zigzag_order
+    from vime.backends.megatron.model.attention import zigzag_order
 
     bounds = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
     starts = torch.tensor(bounds, dtype=torch.int32)
@@ -152,7 +152,7 @@ def test_logits_and_bytes_are_those_of_hugging_face(
 
 
 def load_wrong_shape(rank: int, world: int, port: int, folder: Path) -> str:
-    from vime.backends.megatron.model import build_model
+    from vime.backends.megatron.model.build import build_model
     from vime.backends.megatron.parallel import initialize_parallel
     from vime.errors import CheckpointError
 

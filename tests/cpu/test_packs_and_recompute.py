@@ -6,12 +6,11 @@ import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from vime.backends.megatron import many_tensors, weight_gradient
-from vime.backends.megatron.attention import zigzag_order
-from vime.backends.megatron.kernels import reference
+from vime.backends.megatron.kernels import many_tensors, reference, weight_gradient
 from vime.backends.megatron.kernels.choice import VARIABLE, chosen
-from vime.backends.megatron.pack import bounds_of, make_pack, positions_of
-from vime.backends.megatron.recompute import forget, remakeable
+from vime.backends.megatron.model.attention import zigzag_order
+from vime.backends.megatron.model.pack import bounds_of, make_pack, positions_of
+from vime.backends.megatron.model.recompute import forget, remakeable
 from vime.errors import ConfigError
 
 LENGTHS = (8, 16, 4, 4, 32)

@@ -20,7 +20,9 @@ def convert(rank: int, world: int, port: int, folder: Path, out: Path, tokens: l
     """HF to torch_dist to HF; the largest difference of a logit from HF's in OUT/logits.pt."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    from vime.backends.megatron import checkpoint, hf, model
+    from vime.backends.megatron import hf
+    from vime.backends.megatron.checkpoints import checkpoint
+    from vime.backends.megatron.model.build import build as model
     from vime.backends.megatron.parallel import initialize_parallel
 
     cfg = make_config(folder)

@@ -82,7 +82,7 @@ def batch_of(trainer: Any, groups: list | None = None, rollout_id: int = 0) -> A
 
 def logps(trainer: Any, batch: Any) -> list[float]:
     """The mean log-probability of each sequence's response."""
-    from vime.backends.megatron.rollout_columns import RolloutColumns
+    from vime.backends.megatron.training.rollout_columns import RolloutColumns
 
     columns = RolloutColumns(batch, trainer.cfg, trainer.device)
     column = trainer.actor.logps(columns, list(batch.steps))
@@ -129,7 +129,7 @@ def the_first_step_is_on_policy(trainer: Any, out: Path) -> None:
 
 
 def logps_of_tokens(trainer: Any, batch: Any) -> list[list[float]]:
-    from vime.backends.megatron.rollout_columns import RolloutColumns
+    from vime.backends.megatron.training.rollout_columns import RolloutColumns
 
     columns = RolloutColumns(batch, trainer.cfg, trainer.device)
     column = trainer.actor.logps(columns, list(batch.steps))
@@ -160,7 +160,7 @@ def sft_learns_the_demonstrations(trainer: Any, out: Path) -> None:
 
 
 def what_is_not_finite_changes_nothing(trainer: Any, out: Path) -> None:
-    from vime.backends.megatron.update import MAX_SKIPPED_STEPS
+    from vime.backends.megatron.training.update import MAX_SKIPPED_STEPS
 
     t = trainer()
     batch = batch_of(t)
@@ -342,7 +342,7 @@ def a_teacher_is_approached_without_a_reward(trainer: Any, out: Path) -> None:
 
 def a_teacher_judges_each_token_under_every_estimator(trainer: Any, out: Path) -> None:
     from vime.algorithms.advantages import ESTIMATORS
-    from vime.backends.megatron.rollout_columns import RolloutColumns
+    from vime.backends.megatron.training.rollout_columns import RolloutColumns
 
     t = distilling(trainer, out, kl_coef=0.1, opd_kl_coef=0.5)
     batch = batch_of(t)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tests.cpu.tiny import make_config
 from vime.algorithms.hooks import TrainingHooks
-from vime.backends.megatron.losses import objective_of
+from vime.backends.megatron.training.losses import objective_of
 from vime.data.batching import build_train_batch
 from vime.types import Sample, Status
 

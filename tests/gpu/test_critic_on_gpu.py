@@ -34,9 +34,9 @@ def test_actor_and_critic_leave_the_gpu_train_on_and_resume(sharded: bool, tmp_p
 
 
 def train(rank: int, world: int, port: int, folder: Path, sharded: bool) -> dict[str, Any]:
-    from vime.backends.megatron.model import unwrap
-    from vime.backends.megatron.rollout_columns import RolloutColumns
+    from vime.backends.megatron.chunks import unwrap
     from vime.backends.megatron.trainer import MegatronTrainer
+    from vime.backends.megatron.training.rollout_columns import RolloutColumns
 
     cfg = make_config(
         folder,

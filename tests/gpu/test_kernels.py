@@ -95,7 +95,7 @@ def test_split_qkv(dtype, tolerance, width, rotated, interleaved, normed) -> Non
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize("wanted", ["logp", "entropy", "both"])
 def test_log_probabilities(dtype: torch.dtype, tolerance: float, wanted: str) -> None:
-    from vime.backends.megatron.logprobs import token_logprobs
+    from vime.backends.megatron.training.logprobs import token_logprobs
 
     logits = 3 * rand(333, 151_936, dtype=dtype)
     logits[:, -7:] = -1e30  # padded vocabulary
@@ -115,7 +115,7 @@ def test_log_probabilities(dtype: torch.dtype, tolerance: float, wanted: str) ->
 
 
 def test_log_probabilities_make_no_copy_of_the_logits() -> None:
-    from vime.backends.megatron.logprobs import token_logprobs
+    from vime.backends.megatron.training.logprobs import token_logprobs
 
     logits = rand(2048, 151_936, dtype=torch.bfloat16).requires_grad_()
     size = logits.numel() * 2
@@ -158,7 +158,7 @@ def test_attention(name: str, heads: int, groups: int) -> None:
 
 @pytest.mark.parametrize("buffer", [torch.float32, torch.bfloat16])
 def test_weight_gradients_are_added_to_the_buffer(buffer: torch.dtype) -> None:
-    from vime.backends.megatron import weight_gradient
+    from vime.backends.megatron.kernels import weight_gradient
 
     inputs, grad = (rand(4096, n, dtype=torch.bfloat16) for n in (320, 192))
     main_grad = 10 * rand(192, 320, dtype=buffer)

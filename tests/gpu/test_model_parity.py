@@ -36,10 +36,10 @@ def ours(
     rank: int, world: int, port: int, folder: Path, dtype: str, parallel: dict
 ) -> dict[str, torch.Tensor]:
     from vime.backends.megatron import hf
-    from vime.backends.megatron.model import build_model
-    from vime.backends.megatron.optimizer import wrap_for_training
-    from vime.backends.megatron.pack import make_pack
+    from vime.backends.megatron.model.build import build_model
+    from vime.backends.megatron.model.pack import make_pack
     from vime.backends.megatron.parallel import initialize_parallel
+    from vime.backends.megatron.training.optimizer import wrap_for_training
 
     model = {"hf_checkpoint": str(folder), "dtype": dtype}
     cfg = make_config(folder, model=model, parallel=parallel)

@@ -20,6 +20,7 @@ HEIGHT = {
     "platform": 1,
     "observe": 2,
     "config": 2,
+    "plan": 3,
     "algorithms": 3,
     "data": 4,
     "cli": 5,
@@ -41,7 +42,12 @@ ONLY_HOME = {  # a library: the places that may import it
     "megatron": ("vime/backends/megatron/",),
     "vllm": ("vime/backends/vllm/plugin",),
     # the last holds a Namespace because Megatron's checkpoints do
-    "argparse": ("vime/cli/", "tools/", "scripts/", "vime/backends/megatron/checkpoint.py"),
+    "argparse": (
+        "vime/cli/",
+        "tools/",
+        "scripts/",
+        "vime/backends/megatron/checkpoints/checkpoint.py",
+    ),
 }
 
 

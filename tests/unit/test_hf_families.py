@@ -12,10 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from vime.backends.megatron import hf
-from vime.backends.megatron.hf.family import Kind, layer_pattern
-from vime.backends.megatron.hf.files import HFFiles
-from vime.backends.megatron.hf.layout import Dims, hf_shapes, shard, unshard
-from vime.backends.megatron.start import (
+from vime.backends.megatron.checkpoints.start import (
     TRACKER,
     check_start,
     commit_checkpoint,
@@ -23,6 +20,9 @@ from vime.backends.megatron.start import (
     iteration_folder,
     resolve,
 )
+from vime.backends.megatron.hf.family import Kind, layer_pattern
+from vime.backends.megatron.hf.files import HFFiles
+from vime.backends.megatron.hf.layout import Dims, hf_shapes, shard, unshard
 from vime.config import Config
 from vime.errors import CheckpointError, ConfigError
 

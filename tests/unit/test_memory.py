@@ -7,13 +7,13 @@ import pytest
 
 from tests.unit.command_lines import QWEN3_TINY, words, write_checkpoint
 from vime.cli import parse_config
-from vime.config.memory import (
+from vime.plan.memory import (
     engine_parts,
     largest_tokens,
     shape_of,
     trainer_memory,
 )
-from vime.config.shape import Shape
+from vime.plan.shape import Shape
 
 HF_CONFIGS = Path(__file__).parent / "hf_configs"
 BILLIONS = {  # as their makers state them

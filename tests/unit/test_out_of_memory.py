@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tests.unit.test_memory import planned
-from vime.backends.megatron.memory import memory_remedy
-from vime.config.memory import trainer_memory
-from vime.config.out_of_memory import engine_remedy, trainer_remedy
+from vime.backends.megatron.memory.in_use import memory_remedy
 from vime.errors import ConfigError
+from vime.plan.memory import trainer_memory
+from vime.plan.out_of_memory import engine_remedy, trainer_remedy
 
 GIB = 2**30
 

@@ -20,7 +20,7 @@ from vime.algorithms.advantages import ESTIMATORS, whiten
 from vime.algorithms.hooks import TrainingHooks
 from vime.algorithms.kl import KL_TYPES, kl_estimate, unbiased_kl
 from vime.algorithms.objective import sft_loss
-from vime.backends.megatron.losses import objective_of
+from vime.backends.megatron.training.losses import objective_of
 from vime.data.batching import build_train_batch
 from vime.types import Sample, Status
 

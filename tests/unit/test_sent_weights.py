@@ -2,7 +2,7 @@
 
 import torch
 
-from vime.backends.megatron.reference import SentWeights, WeightCopy
+from vime.backends.megatron.memory.weight_copies import SentWeights, WeightCopy
 
 
 def test_a_copy_has_the_routers_bias_which_is_no_parameter():

@@ -8,7 +8,8 @@ import torch
 
 from vime.config import Config
 from vime.config.fields import flags_in
-from vime.config.memory import (
+from vime.config.view import SECTIONS, resolved
+from vime.plan.memory import (
     Part,
     engine_parts,
     shape_of,
@@ -16,8 +17,7 @@ from vime.config.memory import (
     total,
     trainer_memory,
 )
-from vime.config.shape import Shape
-from vime.config.view import SECTIONS, resolved
+from vime.plan.shape import Shape
 from vime.platform import CUDA, Platform, current
 
 GIB = 1 << 30

@@ -34,11 +34,11 @@ class TrainerRank:
         from vime.backends.megatron import compat
 
         compat.apply()
-        import vime.backends.megatron.model  # noqa: F401
+        import vime.backends.megatron.model.build  # noqa: F401
 
     def start(self, cfg: Config, world_size: int, address: str, port: int, timeout_s: float) -> int:
         """Builds the trainer and loads its checkpoint. Returns the rollout to start with."""
-        from vime.backends.megatron.memory import memory_remedy
+        from vime.backends.megatron.memory.in_use import memory_remedy
         from vime.backends.megatron.trainer import MegatronTrainer
         from vime.rollout.training_hooks import training_hooks
 

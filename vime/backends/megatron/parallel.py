@@ -1,10 +1,14 @@
-"""Joins this process to the others: collectives, Megatron's groups, seeds."""
+"""Joins this process to the others: collectives, Megatron's groups, seeds, its rank in each."""
 
 from __future__ import annotations
 
 import os
+import random
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -48,8 +52,6 @@ def initialize_groups(cfg: Config) -> None:
     """Megatron's process groups and seeds. Existing groups are replaced: every rank must call."""
     from megatron.core import parallel_state as mpu
 
-    from vime.backends.megatron.rng import seed_everything
-
     p = cfg.parallel
     mpu.destroy_model_parallel()
     mpu.initialize_model_parallel(
@@ -64,6 +66,19 @@ def initialize_groups(cfg: Config) -> None:
     seed_everything(cfg.algorithm.seed + 100 * mpu.get_pipeline_model_parallel_rank())
 
 
+def seed_everything(seed: int) -> None:
+    """Seeds Python, numpy, torch and Megatron's tracker of tensor-parallel random states.
+
+    Megatron's groups must exist.
+    """
+    from megatron.core import tensor_parallel
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
 def shutdown_parallel() -> None:
     """Leaves the groups. Safe to call twice."""
     if dist.is_initialized():
@@ -71,3 +86,37 @@ def shutdown_parallel() -> None:
 
         mpu.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """This rank's position on one axis of the layout, and the process group of that axis."""
+
+    rank: int
+    size: int
+    group: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This rank's place in every group that a weight is spread over."""
+
+    tensor: Place
+    expert_tensor: Place
+    expert: Place
+    pipeline: Place
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """From Megatron's groups, which must be initialised."""
+        from megatron.core import parallel_state as mpu
+
+        def place(group: Any) -> Place:
+            return Place(dist.get_rank(group), dist.get_world_size(group), group)
+
+        return cls(
+            tensor=place(mpu.get_tensor_model_parallel_group()),
+            expert_tensor=place(mpu.get_expert_tensor_parallel_group()),
+            expert=place(mpu.get_expert_model_parallel_group()),
+            pipeline=place(mpu.get_pipeline_model_parallel_group()),
+        )

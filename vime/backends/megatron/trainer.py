@@ -12,9 +12,10 @@ from torch import Tensor
 
 from vime import platform
 from vime.algorithms.hooks import TrainingHooks
-from vime.backends.megatron.async_save import BackgroundSaves
-from vime.backends.megatron.memory import MemoryUse, memory_remedy
-from vime.backends.megatron.offload import (
+from vime.backends.megatron.checkpoints.async_save import BackgroundSaves
+from vime.backends.megatron.checkpoints.start import resolve
+from vime.backends.megatron.memory.in_use import MemoryUse, memory_remedy
+from vime.backends.megatron.memory.offload import (
     Offload,
     give_back,
     gradients_of,
@@ -23,10 +24,9 @@ from vime.backends.megatron.offload import (
     weights_of,
 )
 from vime.backends.megatron.parallel import initialize_parallel, shutdown_parallel
-from vime.backends.megatron.report import Clock, mean_of_steps, samples_of
-from vime.backends.megatron.start import resolve
+from vime.backends.megatron.training.report import Clock, mean_of_steps, samples_of
 from vime.config import Config
-from vime.config.memory import shape_of
+from vime.plan.memory import shape_of
 from vime.types import TrainBatch
 
 log = logging.getLogger(__name__)
@@ -54,9 +54,9 @@ class MegatronTrainer:
         if self.hooks.init is not None:
             self.hooks.init(self.hooks.args)
         # Megatron can be imported only now: the patches come first.
-        from vime.backends.megatron.actor import Actor
-        from vime.backends.megatron.critic import Critic
         from vime.backends.megatron.kernels import chosen
+        from vime.backends.megatron.training.actor import Actor
+        from vime.backends.megatron.training.critic import Critic
 
         log.info("rank %d of %d is connected; kernels: %s", rank, world_size, chosen())
         self.cfg, self.rank = cfg, rank
@@ -91,8 +91,8 @@ class MegatronTrainer:
             return self._train(batch) | self.memory.metrics()
 
     def _train(self, batch: TrainBatch) -> dict[str, float]:
-        from vime.backends.megatron.actor import forward_plans, where_in
-        from vime.backends.megatron.rollout_columns import RolloutColumns
+        from vime.backends.megatron.training.actor import forward_plans, where_in
+        from vime.backends.megatron.training.rollout_columns import RolloutColumns
 
         clock, actor, critic = Clock(), self.actor, self.critic
         self._wait_for_weights()
@@ -221,7 +221,7 @@ class MegatronTrainer:
 
         With --async-save it is copied here, and written and committed while training goes on.
         """
-        from vime.backends.megatron.checkpoint import save_checkpoint
+        from vime.backends.megatron.checkpoints.checkpoint import save_checkpoint
 
         self._wait_for_weights()
         files, actor = self.cfg.checkpoint, self.actor

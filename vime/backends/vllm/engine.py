@@ -13,8 +13,8 @@ from vime.backends.vllm import server
 from vime.backends.vllm.client import EngineClient
 from vime.backends.vllm.process import GuardedProcess, free_port
 from vime.config import Config
-from vime.config.out_of_memory import engine_remedy
 from vime.errors import EngineError
+from vime.plan.out_of_memory import engine_remedy
 
 log = logging.getLogger(__name__)
 

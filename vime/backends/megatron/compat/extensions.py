@@ -23,7 +23,7 @@ def _many_tensors() -> None:
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads, optimizer
 
-    from vime.backends.megatron import many_tensors
+    from vime.backends.megatron.kernels import many_tensors
 
     if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = many_tensors.l2_norm
@@ -35,7 +35,7 @@ def _many_tensors() -> None:
 def _weight_gradients() -> None:
     from megatron.core.tensor_parallel import layers
 
-    from vime.backends.megatron import weight_gradient
+    from vime.backends.megatron.kernels import weight_gradient
 
     if not layers._grad_accum_fusion_available:
         layers.fused_weight_gradient_mlp_cuda = weight_gradient

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vime.backends.megatron.chunks import named_weights
 from vime.backends.megatron.hf.family import Weight
 from vime.backends.megatron.hf.files import read_config
 from vime.backends.megatron.hf.layout import Dims, hf_shapes, unshard
-from vime.backends.megatron.hf.load import named_weights
-from vime.backends.megatron.hf.ranks import Place, Ranks
 from vime.backends.megatron.hf.registry import family_for, model_args
+from vime.backends.megatron.parallel import Place, Ranks
 from vime.config import Config
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vime.backends.megatron.chunks import named_weights
 from vime.backends.megatron.hf.family import Family, Weight
 from vime.backends.megatron.hf.files import HFFiles, read_config
 from vime.backends.megatron.hf.layout import Dims, hf_shapes, shard
-from vime.backends.megatron.hf.ranks import Place, Ranks
 from vime.backends.megatron.hf.registry import family_for, model_args
-from vime.backends.megatron.router_bias import named_router_biases
+from vime.backends.megatron.parallel import Place, Ranks
 from vime.config import Config
 from vime.errors import CheckpointError
 
@@ -62,32 +62,6 @@ def load_hf_weights(chunks: Iterable[nn.Module], hf_dir: str | Path, cfg: Config
     source = HFWeights(hf_dir, cfg)
     for name, parameter in named_weights(chunks, source.ranks, model_args(cfg)):
         source.fill(name, parameter)
-
-
-def named_weights(
-    chunks: Iterable[nn.Module], ranks: Ranks, args: dict[str, Any]
-) -> list[tuple[str, Tensor]]:
-    """[(name in the whole model, tensor)]: layers and experts are numbered across all ranks.
-
-    Every parameter, and the router's bias, which is a buffer.
-    """
-    from vime.backends.megatron.model import unwrap
-
-    local_experts = (args.get("num_experts") or 0) // ranks.expert.size
-    first_expert = ranks.expert.rank * local_experts
-    found = []
-    for chunk in chunks:
-        model = unwrap(chunk)
-        layers = [layer.layer_number - 1 for layer in model.decoder.layers]
-        for name, tensor in [*model.named_parameters(), *named_router_biases(model)]:
-            parts = name.split(".")
-            if parts[:2] == ["decoder", "layers"]:
-                parts[2] = str(layers[int(parts[2])])
-            if "local_experts" in parts:
-                at = parts.index("local_experts") + 1
-                parts[at] = str(first_expert + int(parts[at]))
-            found.append((".".join(parts), tensor))
-    return found
 
 
 def _tied(name: str, weights: dict[str, Weight]) -> Weight:

@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from vime.config import Config
-from vime.config.memory import largest_tokens, shape_of, tokens_per_micro_batch, trainer_memory
-from vime.config.shape import Shape
+from vime.plan.memory import largest_tokens, shape_of, tokens_per_micro_batch, trainer_memory
+from vime.plan.shape import Shape
 
 GIB = 1 << 30
 SPARE = 0.95  # a remedy aims at so much of the room

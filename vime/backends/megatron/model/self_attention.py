@@ -13,9 +13,9 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from vime.backends.megatron.kernels import split_qkv
-from vime.backends.megatron.norm import RMSNorm
-from vime.backends.megatron.pack import positions_of, remembered
-from vime.backends.megatron.recompute import forget
+from vime.backends.megatron.model.norm import RMSNorm
+from vime.backends.megatron.model.pack import positions_of, remembered
+from vime.backends.megatron.model.recompute import forget
 
 
 class PackedSelfAttention(SelfAttention):

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vime.backends.megatron.checkpoint import load_critic
-from vime.backends.megatron.model import build_model, unwrap
-from vime.backends.megatron.optimizer import (
+from vime.backends.megatron.checkpoints.checkpoint import load_critic
+from vime.backends.megatron.checkpoints.start import Start
+from vime.backends.megatron.chunks import unwrap
+from vime.backends.megatron.model.build import build_model
+from vime.backends.megatron.training.optimizer import (
     apply_flags_again,
     build_optimizer,
     wrap_for_training,
 )
-from vime.backends.megatron.start import Start
-from vime.backends.megatron.step import remember_values, run_chunks, value_judge
-from vime.backends.megatron.update import Updates
+from vime.backends.megatron.training.step import remember_values, run_chunks, value_judge
+from vime.backends.megatron.training.update import Updates
 from vime.config import Config
 from vime.types import StepPlan
 

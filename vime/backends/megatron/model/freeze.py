@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vime.backends.megatron.hf.load import named_weights
-from vime.backends.megatron.hf.ranks import Ranks
+from vime.backends.megatron.chunks import named_weights
+from vime.backends.megatron.parallel import Ranks
 from vime.config import Config
 from vime.errors import ConfigError
 

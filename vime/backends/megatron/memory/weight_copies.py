@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from vime.backends.megatron.router_bias import named_router_biases
+from vime.backends.megatron.chunks import named_router_biases
 
 
 class WeightCopy:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vime.backends.megatron.router_bias import named_router_biases
+from vime.backends.megatron.chunks import named_router_biases
 
 MAX_SKIPPED_STEPS = 5  # in a row, before the run stops
 

@@ -1,4 +1,4 @@
-"""Random states: seeded, saved for every rank, restored."""
+"""Random states of every rank: saved and restored."""
 
 from __future__ import annotations
 
@@ -11,14 +11,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-
-
-def seed_everything(seed: int) -> None:
-    """Python, numpy, torch and Megatron's tensor-parallel tracker (mpu must be initialised)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
 def sharded_rng_state() -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vime import platform
 from vime.backends.megatron.kernels import rms_norm
-from vime.backends.megatron.recompute import remakeable
+from vime.backends.megatron.model.recompute import remakeable
 
 
 class RMSNorm(nn.Module):

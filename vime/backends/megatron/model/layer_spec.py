@@ -15,12 +15,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from vime.backends.megatron.attention import PackedAttention
 from vime.backends.megatron.kernels import chosen
-from vime.backends.megatron.latent_attention import LatentAttention
-from vime.backends.megatron.mlp import GatedMLP
-from vime.backends.megatron.norm import RMSNorm
-from vime.backends.megatron.self_attention import PackedSelfAttention
+from vime.backends.megatron.model.attention import PackedAttention
+from vime.backends.megatron.model.latent_attention import LatentAttention
+from vime.backends.megatron.model.mlp import GatedMLP
+from vime.backends.megatron.model.norm import RMSNorm
+from vime.backends.megatron.model.self_attention import PackedSelfAttention
 
 
 class NormedRowParallelLinear(RowParallelLinear):

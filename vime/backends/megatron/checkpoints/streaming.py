@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vime.backends.megatron import checkpoint, torch_dist
-from vime.backends.megatron.hf.load import HFWeights, named_weights
+from vime.backends.megatron.checkpoints import checkpoint, torch_dist
+from vime.backends.megatron.checkpoints.start import Start, check_manifest
+from vime.backends.megatron.checkpoints.stored_parts import StoredParts
+from vime.backends.megatron.chunks import named_weights, unwrap
+from vime.backends.megatron.hf.load import HFWeights
 from vime.backends.megatron.hf.registry import model_args
-from vime.backends.megatron.model import unwrap
-from vime.backends.megatron.start import Start, check_manifest
-from vime.backends.megatron.stored_parts import StoredParts
 from vime.config import Config
 
 

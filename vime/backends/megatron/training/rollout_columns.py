@@ -13,8 +13,8 @@ from vime.algorithms.advantages import ESTIMATORS, same_for_every_token, whiten
 from vime.algorithms.critic import generalized_advantages
 from vime.algorithms.hooks import TrainingHooks, user_advantages
 from vime.algorithms.kl import kl_estimate
-from vime.backends.megatron.layout import MicroBatch, lay_out, token_table
-from vime.backends.megatron.step import on_last_stage
+from vime.backends.megatron.training.step import on_last_stage
+from vime.backends.megatron.training.token_table import MicroBatch, lay_out, token_table
 from vime.config import AlgorithmConfig, Config
 from vime.types import StepPlan, TrainBatch
 

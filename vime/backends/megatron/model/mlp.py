@@ -11,7 +11,7 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from vime.backends.megatron.kernels import swiglu
-from vime.backends.megatron.recompute import forget, remakeable
+from vime.backends.megatron.model.recompute import forget, remakeable
 
 
 class GatedMLP(MLP):

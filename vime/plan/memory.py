@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from vime.config import Config
 from vime.config.rules import hf_config
-from vime.config.shape import Shape
+from vime.plan.shape import Shape
 
 ROUND = 256  # a suggested number of tokens is a multiple of it
 

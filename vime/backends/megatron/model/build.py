@@ -18,12 +18,12 @@ from megatron.core.transformer.transformer_config import (
 from torch import Tensor, nn
 
 from vime import platform
-from vime.backends.megatron import recompute
-from vime.backends.megatron.freeze import freeze_parameters
 from vime.backends.megatron.hf import model_args
 from vime.backends.megatron.kernels import chosen
-from vime.backends.megatron.layer_spec import decoder_spec
-from vime.backends.megatron.value_head import ValueHead
+from vime.backends.megatron.model.build import recompute
+from vime.backends.megatron.model.freeze import freeze_parameters
+from vime.backends.megatron.model.layer_spec import decoder_spec
+from vime.backends.megatron.model.value_head import ValueHead
 from vime.config import Config
 
 # Modules whose weight is cut over tensor parallel ranks, and the axis of the cut.
@@ -151,13 +151,6 @@ def padded_vocab_size(args: dict[str, Any], tp: int) -> int:
     """
     multiple = args.get("make_vocab_size_divisible_by", 1) * tp
     return -(-args["vocab_size"] // multiple) * multiple
-
-
-def unwrap(chunk: nn.Module) -> GPTModel:
-    """The GPTModel inside DDP and Float16Module."""
-    while not isinstance(chunk, GPTModel):
-        chunk = chunk.module
-    return chunk
 
 
 def _scale_rope(chunk: GPTModel, args: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from vime.algorithms.critic import clipped_value_loss
 from vime.algorithms.objective import sft_loss
 from vime.algorithms.policy import SequenceSum, TokenLoss
-from vime.backends.megatron.layout import MicroBatch, TokenTable
-from vime.backends.megatron.logprobs import TokenLogProbs, token_logprobs
+from vime.backends.megatron.training.logprobs import TokenLogProbs, token_logprobs
+from vime.backends.megatron.training.token_table import MicroBatch, TokenTable
 
 Sums = dict[str, Tensor]  # name -> sum over this rank's tokens, a float32 scalar
 Judge = Callable[[MicroBatch, TokenLogProbs], tuple[Tensor, Sums]]

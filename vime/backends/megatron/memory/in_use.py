@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from vime import platform
 from vime.config import Config
-from vime.config.out_of_memory import trainer_remedy
 from vime.errors import ConfigError
+from vime.plan.out_of_memory import trainer_remedy
 
 
 @contextmanager

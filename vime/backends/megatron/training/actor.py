@@ -9,20 +9,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vime.algorithms.hooks import TrainingHooks
-from vime.backends.megatron.checkpoint import load_checkpoint, resolve
-from vime.backends.megatron.losses import objective_of
-from vime.backends.megatron.model import build_model
-from vime.backends.megatron.optimizer import (
+from vime.backends.megatron.checkpoints.checkpoint import load_checkpoint, resolve
+from vime.backends.megatron.checkpoints.start import Start, teacher_start
+from vime.backends.megatron.memory.weight_copies import SentWeights, WeightCopy
+from vime.backends.megatron.model.build import build_model
+from vime.backends.megatron.training.losses import objective_of
+from vime.backends.megatron.training.optimizer import (
     apply_flags_again,
     build_optimizer,
     wrap_for_training,
 )
-from vime.backends.megatron.reference import SentWeights, WeightCopy
-from vime.backends.megatron.report import samples_of
-from vime.backends.megatron.rollout_columns import RolloutColumns
-from vime.backends.megatron.start import Start, teacher_start
-from vime.backends.megatron.step import policy_judge, remember_logps, run_pass, sft_judge
-from vime.backends.megatron.update import Updates
+from vime.backends.megatron.training.report import samples_of
+from vime.backends.megatron.training.rollout_columns import RolloutColumns
+from vime.backends.megatron.training.step import policy_judge, remember_logps, run_pass, sft_judge
+from vime.backends.megatron.training.update import Updates
 from vime.config import Config
 from vime.errors import ConfigError
 from vime.types import StepPlan, TrainBatch

@@ -18,7 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from vime.backends.megatron.kernels import chosen
-from vime.backends.megatron.pack import bounds_of, remembered, starts_of
+from vime.backends.megatron.model.pack import bounds_of, remembered, starts_of
 
 
 class PackedAttention(MegatronModule):

@@ -23,10 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vime.backends.megatron import compat
-from vime.backends.megatron.async_save import BackgroundSaves
-from vime.backends.megatron.hf import described_by, load_hf_weights, model_args
-from vime.backends.megatron.hf.check import check_architecture_fits
-from vime.backends.megatron.start import (
+from vime.backends.megatron.checkpoints.async_save import BackgroundSaves
+from vime.backends.megatron.checkpoints.start import (
     MANIFEST,
     RELEASE,
     TRACKER,
@@ -37,6 +35,8 @@ from vime.backends.megatron.start import (
     iteration_folder,
     resolve,
 )
+from vime.backends.megatron.hf import described_by, load_hf_weights, model_args
+from vime.backends.megatron.hf.check import check_architecture_fits
 from vime.config import Config
 from vime.errors import CheckpointError
 
@@ -80,7 +80,7 @@ def save_checkpoint(
     Returns the directory. Raises CheckpointError when it cannot be written; the previous checkpoint
     then stays in force.
     """
-    from vime.backends.megatron import torch_dist
+    from vime.backends.megatron.checkpoints import torch_dist
 
     if background is not None:
         background.finish()  # one at a time: the newest commit is the newest checkpoint
@@ -155,7 +155,7 @@ def load_checkpoint(
         return {}
     from megatron.core import dist_checkpointing
 
-    from vime.backends.megatron import torch_dist
+    from vime.backends.megatron.checkpoints import torch_dist
 
     with _agreed(f"{start.folder}: cannot load"):
         torch_dist.check_files(start.folder)
@@ -203,7 +203,7 @@ def load_checkpoint(
             scheduler.num_steps = 0  # Megatron adds the saved ones to it
             scheduler.load_state_dict(state["opt_param_scheduler"])
         if with_rng:
-            from vime.backends.megatron.rng import restore_rng_state
+            from vime.backends.megatron.checkpoints.rng import restore_rng_state
 
             restore_rng_state(state["rng_state"])
     return json.loads(saved.get("extra", "{}"))
@@ -226,7 +226,7 @@ def load_critic(cfg: Config, start: Start, critic: Any) -> bool:
         return False
     from megatron.core import dist_checkpointing
 
-    from vime.backends.megatron import torch_dist
+    from vime.backends.megatron.checkpoints import torch_dist
 
     with _agreed(f"{start.folder / 'common.pt'} is damaged"):
         common = dist_checkpointing.load_common_state_dict(str(start.folder))
@@ -262,7 +262,7 @@ def _critic_state(critic: Any, with_optimizer: bool, *, loading: bool) -> dict[s
 
 def _keyed(chunks: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
     """Megatron's names: "model", or "model0", "model1" ... under virtual pipelining."""
-    from vime.backends.megatron.model import unwrap
+    from vime.backends.megatron.chunks import unwrap
 
     if len(chunks) == 1:
         return [("model", unwrap(chunks[0]))]
@@ -312,7 +312,7 @@ def _sharded_state(
     if scheduler is not None:
         state["opt_param_scheduler"] = scheduler.state_dict()
     if with_rng:
-        from vime.backends.megatron.rng import sharded_rng_state
+        from vime.backends.megatron.checkpoints.rng import sharded_rng_state
 
         state["rng_state"] = sharded_rng_state()
     return state

@@ -59,7 +59,7 @@ def sequences() -> list[torch.Tensor]:
 
 def compare(rank: int, world: int, port: int, folders: dict, layouts: list, out: str) -> list:
     """[(model, layout, largest difference of logits or None)]; exports go to OUT/number."""
-    from vime.backends.megatron.model.build import build as model
+    from vime.backends.megatron.model.build import build_model
     from vime.backends.megatron.parallel import initialize_groups, initialize_parallel
 
     results = []
@@ -71,7 +71,7 @@ def compare(rank: int, world: int, port: int, folders: dict, layouts: list, out:
             initialize_parallel(cfg, rank, world, rank, "127.0.0.1", port)
         else:
             initialize_groups(cfg)
-        chunks = model.build_model(cfg)
+        chunks = build_model(cfg)
         hf.load_hf_weights(chunks, folders[name], cfg)
         logits = packed_logits(cfg, chunks)
         expected = torch.load(folders[name] / "expected.pt")

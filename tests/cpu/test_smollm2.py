@@ -22,15 +22,15 @@ def convert(rank: int, world: int, port: int, folder: Path, out: Path, tokens: l
 
     from vime.backends.megatron import hf
     from vime.backends.megatron.checkpoints import checkpoint
-    from vime.backends.megatron.model.build import build as model
+    from vime.backends.megatron.model.build import build_model
     from vime.backends.megatron.parallel import initialize_parallel
 
     cfg = make_config(folder)
     initialize_parallel(cfg, rank, world)
-    chunks = model.build_model(cfg)
+    chunks = build_model(cfg)
     hf.load_hf_weights(chunks, folder, cfg)
     checkpoint.save_checkpoint(cfg, out / "megatron", None, chunks)
-    again = model.build_model(cfg)
+    again = build_model(cfg)
     checkpoint.load_checkpoint(cfg, checkpoint.resolve(str(out / "megatron")), again)
     hf.save_hf(again, cfg, out / "back")
     ids = torch.tensor([tokens])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vime import platform
 from vime.backends.megatron.hf import model_args
 from vime.backends.megatron.kernels import chosen
-from vime.backends.megatron.model.build import recompute
+from vime.backends.megatron.model import recompute
 from vime.backends.megatron.model.freeze import freeze_parameters
 from vime.backends.megatron.model.layer_spec import decoder_spec
 from vime.backends.megatron.model.value_head import ValueHead

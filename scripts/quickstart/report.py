@@ -11,6 +11,7 @@ from rich.table import Table
 
 from scripts.quickstart.recipe import EVAL_NAME, Recipe, latest_export
 from scripts.quickstart.task import SHARE_RIGHT
+from vime.files import write_text
 from vime.observe import read_metrics
 from vime.observe.plot import learning_curves, plot_learning
 from vime.observe.progress import clock_time
@@ -109,4 +110,4 @@ def show_work(before: Path, after: Path, eval_file: Path, console: Console) -> N
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vime.files import write_text
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -64,7 +66,7 @@ def run_stages(stages: Iterable[Stage], stamps: Path, tell: Callable[[str], None
         missing = [str(path) for path in stage.outputs if not path.exists()]
         if missing:
             raise FileNotFoundError(f"stage {stage.name} ended without making {', '.join(missing)}")
-        stamp.write_text(json.dumps({"key": key, "seconds": seconds}) + "\n")
+        write_text(stamp, json.dumps({"key": key, "seconds": seconds}) + "\n")
         done.append(Done(stage, seconds, reused=False))
     return done
 

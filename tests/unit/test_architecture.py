@@ -16,6 +16,7 @@ PACKAGE = ROOT / "vime"
 # A room imports from lower ones only. Rooms of one height do not know each other.
 HEIGHT = {
     "errors": 0,
+    "files": 0,
     "types": 1,
     "platform": 1,
     "observe": 2,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vime.files import write_text
 from vime.observe.trackers import Tracker
 
 FILE_NAME = "metrics.jsonl"
@@ -40,7 +40,7 @@ class MetricsLog:
         # A run that resumes may log its first step again (its first weight sync, an evaluation):
         # that line is held back and gains what it lacks.
         self._resumed = kept.pop() if kept and kept[-1]["step"] == start_step else None
-        _replace(self.path, kept)
+        write_text(self.path, _as_lines(kept))
         self._last_step = kept[-1]["step"] if kept else -1
         self._trackers = tuple(trackers)
         self._file = self.path.open("a", encoding="utf-8")
@@ -73,7 +73,7 @@ class MetricsLog:
         A run that is killed between the commit and `log` resumes behind the step, and takes its
         line from here.
         """
-        _replace(self.path.with_suffix(NEXT), [as_record(step, metrics)])
+        write_text(self.path.with_suffix(NEXT), _as_lines([as_record(step, metrics)]))
 
     def _write(self, record: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
@@ -140,14 +140,8 @@ def _read_next(path: Path) -> list[dict[str, Any]]:
     return list(_read(following)) if following.exists() else []
 
 
-def _replace(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Rewrite the file in one move: a crash leaves the old file or the new one."""
-    temporary = path.with_suffix(".partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write("".join(json.dumps(r) + "\n" for r in records))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _as_lines(records: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(r) + "\n" for r in records)
 
 
 def _plain(value: Any) -> Any:

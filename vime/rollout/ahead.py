@@ -8,7 +8,6 @@ that the uninterrupted run trained on, and finished work would be lost.
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 
 from vime.config import Config
 from vime.errors import CheckpointError
+from vime.files import written_whole
 from vime.rollout.plain import plain
 from vime.types import RolloutFnTrainOutput, Sample
 
@@ -46,22 +46,16 @@ def save_ahead(cfg: Config, rollout_id: int, latest: Ahead | None) -> None:
     if latest is None or latest.rollout_id <= rollout_id:
         path.unlink(missing_ok=True)  # of an earlier attempt
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("wb") as file:
-        content = {
-            "rollout_id": latest.rollout_id,
-            "asked_for": _asked_for(cfg),
-            "groups": [[sample.to_dict() for sample in group] for group in latest.output.samples],
-            "metrics": {
-                name: float(value) for name, value in (latest.output.metrics or {}).items()
-            },
-            "data_state": latest.data_state,
-        }
-        torch.save(plain(content, "--save: rollout ahead"), file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    content = {
+        "rollout_id": latest.rollout_id,
+        "asked_for": _asked_for(cfg),
+        "groups": [[sample.to_dict() for sample in group] for group in latest.output.samples],
+        "metrics": {name: float(value) for name, value in (latest.output.metrics or {}).items()},
+        "data_state": latest.data_state,
+    }
+    content = plain(content, "--save: rollout ahead")
+    with written_whole(path) as partial:
+        torch.save(content, partial)
 
 
 def load_ahead(cfg: Config, rollout_id: int) -> Ahead | None:

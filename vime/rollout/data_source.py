@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from vime.config import Config
 from vime.data import chat
 from vime.data.datasets import DataKeys, PromptDataset, Row
 from vime.errors import CheckpointError, ConfigError, PluginError
+from vime.files import written_whole
 from vime.rollout.plain import plain
 from vime.rollout.plugins import BUFFER_FILTER, load_function
 from vime.types import Group, Sample, Status
@@ -208,15 +208,9 @@ class RolloutDataSourceWithBuffer:
         root = self.cfg.checkpoint.save
         if root is None:
             raise ConfigError("--save is not set, so the data source has nowhere to save to.")
-        path = state_path(root, rollout_id)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
         state = plain(self.state_dict() if state is None else state, "--save: data state")
-        with part.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        with written_whole(state_path(root, rollout_id)) as partial:
+            torch.save(state, partial)
 
     def load(self, rollout_id: int) -> None:
         """Continues after `rollout_id`; -1 is a fresh start. Raises CheckpointError."""

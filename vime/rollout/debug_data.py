@@ -6,13 +6,13 @@ A path has `{rollout_id}` in it. A file holds {"rollout_id", "groups": [[Sample.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vime.errors import ConfigError
+from vime.files import written_whole
 from vime.rollout.plain import plain
 from vime.types import Group, RolloutFnEvalOutput, RolloutFnTrainOutput, Sample
 
@@ -44,10 +44,8 @@ def _plain(sample: Sample) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(content, part)
-    part.replace(path)
+    with written_whole(path) as partial:
+        torch.save(content, partial)
     return path
 
 

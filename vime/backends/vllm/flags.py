@@ -19,6 +19,7 @@ from vime import platform
 from vime.backends.vllm import dialect as dialects
 from vime.backends.vllm import plugin_flags
 from vime.config import Config, rules
+from vime.files import write_text
 
 PARSER_TIMEOUT_S = 300.0
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -177,9 +178,7 @@ class Cache:
     def accept(self, given: dict[str, Any]) -> None:
         self.known += [[n, v] for n, v in given.items()]
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            part = self.file.with_suffix(f".{os.getpid()}")
-            part.write_text(json.dumps({"names": sorted(self.names), "accepted": self.known}))
-            part.replace(self.file)
+            content = {"names": sorted(self.names), "accepted": self.known}
+            write_text(self.file, json.dumps(content))
         except OSError:  # a home that cannot be written only costs time
             return

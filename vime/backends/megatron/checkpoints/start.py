@@ -14,6 +14,7 @@ from vime.backends.megatron.hf.check import check_hf_fits
 from vime.backends.megatron.hf.files import HFFiles
 from vime.config import Config
 from vime.errors import CheckpointError
+from vime.files import write_text
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -165,20 +166,11 @@ def commit_checkpoint(folder: str | Path, iteration: int | None) -> None:
         "files": {
             os.path.relpath(p, folder): p.stat().st_size
             for p in sorted(files)
-            if p.name != MANIFEST
+            if p.name != MANIFEST and p.suffix != ".partial"
         },
     }
-    _write(iteration_folder(folder, iteration) / MANIFEST, json.dumps(manifest, indent=1))
-    _write(Path(folder) / TRACKER, RELEASE if iteration is None else str(iteration))
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
+    write_text(iteration_folder(folder, iteration) / MANIFEST, json.dumps(manifest, indent=1))
+    write_text(Path(folder) / TRACKER, RELEASE if iteration is None else str(iteration))
 
 
 def data_files(folder: str | Path, iteration: int) -> list[Path]:

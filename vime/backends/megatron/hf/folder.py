@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
@@ -19,6 +18,7 @@ from vime.backends.megatron.hf.registry import family_for, model_args
 from vime.backends.megatron.hf.tensor_file import TensorFile
 from vime.config import Config
 from vime.errors import CheckpointError
+from vime.files import write_text, written_whole
 
 _ONE_FILE = "model.safetensors"
 
@@ -91,6 +91,8 @@ class _Writer:
             raise CheckpointError(f"{target} is --hf-checkpoint itself; choose another folder.")
         target.mkdir(parents=True, exist_ok=True)
         (target / "config.json").unlink(missing_ok=True)  # the folder is incomplete from here on
+        for abandoned in target.glob(".*.partial"):  # by an export that was killed
+            abandoned.unlink()
 
     def add(self, name: str, tensor: Tensor) -> None:
         self.num_parameters += tensor.numel()
@@ -116,7 +118,8 @@ class _Writer:
         for path in sorted(self.source.iterdir(), key=lambda p: p.name == "config.json"):
             weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth") or path.name == INDEX
             if path.is_file() and not weights:
-                shutil.copyfile(path, self.target / path.name)
+                with written_whole(self.target / path.name) as partial:
+                    shutil.copyfile(path, partial)
 
     def abandon(self) -> None:
         """Deletes what is incomplete."""
@@ -124,13 +127,8 @@ class _Writer:
             file.abandon()
 
     def _write_held(self) -> None:
-        partial = self.target / f".{_ONE_FILE}.partial"
-        try:
+        with written_whole(self.target / _ONE_FILE) as partial:
             save_file(self.held, partial, metadata={"format": "pt"})
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        os.replace(partial, self.target / _ONE_FILE)
 
     def _write_index(self) -> None:
         index = {
@@ -140,4 +138,4 @@ class _Writer:
             },
             "weight_map": dict(sorted(self.written.items())),
         }
-        (self.target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_text(self.target / INDEX, json.dumps(index, indent=2) + "\n")

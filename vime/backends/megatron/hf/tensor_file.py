@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 from collections.abc import Set
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vime.errors import CheckpointError
+from vime.files import commit, partial_path
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _METADATA = "__metadata__"
@@ -28,7 +28,7 @@ class TensorFile:
 
     def __init__(self, path: Path, like: Path, names: Set[str]) -> None:
         self.path, self.like = path, like
-        self.partial = path.with_name(f".{path.name}.partial")
+        self.partial = partial_path(path)
         header, self.entries = _header(like, names)
         self.missing = set(self.entries)
         self.start = 8 + len(header)
@@ -56,7 +56,7 @@ class TensorFile:
         """Gives the file its name: it is complete."""
         assert not self.missing, f"{self.path} lacks {sorted(self.missing)[:3]}"
         self.file.close()
-        os.replace(self.partial, self.path)
+        commit(self.partial, self.path)
 
     def abandon(self) -> None:
         """Deletes it: it will not be completed."""

@@ -27,10 +27,14 @@ test: test-unit  ## unit tests with the heavy parts hidden, then all tests
 test-unit: install  ## unit tests, with Ray, Megatron and vLLM hidden from them
 	$(PYTHON) -m pytest tests/unit --hide-stack
 
-lint: install  ## ruff and pyright
+lint: install  ## ruff, pyright, and whether docs/ is up to date
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pyright
+	$(PYTHON) tools/docs_tables.py --check
+
+docs: install  ## write the tables of docs/ that the registries determine
+	$(PYTHON) tools/docs_tables.py
 
 format: install  ## let ruff fix and format
 	$(PYTHON) -m ruff check --fix .

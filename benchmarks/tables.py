@@ -1,4 +1,4 @@
-"""Tables that benchmarks keep up to date in pages of docs/."""
+"""Tables in pages of docs/ that programs keep up to date."""
 
 from __future__ import annotations
 
@@ -15,11 +15,21 @@ def markdown(rows: Sequence[Iterable[str]]) -> str:
 
 
 def put(page: str, name: str, table: str) -> None:
-    """Replaces what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->` in docs/PAGE.
+    """Replaces the text between `<!-- NAME: begin -->` and `<!-- NAME: end -->` in docs/PAGE.
 
     Raises ValueError when the page lacks one of them.
     """
-    path = ROOT / "docs" / page
+    before, _, after = _around(page, name)
+    (ROOT / "docs" / page).write_text(before + table + after)
+
+
+def table_in(page: str, name: str) -> str:
+    """The text that `put` would replace."""
+    return _around(page, name)[1]
+
+
+def _around(page: str, name: str) -> tuple[str, str, str]:
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
-    before, rest = path.read_text().split(begin)
-    path.write_text(before + begin + table + end + rest.split(end)[1])
+    before, rest = (ROOT / "docs" / page).read_text().split(begin)
+    table, after = rest.split(end)
+    return before + begin, table, end + after

@@ -28,6 +28,12 @@ def test_a_reward_that_is_not_a_number_is_refused():
         score_samples([1.0, float("nan")], [0, 0], AlgorithmConfig())
 
 
+def test_maxrl_refuses_a_reward_below_0():
+    cfg = AlgorithmConfig(advantage_estimator="maxrl")
+    with pytest.raises(ValueError, match=r"reward -0\.5 is below 0.*Give rewards from 0 up"):
+        score_samples([1.0, -0.5], [0, 0], cfg)
+
+
 def test_zero_std_groups_are_counted_by_their_reward():
     counts = zero_std_counts([1, 1, 0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 2, 2, 3, 4])
     assert counts == {1: 1, 0: 1}  # groups 3 and 4 have one member each

@@ -1,30 +1,35 @@
-"""Advantage estimators: what a group's rewards say about each token.
+"""Advantage estimators: how the rewards of a group become one advantage per token.
 
-An estimator is a `baseline` over the rewards of one group and a `spread` of a sequence's score over
-its tokens. A new one is a function and a line in `ESTIMATORS`, whose keys are the choices of
-`--advantage-estimator`.
+An estimator scores the samples of a group with its `baseline` and gives each token of a sample its
+part of the score with its `spread`. A new estimator is a function and a line in `ESTIMATORS`. The
+choices of `--advantage-estimator`, the table in docs/algorithms.md and the tests read `ESTIMATORS`,
+and the rest of vime asks an estimator's traits, never its name.
+
+This file uses tensors through their methods only, so that the command line reads the registry
+without loading torch. The first sentence of each function is its cell in the documentation's table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from vime.algorithms.policy import PolicyLoss, cispo_loss, clipped_policy_loss
 
-Baseline = Callable[[Tensor], Tensor]  # rewards_G [G] -> scores [G]
-Spread = Callable[[float, Tensor, float], Tensor]  # score, penalty_T [T], gamma -> advantages [T]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Baseline: TypeAlias = "Callable[[Tensor], Tensor]"  # rewards_G [G] -> scores [G]
+Spread: TypeAlias = "Callable[[float, Tensor, float], Tensor]"  # score, penalty_T, gamma -> adv_T
 
 STD_EPS = 1e-6
 
 
 def grpo_baseline(rewards_G: Tensor) -> Tensor:
-    """(r - mean) / (std + 1e-6), unbiased std, in one group (GRPO, arXiv:2402.03300).
+    """`(r - mean_G) / (std_G + 1e-6)`. The std is unbiased.
 
-    A group of one has no spread: it is only centred, so its score is 0. So are all-equal rewards.
+    A group of one has no std: it is only centred, so its score is 0.
     """
     centred_G = centred_baseline(rewards_G)
     if len(rewards_G) < 2:
@@ -33,46 +38,35 @@ def grpo_baseline(rewards_G: Tensor) -> Tensor:
 
 
 def centred_baseline(rewards_G: Tensor) -> Tensor:
-    """r - mean of the group; exactly 0 where all are equal, which a rounded mean may miss."""
+    """`r - mean_G`. Exactly 0 where all rewards are equal, although a mean may be rounded."""
     if bool((rewards_G == rewards_G[0]).all()):
-        return torch.zeros_like(rewards_G)
+        return rewards_G.new_zeros(rewards_G.shape)
     return rewards_G - rewards_G.mean()
 
 
 def leave_one_out_baseline(rewards_G: Tensor) -> Tensor:
-    """r minus the mean of the others (RLOO, arXiv:2402.14740). A group of one scores 0."""
+    """`r` less the mean of the others. A group of one scores 0."""
     size = len(rewards_G)
     return centred_baseline(rewards_G) * (size / (size - 1) if size > 1 else 0.0)
 
 
 def mean_scaled_baseline(rewards_G: Tensor) -> Tensor:
-    """(r - mean) / mean in one group (MaxRL, arXiv:2602.02710): the gradient of the log of the pass
-    rate. With 0 for a failure and 1 for a success, the rarer a success the more it counts. A group
-    that earns nothing scores 0.
+    """`(r - mean_G) / mean_G`. For rewards from 0 up; a group with mean 0 scores 0.
 
-    Raises ValueError for a reward below 0: the mean would say nothing.
+    With rewards of 0 and 1, training follows the gradient of the logarithm of the pass rate: the
+    rarer a success, the more it counts.
     """
-    if bool((rewards_G < 0).any()):
-        raise ValueError(
-            f"reward {rewards_G.min():g} is below 0, and --advantage-estimator maxrl divides by a "
-            "group's mean. Give rewards from 0 up, or choose another estimator"
-        )
     mean = rewards_G.mean()
-    return centred_baseline(rewards_G) / mean if mean > 0 else torch.zeros_like(rewards_G)
-
-
-def no_baseline(rewards_G: Tensor) -> Tensor:
-    """The reward itself."""
-    return rewards_G
+    return centred_baseline(rewards_G) / mean if mean > 0 else rewards_G.new_zeros(rewards_G.shape)
 
 
 def same_for_every_token(score: float, penalty_T: Tensor, gamma: float) -> Tensor:
-    """The sequence's score at each token, less that token's own penalty. `gamma` plays no part."""
+    """The score. Each token's own penalty is subtracted; `gamma` is not used."""
     return score - penalty_T
 
 
 def discounted_returns(score: float, penalty_T: Tensor, gamma: float) -> Tensor:
-    """Return-to-go: the score comes with the last token, each token costs its penalty.
+    """Discounted return-to-go (`--gamma`). The last token earns the score, each costs its penalty.
 
     return_t = gamma**(T-1-t) * score - sum over s >= t of gamma**(s-t) * penalty_s
     """
@@ -89,49 +83,72 @@ def discounted_returns(score: float, penalty_T: Tensor, gamma: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Estimator:
-    """How one family of methods judges a token.
+    """How a method turns rewards into advantages, and which policy loss it takes.
 
-    baseline      scores a group's rewards
-    raw_baseline  the same, not divided by the std (--disable-grpo-std-normalization)
-    spread        a sequence's score over its tokens
-    whiten        always whiten over the step, as under --normalize-advantages
-    policy_loss   of one token
-    sequence_ratio  every token has its sequence's ratio (`policy.sequence_ratio`)
-    critic        a value model judges each token (`critic.generalized_advantages`); no `spread`
+    baseline             scores the rewards of one group; None: a sample's score is its reward
+    without_std          the baseline under --disable-grpo-std-normalization; None: `baseline`
+    nonnegative_rewards  the baseline is meaningless for rewards below 0
+    spread               gives the tokens of a sample their advantages
+    critic               a value model judges each token (`critic.generalized_advantages`), and
+                         `spread` is not used
+    whiten               advantages are whitened over the step without --normalize-advantages, too
+    policy_loss          the loss of one token
+    sequence_ratio       every token has the ratio of its sequence (`policy.sequence_ratio`)
+    constant_weight      every token weighs the same: losses are divided by the longest response
+                         allowed, not by the response's own length
+    papers               arXiv numbers
     """
 
-    baseline: Baseline
-    raw_baseline: Baseline
+    baseline: Baseline | None = None
+    without_std: Baseline | None = None
+    nonnegative_rewards: bool = False
     spread: Spread = same_for_every_token
+    critic: bool = False
     whiten: bool = False
     policy_loss: PolicyLoss = clipped_policy_loss
     sequence_ratio: bool = False
-    critic: bool = False
+    constant_weight: bool = False
+    papers: tuple[str, ...] = ()
+
+    @property
+    def group_baseline(self) -> bool:
+        """Whether a sample's score depends on the other samples of its group."""
+        return self.baseline is not None
 
 
 ESTIMATORS: dict[str, Estimator] = {
-    "grpo": Estimator(grpo_baseline, centred_baseline),
-    "gspo": Estimator(grpo_baseline, centred_baseline, sequence_ratio=True),
-    "cispo": Estimator(grpo_baseline, centred_baseline, policy_loss=cispo_loss),
-    # Dr. GRPO (arXiv:2503.20783); its weights, the same for every token, are the batch's business
-    "dr_grpo": Estimator(centred_baseline, centred_baseline),
-    "rloo": Estimator(leave_one_out_baseline, leave_one_out_baseline),
-    "maxrl": Estimator(mean_scaled_baseline, mean_scaled_baseline),
-    # REINFORCE++ (arXiv:2501.03262), without and with a group baseline
-    "reinforce_plus_plus": Estimator(no_baseline, no_baseline, discounted_returns, whiten=True),
-    "reinforce_plus_plus_baseline": Estimator(centred_baseline, centred_baseline, whiten=True),
-    "ppo": Estimator(no_baseline, no_baseline, critic=True),  # PPO (arXiv:1707.06347)
+    "grpo": Estimator(grpo_baseline, centred_baseline, papers=("2402.03300",)),
+    "gspo": Estimator(grpo_baseline, centred_baseline, sequence_ratio=True, papers=("2507.18071",)),
+    "cispo": Estimator(
+        grpo_baseline, centred_baseline, policy_loss=cispo_loss, papers=("2506.13585",)
+    ),
+    "dr_grpo": Estimator(centred_baseline, constant_weight=True, papers=("2503.20783",)),
+    "rloo": Estimator(leave_one_out_baseline, papers=("2402.14740",)),
+    "maxrl": Estimator(mean_scaled_baseline, nonnegative_rewards=True, papers=("2602.02710",)),
+    "reinforce_plus_plus": Estimator(
+        spread=discounted_returns, whiten=True, papers=("2501.03262",)
+    ),
+    "reinforce_plus_plus_baseline": Estimator(
+        centred_baseline, whiten=True, papers=("2501.03262",)
+    ),
+    "ppo": Estimator(critic=True, papers=("1707.06347", "1506.02438")),
 }
+
+
+def estimators_where(has_trait: Callable[[Estimator], bool]) -> str:
+    """The names of the estimators with a trait, as a message lists them: "a or b"."""
+    return " or ".join(name for name, estimator in ESTIMATORS.items() if has_trait(estimator))
 
 
 def whiten(values_T: Tensor, mask_T: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
     """(x - mean) / (std + 1e-8), unbiased, over the tokens with mask 1; [T], 0 elsewhere.
 
-    sum_over_ranks adds a [3] float64 tensor over the ranks that share the step's tokens.
+    sum_over_ranks  adds a [3] float64 tensor over the ranks that share the step's tokens
     """
     kept_T = values_T.double() * mask_T
-    total = torch.stack([mask_T.double().sum(), kept_T.sum(), (kept_T * values_T).sum()])
-    count, first, second = sum_over_ranks(total).unbind()
+    sums = kept_T.new_zeros(3)
+    sums[0], sums[1], sums[2] = mask_T.double().sum(), kept_T.sum(), (kept_T * values_T).sum()
+    count, first, second = sum_over_ranks(sums).unbind()
     mean = first / count.clamp(min=1)
     variance = (second - count * mean.square()).clamp(min=0) / (count - 1).clamp(min=1)
     white_T = (values_T - mean) / (variance.sqrt() + 1e-8)

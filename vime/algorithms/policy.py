@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-# values_T [T], no grad -> each token's sequence's sum of them [T], over every rank that holds it
-SequenceSum = Callable[[Tensor], Tensor]
+# values_T [T], no grad -> at each token the sum over its sequence [T], all ranks included
+SequenceSum: TypeAlias = "Callable[[Tensor], Tensor]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +43,12 @@ def clipped_policy_loss(
     ratio_T = (logp_T - old_logp_T).exp()
     free_T = -ratio_T * adv_T
     held_T = -ratio_T.clamp(1 - clip_low, 1 + clip_high) * adv_T
-    loss_T = torch.maximum(free_T, held_T)
+    loss_T = free_T.maximum(held_T)
     clipped_T = held_T > free_T
     if dual_clip is not None:
         ceiling_T = -dual_clip * adv_T
         over_T = (adv_T < 0) & (loss_T > ceiling_T)
-        loss_T = torch.where(over_T, ceiling_T, loss_T)
+        loss_T = ceiling_T.where(over_T, loss_T)
         clipped_T = clipped_T | over_T
     stats = {
         "pg_clipfrac": clipped_T.to(logp_T.dtype),
@@ -101,4 +102,4 @@ def one_sequence(values_T: Tensor) -> Tensor:
 def sequence_mean(values_T: Tensor, sequence_sum: SequenceSum) -> Tensor:
     """Each token's sequence's mean over its loss tokens [T]; no grad."""
     values_T = values_T.detach()
-    return sequence_sum(values_T) / sequence_sum(torch.ones_like(values_T))
+    return sequence_sum(values_T) / sequence_sum(values_T.new_ones(values_T.shape))

@@ -45,7 +45,7 @@ class Config:
 
     @property
     def of_critic(self) -> Config:
-        """What ppo's critic trains by: an optimizer of its own, from the first rollout on."""
+        """The critic's configuration: its own optimizer, which steps from the first rollout on."""
         algorithm = replace(self.algorithm, num_critic_only_steps=0)
         return replace(self, optimizer=self.optimizer.of_critic, algorithm=algorithm)
 

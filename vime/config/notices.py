@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vime.algorithms.advantages import estimators_where
 from vime.config import Config
 from vime.config.rules import VLLM_ROLLOUT
 
@@ -49,8 +50,8 @@ def notices(cfg: Config) -> list[str]:
         found.append(
             "--n-samples-per-prompt 1 and --advantage-estimator "
             f"{cfg.algorithm.advantage_estimator}, which compares the answers to one prompt: every "
-            "advantage will be 0. Give 8 samples, for example, or choose reinforce_plus_plus or "
-            "ppo."
+            "advantage will be 0. Give 8 samples, for example, or choose "
+            f"{estimators_where(lambda e: not e.group_baseline)}."
         )
     if _relies_on_metadata_for_rewards(cfg):
         found.append(
@@ -66,7 +67,7 @@ def _compares_an_answer_with_itself(cfg: Config) -> bool:
     return (
         a.wants_reward
         and cfg.batch.samples_per_prompt == 1
-        and a.advantage_estimator not in ("reinforce_plus_plus", "ppo")
+        and a.estimator.group_baseline
         and a.normalize_rewards
         and a.custom_advantage_path is None
         and not a.use_opd

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from vime.algorithms.advantages import estimators_where
 from vime.config import Config
 from vime.config.evaluation import eval_datasets
 from vime.config.own_values import own_values_are_their_own
@@ -293,14 +294,17 @@ def the_critic_has_a_part(cfg: Config) -> Iterator[str]:
     ):
         if value is not None and not a.needs_critic:
             yield (
-                f"{name} {value} has no effect without a critic. Add --advantage-estimator ppo, or "
-                "leave it out."
+                f"{name} {value} has no effect without a critic. Add --advantage-estimator "
+                f"{estimators_where(lambda e: e.critic)}, or leave it out."
             )
     if not o.critic_overrides:
         return
     name = f"--megatron-config-path {o.role_file}"
     if not a.needs_critic:
-        yield f"{name}: there is no critic. Add --advantage-estimator ppo, or drop its entry."
+        yield (
+            f"{name}: there is no critic. Add --advantage-estimator "
+            f"{estimators_where(lambda e: e.critic)}, or drop its entry."
+        )
     try:
         assert o.of_critic
     except ConfigError as error:

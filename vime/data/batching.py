@@ -94,8 +94,7 @@ def plan_batch(
     sequences: list[TrainSequence] = []
     plans: list[StepPlan] = []
     rules = PackingRules.of(cfg)
-    is_dr_grpo = cfg.algorithm.advantage_estimator == "dr_grpo"
-    constant = cfg.rollout.max_response_len if is_dr_grpo else None
+    constant = cfg.rollout.max_response_len if cfg.algorithm.estimator.constant_weight else None
     _check_logps(steps, cfg)
     for members in steps:
         masks, per_token = [s.loss_mask for s in members], cfg.algorithm.per_token_loss

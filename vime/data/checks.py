@@ -21,8 +21,8 @@ def data_problems(cfg: Config) -> Iterator[str]:
             label_key=data.label_key,
             metadata_key=data.metadata_key,
             tool_key=data.tool_key,
-            # sft_loss renders conversations by itself
-            apply_chat_template=data.apply_chat_template or cfg.algorithm.loss_type == "sft_loss",
+            # supervised fine-tuning renders conversations by itself
+            apply_chat_template=data.apply_chat_template or not cfg.algorithm.wants_reward,
         )
     for dataset in eval_datasets(cfg):
         yield from check_prompt_data(

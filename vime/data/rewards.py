@@ -8,7 +8,6 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
-from vime.algorithms.advantages import ESTIMATORS
 from vime.config import AlgorithmConfig
 
 
@@ -21,15 +20,24 @@ def score_samples(
     group's statistics, a failed one does not and must not be passed. A group of one, and a group
     whose rewards are all equal, scores 0 wherever the estimator has a group baseline.
 
-    rewards     one finite number per sample; raises ValueError otherwise
+    rewards     one number per sample. Raises ValueError on one that is not finite, or below 0
+                where the estimator needs rewards from 0 up
     group_ids   samples with the same id form a group, wherever they stand
     """
     if bad := [i for i, r in enumerate(rewards) if not math.isfinite(r)]:
         raise ValueError(f"reward {rewards[bad[0]]} of sample {bad[0]} is not a finite number")
-    if not cfg.normalize_rewards:
+    estimator = cfg.estimator
+    baseline = estimator.baseline
+    if not cfg.grpo_std and estimator.without_std is not None:
+        baseline = estimator.without_std
+    if baseline is None or not cfg.normalize_rewards:
         return [float(r) for r in rewards]
-    estimator = ESTIMATORS[cfg.advantage_estimator]
-    baseline = estimator.baseline if cfg.grpo_std else estimator.raw_baseline
+    if estimator.nonnegative_rewards and min(rewards) < 0:
+        raise ValueError(
+            f"reward {min(rewards):g} is below 0, where --advantage-estimator "
+            f"{cfg.advantage_estimator} has no meaning. Give rewards from 0 up, or choose another "
+            "estimator"
+        )
     members: dict[Hashable, list[int]] = defaultdict(list)
     for position, group_id in enumerate(group_ids):
         members[group_id].append(position)

@@ -133,7 +133,7 @@ class RolloutDataSourceWithBuffer:
         return self.dataset[int(self._order[at])]
 
     def _render(self, rows: list[Row]) -> tuple[list[Any], list[list[int]]]:
-        if self.cfg.algorithm.loss_type == "sft_loss":
+        if not self.cfg.algorithm.wants_reward:
             return [row.prompt for row in rows], [[] for _ in rows]
         return render_prompts(self.cfg, rows)
 

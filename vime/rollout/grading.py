@@ -171,11 +171,11 @@ def check_rewards(cfg: Config) -> list[str]:
     reward = cfg.reward
     problems = _problems_of("--rm-type", reward.rm_type, reward.reward_key, reward.rm_url)
     is_dapo = (reward.rm_type or "").removeprefix(BOXED) == "dapo" and not reward.custom_rm_path
-    is_maxrl = cfg.algorithm.advantage_estimator == "maxrl"
-    if is_dapo and is_maxrl and reward.reward_key == "score":
+    nonnegative = cfg.algorithm.estimator.nonnegative_rewards
+    if is_dapo and nonnegative and reward.reward_key == "score":
         problems.append(
-            f"--rm-type {reward.rm_type} scores a wrong answer -1, and --advantage-estimator maxrl "
-            "wants rewards from 0 up. Give --reward-key acc."
+            f"--rm-type {reward.rm_type} scores a wrong answer -1, and --advantage-estimator "
+            f"{cfg.algorithm.advantage_estimator} wants rewards from 0 up. Give --reward-key acc."
         )
     if _takes_labels_from_rows(cfg) and not reward.custom_rm_path:
         problems += _missing_label("--rm-type", reward.rm_type, cfg.data.label_key, "--label-key")

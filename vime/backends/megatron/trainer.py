@@ -73,8 +73,7 @@ class MegatronTrainer:
         start = resolve(files.load, files.ref_load, cfg.model.hf_checkpoint, files.ckpt_step)
         self.start_rollout_id = start.rollout_id if asked is None else asked
         self.actor = Actor(cfg, start, self.start_rollout_id, self.hooks)
-        ppo = cfg.algorithm.needs_critic
-        self.critic = Critic(cfg, start, self.actor.chunks) if ppo else None
+        self.critic = Critic(cfg, start, self.actor.chunks) if cfg.algorithm.needs_critic else None
 
     # -- training ----------------------------------------------------------------------------------
 

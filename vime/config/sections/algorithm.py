@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from vime.algorithms.advantages import ESTIMATORS, Estimator, estimators_where
 from vime.config.fields import Section, flag
 
 
@@ -19,17 +20,7 @@ class AlgorithmConfig(Section):
     advantage_estimator: str = flag(
         "--advantage-estimator",
         default="grpo",
-        choices=(
-            "grpo",
-            "gspo",
-            "cispo",
-            "dr_grpo",
-            "rloo",
-            "maxrl",
-            "reinforce_plus_plus",
-            "reinforce_plus_plus_baseline",
-            "ppo",
-        ),
+        choices=tuple(ESTIMATORS),
     )
     use_kl_loss: bool = flag(
         "--use-kl-loss", "KL to the reference model as a loss; also logs it", default=False
@@ -76,20 +67,20 @@ class AlgorithmConfig(Section):
     )
     lambd: float = flag(
         "--lambd",
-        "ppo: GAE's lambda; 1: the critic is a baseline only",
+        "with a critic: GAE's lambda; 1: the critic is a baseline only",
         default=1.0,
         at_least=0,
         at_most=1,
     )
     value_clip: float = flag(
         "--value-clip",
-        "ppo: how far a value may move from the rollout's first before its gradient ends",
+        "with a critic: how far a value may move from the rollout's first before its gradient ends",
         default=0.2,
         above=0,
     )
     num_critic_only_steps: int = flag(
         "--num-critic-only-steps",
-        "ppo: the first so many rollouts train the critic alone",
+        "with a critic: the first so many rollouts train the critic alone",
         default=0,
         at_least=0,
     )
@@ -223,6 +214,10 @@ class AlgorithmConfig(Section):
     seed: int = flag("--seed", default=1234)
 
     @property
+    def estimator(self) -> Estimator:
+        return ESTIMATORS[self.advantage_estimator]
+
+    @property
     def wants_reward(self) -> bool:
         """A policy learns from its own samples; not so under sft_loss."""
         return self.loss_type != "sft_loss"
@@ -259,19 +254,11 @@ class AlgorithmConfig(Section):
 
     @property
     def needs_critic(self) -> bool:
-        return self.wants_reward and self.advantage_estimator == "ppo"
+        return self.wants_reward and self.estimator.critic
 
     def problems(self) -> Iterator[str]:
-        if self.advantage_estimator != "ppo":
-            for name, value, default in (
-                ("--lambd", self.lambd, 1.0),
-                ("--value-clip", self.value_clip, 0.2),
-                ("--num-critic-only-steps", self.num_critic_only_steps, 0),
-            ):
-                if value != default:
-                    yield f"{name} {value} has no effect without a critic. Add --advantage-estimator ppo, or leave it out."
-        elif self.custom_advantage_path is not None:
-            yield f"--custom-advantage-function-path {self.custom_advantage_path} gives the critic of --advantage-estimator ppo nothing to learn. Choose another estimator, or drop the function."
+        if self.advantage_estimator in ESTIMATORS:
+            yield from self._problems_of_the_estimator()
         if not self.compute_advantages and self.wants_reward:
             yield f"--disable-compute-advantages-and-returns leaves --loss-type {self.loss_type} nothing to learn from. Leave it out."
         if self.kl_coef and self.kl_loss_coef:
@@ -310,10 +297,6 @@ class AlgorithmConfig(Section):
             yield f"--tis-clip {self.tis_clip}, --tis-clip-low {self.tis_clip_low}, --tis-level {self.tis_level}, --tis-mode {self.tis_mode} have no effect without --use-tis. Add that, or leave them out."
         if self.tis_veto is not None and (not self.use_tis or self.custom_tis_path is not None):
             yield f"--tis-veto {self.tis_veto} is part of vime's own --use-tis. Add that, without --custom-tis-function-path, or leave it out."
-        if self.advantage_estimator == "dr_grpo" and self.per_token_loss:
-            yield "--calculate-per-token-loss divides by the response tokens, and --advantage-estimator dr_grpo by a constant. Drop one of the two."
-        if self.advantage_estimator == "maxrl" and self.overlong_buffer_len is not None:
-            yield f"--overlong-buffer-len {self.overlong_buffer_len} takes rewards below 0, where --advantage-estimator maxrl has no meaning. Drop one of the two."
         if self.loss_type == "custom_loss" and self.custom_loss_path is None:
             yield "--loss-type custom_loss needs a loss. Add --custom-loss-function-path, or choose policy_loss."
         hooks = {
@@ -329,9 +312,27 @@ class AlgorithmConfig(Section):
             yield f"--custom-advantage-function-path {self.custom_advantage_path} takes the place of --kl-coef {self.kl_coef}. Drop one of the two; the function is given both log-probabilities."
         if self.custom_tis_path is not None and not self.use_tis:
             yield f"--custom-tis-function-path {self.custom_tis_path} has no effect without --use-tis. Add that, or leave it out."
-        if self.custom_reducer_path is not None and self.advantage_estimator == "dr_grpo":
-            yield f"--custom-pg-loss-reducer-function-path {self.custom_reducer_path} and --advantage-estimator dr_grpo both set the weights. Drop one of the two."
         if self.ref_update_interval is not None and not self.needs_reference:
             yield f"--ref-update-interval {self.ref_update_interval} has no reference to update. Add --use-kl-loss or --kl-coef, or leave it out."
         if self.overlong_buffer_len is None and self.overlong_penalty != 1.0:
             yield f"--overlong-penalty-factor {self.overlong_penalty} has no effect without --overlong-buffer-len. Add that, or leave it out."
+
+    def _problems_of_the_estimator(self) -> Iterator[str]:
+        name, estimator = f"--advantage-estimator {self.advantage_estimator}", self.estimator
+        if not estimator.critic:
+            with_critic = estimators_where(lambda e: e.critic)
+            for flag_name, value, default in (
+                ("--lambd", self.lambd, 1.0),
+                ("--value-clip", self.value_clip, 0.2),
+                ("--num-critic-only-steps", self.num_critic_only_steps, 0),
+            ):
+                if value != default:
+                    yield f"{flag_name} {value} has no effect without a critic. Add --advantage-estimator {with_critic}, or leave it out."
+        elif self.custom_advantage_path is not None:
+            yield f"--custom-advantage-function-path {self.custom_advantage_path} gives the critic of {name} nothing to learn. Choose another estimator, or drop the function."
+        if estimator.constant_weight and self.per_token_loss:
+            yield f"--calculate-per-token-loss divides by the response tokens, and {name} by a constant. Drop one of the two."
+        if estimator.constant_weight and self.custom_reducer_path is not None:
+            yield f"--custom-pg-loss-reducer-function-path {self.custom_reducer_path} and {name} both set the weights. Drop one of the two."
+        if estimator.nonnegative_rewards and self.overlong_buffer_len is not None:
+            yield f"--overlong-buffer-len {self.overlong_buffer_len} takes rewards below 0, where {name} has no meaning. Drop one of the two."

@@ -99,7 +99,7 @@ class OptimizerConfig(Section):
     )
     critic_lr: float | None = flag(
         "--critic-lr",
-        "peak learning rate of ppo's critic (default: --lr)",
+        "peak learning rate of the critic (default: --lr)",
         default=None,
         at_least=0,
     )
@@ -153,7 +153,7 @@ class OptimizerConfig(Section):
 
     @property
     def of_critic(self) -> OptimizerConfig:
-        """The same for ppo's critic, which trains whole."""
+        """The same for the critic, which trains whole."""
         warmup = self.critic_lr_warmup_iters
         own = {
             "lr": self.lr if self.critic_lr is None else self.critic_lr,

@@ -42,7 +42,7 @@ class Actor:
 
     def __init__(self, cfg: Config, start: Start, first_rollout: int, hooks: TrainingHooks) -> None:
         self.cfg, self.hooks = cfg, hooks
-        self.is_sft = cfg.algorithm.loss_type == "sft_loss"
+        self.is_sft = not cfg.algorithm.wants_reward
         self.temperature = 1.0 if self.is_sft else cfg.rollout.temperature or 1.0
         provider = hooks.model and partial(hooks.model, hooks.args)
         self.chunks = wrap_for_training(cfg, build_model(cfg, provider=provider))

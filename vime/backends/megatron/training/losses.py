@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vime.algorithms.advantages import ESTIMATORS
 from vime.algorithms.hooks import TrainingHooks, user_correction, user_loss
 from vime.algorithms.objective import PolicyObjective
 from vime.algorithms.off_policy import Mismatch
@@ -16,7 +15,7 @@ def objective_of(a: AlgorithmConfig, hooks: TrainingHooks) -> Callable[..., Toke
     """The policy loss that the flags ask for."""
     if hooks.loss is not None:
         return user_loss(hooks)
-    estimator = ESTIMATORS[a.advantage_estimator]
+    estimator = a.estimator
     mismatch = Mismatch(
         low=a.tis_clip_low,
         high=a.tis_clip,

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
-from vime.algorithms.advantages import ESTIMATORS, same_for_every_token, whiten
+from vime.algorithms.advantages import same_for_every_token, whiten
 from vime.algorithms.critic import generalized_advantages
 from vime.algorithms.hooks import TrainingHooks, user_advantages
 from vime.algorithms.kl import kl_estimate
@@ -102,7 +102,7 @@ class RolloutColumns:
 
         What --use-opd takes from a token's advantage is that token's alone, whatever the estimator.
         """
-        table, estimator = self.table, ESTIMATORS[cfg.advantage_estimator]
+        table, estimator = self.table, cfg.estimator
         penalty_N = table.column()
         if cfg.kl_coef and self.ref_logp_N is not None:
             kl_N = self._whole(kl_estimate(self.old_logp_N, self.ref_logp_N, "k1"))

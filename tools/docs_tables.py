@@ -1,0 +1,76 @@
+"""The tables of docs/ that the registries in vime/ determine.
+
+python tools/docs_tables.py            writes them (make docs)
+python tools/docs_tables.py --check    writes nothing; exit code 1 when a table is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.tables import markdown, put, table_in  # noqa: E402
+from vime.algorithms.advantages import ESTIMATORS, Estimator  # noqa: E402
+from vime.algorithms.policy import clipped_policy_loss  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="report tables that are out of date")
+    check = parser.parse_args().check
+    stale = [place for place, make in TABLES.items() if table_in(*place) != make()]
+    for page, name in stale:
+        if check:
+            print(f"docs/{page}: the table '{name}' is out of date. Run: make docs")
+        else:
+            put(page, name, TABLES[page, name]())
+    return int(check and bool(stale))
+
+
+def estimator_table() -> str:
+    head = ["name", "score of a sample", "advantage of its tokens", "source"]
+    return markdown([head, *map(estimator_row, ESTIMATORS)])
+
+
+def estimator_row(name: str) -> list[str]:
+    estimator = ESTIMATORS[name]
+    score = first_sentence(estimator.baseline) if estimator.baseline else "`r`"
+    if estimator.nonnegative_rewards:
+        score += "; no reward may be below 0"
+    links = (f"[{paper}](https://arxiv.org/abs/{paper})" for paper in estimator.papers)
+    return [f"`{name}`", score, advantage_of(estimator), ", ".join(links)]
+
+
+def advantage_of(estimator: Estimator) -> str:
+    parts = [first_sentence(estimator.spread)]
+    if estimator.critic:
+        parts = ["generalized advantages from a critic, below"]
+    if estimator.whiten:
+        parts.append("whitened over the step")
+    if estimator.sequence_ratio:
+        parts.append("with the sequence's ratio `w = exp(mean_t log(p_t / q_t))`")
+    if estimator.policy_loss is not clipped_policy_loss:
+        parts.append("with a policy loss of its own, below")
+    if estimator.constant_weight:
+        parts.append("with weights that divide by a constant, below")
+    return ", ".join(parts)
+
+
+def first_sentence(function: Callable) -> str:
+    """Of the function's docstring, without its full stop."""
+    lines = (function.__doc__ or "").splitlines() or [function.__name__]
+    sentence = lines[0].split(". ")[0].removesuffix(".")
+    return sentence[0].lower() + sentence[1:]
+
+
+TABLES: dict[tuple[str, str], Callable[[], str]] = {
+    ("algorithms.md", "estimator-list"): estimator_table,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

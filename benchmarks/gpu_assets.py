@@ -110,7 +110,7 @@ def length_of(index: int, longest: int) -> int:
 
 async def long_tail(args: Any, sample: Any, sampling_params: dict[str, Any]) -> Any:
     """--custom-generate-function-path: lengths as of trained models, of a model that never ends."""
-    from vime.rollout.vllm_rollout import generate
+    from vime.rollout.generation import generate
 
     count = length_of(sample.index, sampling_params["max_tokens"])
     return await generate(args, sample, sampling_params | {"max_tokens": count, "ignore_eos": True})

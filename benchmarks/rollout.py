@@ -35,7 +35,8 @@ from vime.config import Config  # noqa: E402
 from vime.config.view import ArgsView  # noqa: E402
 from vime.platform import CPU  # noqa: E402
 from vime.rollout.data_source import RolloutDataSourceWithBuffer  # noqa: E402
-from vime.rollout.vllm_rollout import generate, generate_rollout  # noqa: E402
+from vime.rollout.generation import generate  # noqa: E402
+from vime.rollout.vllm_rollout import generate_rollout  # noqa: E402
 
 RESULT = ROOT / "benchmarks/results/rollout_http_ratio_cpu.json"
 TARGET = 0.95

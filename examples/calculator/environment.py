@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 from examples.calculator.tool import Calculator
-from vime.rollout.vllm_rollout import append_observation, generate
+from vime.rollout.generation import append_observation, generate
 from vime.types import Sample, Status
 
 MAX_CALLS = 2

@@ -15,7 +15,7 @@ import numpy as np
 
 from vime.data.batching import build_train_batch
 from vime.rollout.data_source import RolloutDataSourceWithBuffer
-from vime.rollout.vllm_rollout import generate
+from vime.rollout.generation import generate
 from vime.rollout.vllm_rollout import generate_rollout as default_rollout
 from vime.types import DynamicFilterOutput, RolloutFnEvalOutput, Sample, TrainBatch
 

@@ -16,7 +16,7 @@ _done: set[str] = set()
 
 async def generate(args: Any, sample: Any, sampling_params: dict[str, Any]) -> Any:
     """--custom-generate-function-path"""
-    from vime.rollout.vllm_rollout import generate
+    from vime.rollout.generation import generate
 
     _lose(args, "LOSE_IN", sample.rollout_id)
     return await generate(args, sample, sampling_params)

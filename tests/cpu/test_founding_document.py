@@ -18,8 +18,9 @@ from tests.unit.command_lines import words
 from tests.unit.fake_engine import write_prompts
 from vime.cli import parse_config
 from vime.data.batching import build_train_batch
+from vime.rollout.generation import generate
 from vime.rollout.plugins import BUFFER_FILTER, load_function
-from vime.rollout.vllm_rollout import generate, generate_rollout
+from vime.rollout.vllm_rollout import generate_rollout
 from vime.types import DynamicFilterOutput, Sample, Status
 
 HERE = __name__

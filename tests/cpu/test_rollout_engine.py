@@ -85,7 +85,7 @@ def test_dynamic_sampling_refills_until_the_target_is_met(setting):
 
 
 async def first_two_are_short(args, sample, sampling_params):
-    from vime.rollout.vllm_rollout import generate
+    from vime.rollout.generation import generate
 
     short = sample.group_index < 2 and sample.rollout_id == 0
     return await generate(args, sample, sampling_params | ({"max_tokens": 2} if short else {}))

@@ -17,7 +17,8 @@ from tests.unit.fake_engine import (
 from vime.backends.vllm.router import Router
 from vime.config.view import ArgsView
 from vime.rollout.data_source import RolloutDataSourceWithBuffer
-from vime.rollout.vllm_rollout import generate, generate_rollout
+from vime.rollout.generation import generate
+from vime.rollout.vllm_rollout import generate_rollout
 
 NUM_TURNS = 3
 

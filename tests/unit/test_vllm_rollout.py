@@ -10,12 +10,13 @@ import pytest
 
 from tests.unit.fake_engine import FakeEngine, ids_of, make_config, write_prompts
 from vime.data import chat
-from vime.errors import EngineError
+from vime.errors import EngineError, PluginError
 from vime.rollout.client import GenerateClient
 from vime.rollout.data_source import RolloutDataSourceWithBuffer
+from vime.rollout.generation import append_observation, generate
 from vime.rollout.posting import RequestFailed, few_handshakes
-from vime.rollout.vllm_rollout import generate, generate_rollout
-from vime.types import DynamicFilterOutput, Status
+from vime.rollout.vllm_rollout import generate_rollout
+from vime.types import DynamicFilterOutput, Sample, Status
 
 DIFFERENT = [32 + (i * i * 7 + i // 5) % 95 for i in range(2400)]  # characters without a pattern
 
@@ -335,6 +336,19 @@ def test_a_custom_generation_function_can_talk_to_the_engine_twice(config):
     assert sample.loss_mask == [1] * count + [0] * 3 + [1] * count
     assert sample.response == "\\boxed{0}<|im_end|>ok?\\boxed{0}<|im_end|>"
     assert len(sample.rollout_log_probs) == sample.response_length
+
+
+def test_generating_outside_a_rollout_is_refused_in_words(config):
+    sample = Sample(prompt="1 + 1", tokens=[1])
+    outside = "inside a rollout only.*--custom-generate-function-path"
+    with pytest.raises(PluginError, match=outside):
+        asyncio.run(generate(None, sample, {"max_tokens": 1}))
+    with pytest.raises(PluginError, match=outside):
+        append_observation(sample, "2")
+    with FakeEngine(echo) as engine:
+        run(engine, config())
+    with pytest.raises(PluginError, match=outside):  # a rollout that has ended is none either
+        asyncio.run(generate(None, sample, {"max_tokens": 1}))
 
 
 async def from_messages(args, sample, sampling_params):

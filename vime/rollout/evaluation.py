@@ -20,7 +20,7 @@ from vime.errors import ConfigError, EngineError
 from vime.rollout import metrics
 from vime.rollout.client import GenerateClient
 from vime.rollout.data_source import render_prompts, to_sample
-from vime.rollout.vllm_rollout import Rollout, _current, finish_group, make_client
+from vime.rollout.generation import Rollout, finish_group, make_client
 from vime.types import Group, RolloutFnEvalOutput, Status
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,6 @@ async def _evaluate_dataset(
     view = ArgsView(cfg, **{k: getattr(args, k) for k in RUNTIME if hasattr(args, k)})
     tokenizer = chat.load_tokenizer(cfg.model.hf_checkpoint)
     rollout = Rollout(view, rollout_id, client, tokenizer, True, dataset.min_new_tokens)
-    _current.set(rollout)  # of this task: datasets do not see each other's
     groups = make_groups(cfg, dataset)
     groups = await asyncio.gather(*(finish_group(rollout, group) for group in groups))
     graded = [[s for s in group if s.reward is not None] for group in groups]

@@ -1,0 +1,243 @@
+"""One sample: its generation by an engine and, with its group, its reward.
+
+A custom generation function calls `generate` to get tokens and `append_observation` to add a tool's
+answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from vime.config import Config
+from vime.data import chat
+from vime.errors import PluginError
+from vime.rollout import grading
+from vime.rollout.client import GenerateClient
+from vime.rollout.plugins import GENERATE, SAMPLE_HOOK, call, load_function, takes
+from vime.rollout.posting import RequestFailed
+from vime.rollout.teacher import TeacherClient
+from vime.rollout.wire import UNKNOWN_VERSION
+from vime.types import Group, Sample, Status
+
+_SEED_STRIDE = 1_000_003  # the continuation of a sample gets another seed than its first part
+
+
+@dataclass(slots=True)
+class Rollout:
+    """All that the samples of one rollout share, or of one evaluation data set."""
+
+    args: Any
+    rollout_id: int
+    client: GenerateClient
+    tokenizer: Any
+    evaluation: bool = False
+    min_new_tokens: int | None = None
+    teacher: TeacherClient | None = None
+    reward_s: float = 0.0  # time in which at least one group was being graded
+    num_grading: int = 0
+    grading_since: float = 0.0
+
+    @property
+    def cfg(self) -> Config:
+        return self.args.config
+
+    async def abort(self, drained: asyncio.Event) -> None:
+        """Makes every pending group return with the tokens that it has."""
+        if self.teacher is not None:
+            self.teacher.stopped.set()
+        await self.client.abort(drained)
+
+    @contextmanager
+    def grading_timed(self) -> Iterator[None]:
+        """Adds to `reward_s`. Groups are graded at the same time, so durations overlap."""
+        if self.num_grading == 0:
+            self.grading_since = time.perf_counter()
+        self.num_grading += 1
+        try:
+            yield
+        finally:
+            self.num_grading -= 1
+            if self.num_grading == 0:
+                self.reward_s += time.perf_counter() - self.grading_since
+
+
+_current: contextvars.ContextVar[Rollout] = contextvars.ContextVar("vime_rollout")
+
+
+def current_rollout() -> Rollout:
+    """The rollout that the calling coroutine works for. Raises PluginError outside of one."""
+    try:
+        return _current.get()
+    except LookupError:
+        raise PluginError(
+            "generate and append_observation work inside a rollout only. Call them from the "
+            "function of --custom-generate-function-path, in the coroutine that vime awaits or in "
+            "a task that it starts; a thread of your own does not know the rollout."
+        ) from None
+
+
+def make_client(args: Any) -> GenerateClient:
+    """A client of the router in `args`. --vllm-server-concurrency bounds requests per engine."""
+    cfg: Config = args.config
+    urls = tuple(args.vllm_engine_urls)
+    return GenerateClient(
+        f"http://{args.vllm_router_ip}:{args.vllm_router_port}",
+        urls,
+        concurrency=cfg.rollout.concurrency * max(1, len(urls)),
+        timeout_s=cfg.engine.request_timeout_s,
+        known_version=getattr(args, "weight_version", None),
+        api_key=getattr(args, "vllm_api_key", None),
+    )
+
+
+async def finish_group(rollout: Rollout, group: Group) -> Group:
+    """Generates and grades a group. After an abort it returns at once, without grades.
+
+    Call it in a task of its own: it sets the rollout that `generate` finds there.
+    """
+    _current.set(rollout)
+    parts = await asyncio.gather(*(_finish_sample(rollout, sample) for sample in group))
+    group = [sample for part in parts for sample in part]
+    if not rollout.client.aborting:
+        with rollout.grading_timed():
+            await grading.grade_group(rollout.args, group)
+            if rollout.teacher is not None:
+                await rollout.teacher.judge(group)
+        group = [await _run_sample_hooks(rollout, sample) for sample in group]
+    return group
+
+
+async def _run_sample_hooks(rollout: Rollout, sample: Sample) -> Sample:
+    """Calls every --rollout-sample-hook-path in the order given; each may replace the sample."""
+    for path in rollout.cfg.rollout.sample_hook_paths or ():
+        answer = await call(load_function(path, SAMPLE_HOOK), rollout.args, sample)
+        if answer is not None and not isinstance(answer, Sample):
+            raise PluginError(
+                f"--rollout-sample-hook-path {path} returned {type(answer).__name__}; "
+                "return the Sample, or None to keep the one it got."
+            )
+        sample = sample if answer is None else answer
+    return sample
+
+
+async def _finish_sample(rollout: Rollout, sample: Sample) -> list[Sample]:
+    cfg = rollout.cfg
+    sample.rollout_id = rollout.rollout_id
+    if sample.response_length and cfg.rollout.mask_offpolicy and not rollout.evaluation:
+        sample.loss_mask = [0] * sample.response_length
+    if sample.status not in (Status.PENDING, Status.ABORTED):
+        return [sample]
+    path = sample.generate_function_path or cfg.rollout.custom_generate_path
+    params = sampling_params(rollout, sample)
+    try:
+        if path is None:
+            result = await generate(rollout.args, sample, params)
+        else:
+            function = load_function(path, GENERATE)
+            also = {"evaluation": rollout.evaluation} if takes(function, "evaluation") else {}
+            result = await call(function, rollout.args, sample, params, **also)
+    except RequestFailed as error:
+        sample.status, sample.failure = Status.FAILED, str(error)
+        return [sample]
+    return result if isinstance(result, list) else [result]
+
+
+def sampling_params(rollout: Rollout, sample: Sample) -> dict[str, Any]:
+    """The --rollout-* sampling flags under the engine's names.
+
+    Requests have a seed only under --vllm-enable-deterministic-inference: an engine samples
+    requests with a seed one by one.
+    """
+    cfg = rollout.cfg.rollout
+    return {
+        "temperature": cfg.temperature,
+        "top_p": cfg.top_p,
+        "top_k": cfg.top_k,
+        "max_tokens": cfg.max_response_len,
+        "max_context_len": cfg.max_context_len,
+        "stop": cfg.stop,
+        "stop_token_ids": cfg.stop_token_ids,
+        "skip_special_tokens": cfg.skip_special_tokens,
+        "min_tokens": rollout.min_new_tokens,
+        "seed": rollout.cfg.data.seed + (sample.index or 0) if cfg.deterministic else None,
+    }
+
+
+async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any]) -> Sample:
+    """Lets the engine continue `sample` from the tokens that it has. The new tokens carry loss.
+
+    `sampling_params["max_tokens"]` bounds the whole response, earlier parts included;
+    "max_context_len" bounds prompt and response together. Sets the sample's tokens,
+    log-probabilities, weight versions, text and status. Raises RequestFailed, and PluginError
+    outside a rollout.
+    """
+    rollout = current_rollout()
+    params = dict(sampling_params)
+    context = params.pop("max_context_len", None)
+    if not sample.tokens:
+        sample.tokens = _prompt_tokens(rollout, sample)
+    left = params["max_tokens"] - sample.response_length
+    if context is not None:
+        left = min(left, context - len(sample.tokens))
+    if left <= 0:
+        sample.status = Status.TRUNCATED
+        return sample
+    params["max_tokens"] = left
+    if params.get("seed") is not None:
+        params["seed"] += _SEED_STRIDE * sample.response_length
+    number = id(sample) if sample.index is None else sample.index
+    session = sample.session_id or f"{rollout.rollout_id}-{number}"
+    generation = await rollout.client.generate(sample.tokens, params, session)
+    append(sample, generation)
+    if generation.token_ids:
+        sample.response = chat.decode(
+            rollout.tokenizer,
+            sample.tokens[sample.prompt_length :],
+            skip_special_tokens=bool(params.get("skip_special_tokens")),
+        )
+    return sample
+
+
+def _prompt_tokens(rollout: Rollout, sample: Sample) -> list[int]:
+    """Tokenises a prompt that the data source did not: text, or messages for the template."""
+    text = sample.prompt
+    if not isinstance(text, str):
+        kwargs = sample.apply_chat_template_kwargs or rollout.cfg.data.apply_chat_template_kwargs
+        text = chat.render_prompt(rollout.tokenizer, text, template_kwargs=kwargs)
+    return chat.encode(rollout.tokenizer, [text])[0]
+
+
+def append(sample: Sample, generation: Any) -> None:
+    """Appends an answer's tokens to a sample. Each [R] list keeps one entry per token."""
+    count = len(generation.token_ids)
+    if sample.loss_mask is not None:
+        sample.loss_mask = sample.loss_mask + [1] * count
+    sample.tokens = sample.tokens + generation.token_ids
+    sample.rollout_log_probs = (sample.rollout_log_probs or []) + generation.log_probs
+    sample.weight_versions = sample.weight_versions + generation.weight_versions
+    sample.response_length += count
+    sample.status = generation.status
+
+
+def append_observation(sample: Sample, text: str) -> None:
+    """Appends text that the model did not write, such as a tool's answer, without loss.
+
+    For custom generation functions. Earlier tokens stay as they are. The observation's tokens get
+    log-probability 0 and UNKNOWN_VERSION; training reads neither where there is no loss.
+    """
+    tokenizer = current_rollout().tokenizer
+    ids = chat.encode(tokenizer, [text])[0]
+    if sample.loss_mask is None:
+        sample.loss_mask = [1] * sample.response_length
+    sample.loss_mask = sample.loss_mask + [0] * len(ids)
+    sample.tokens = sample.tokens + ids
+    sample.rollout_log_probs = (sample.rollout_log_probs or []) + [0.0] * len(ids)
+    sample.weight_versions = sample.weight_versions + [UNKNOWN_VERSION] * len(ids)
+    sample.response_length += len(ids)
+    sample.response = chat.decode(tokenizer, sample.tokens[sample.prompt_length :])

@@ -8,23 +8,24 @@ import pytest
 from ranks import run_ranks
 
 from vime.backends.megatron import compat
+from vime.patches import Patch, resolve
 
 PATCHES = [*compat.CPU_PATCHES, *compat.PATCHES]
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.name)
-def test_every_patched_symbol_exists(patch: compat.Patch) -> None:
+def test_every_patched_symbol_exists(patch: Patch) -> None:
     for symbol in patch.symbols:
-        compat.resolve(symbol)
+        resolve(symbol)
     assert patch.why
     assert patch.until
 
 
 def test_a_symbol_that_is_gone_is_noticed() -> None:
     with pytest.raises(AttributeError):
-        compat.resolve("megatron.core.jit.no_such_function")
+        resolve("megatron.core.jit.no_such_function")
     with pytest.raises(ImportError):
-        compat.resolve("no_such_package.function")
+        resolve("no_such_package.function")
 
 
 def apply_twice(rank: int, world: int, port: int) -> dict[str, bool]:

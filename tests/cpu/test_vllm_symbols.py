@@ -14,8 +14,18 @@ import torch
 
 from tests.cpu.tiny import make_config, write_tiny_hf
 from vime.backends.vllm.flags import CPU_HEAD_SIZES, check_vllm_flags
+from vime.backends.vllm.plugin_patches import PATCHES
+from vime.patches import Patch, resolve
 
 vllm = pytest.importorskip("vllm", reason="needs vLLM")
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.name)
+def test_every_patched_symbol_exists(patch: Patch):
+    for symbol in patch.symbols:
+        resolve(symbol)
+    assert patch.why
+    assert patch.until
 
 
 def test_the_plugin_registers_its_transports():
@@ -38,10 +48,10 @@ def test_a_server_of_vime_looks_at_the_model_without_another_process(tmp_path):
 import sys
 from vllm.config import ModelConfig
 from vllm.model_executor.models import registry
-from vime.backends.vllm.plugin import inspect_models_here
+from vime.backends.vllm.plugin_patches import INSPECT_MODELS_HERE
 assert registry._SUBPROCESS_COMMAND
 registry._SUBPROCESS_COMMAND = ["false"]  # whoever asks another process fails
-inspect_models_here()
+INSPECT_MODELS_HERE.apply()
 print(ModelConfig(model=sys.argv[1], skip_tokenizer_init=True).architecture)
 """
     folder = write_tiny_hf(tmp_path / "hf")
@@ -134,7 +144,7 @@ def test_the_cpu_rotates_queries_of_three_dimensions_wrongly_where_we_do_it_righ
     """The last line fails when vLLM does it right: `rotate_every_head` can go then."""
     from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
-    from vime.backends.vllm.plugin import rotate_every_head
+    from vime.backends.vllm.plugin_patches import rotate_every_head
 
     query, positions = torch.randn(5, 3, 8), torch.arange(5)
     rotary = RotaryEmbedding.__new__(RotaryEmbedding)

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "vime"
 HEIGHT = {
     "errors": 0,
     "files": 0,
+    "patches": 0,
     "types": 1,
     "platform": 1,
     "observe": 2,

@@ -19,12 +19,13 @@ import torch
 from tests.cpu.tiny import make_config
 from tests.unit.process_groups import group_members
 from vime import platform
-from vime.backends.vllm import plugin, server
+from vime.backends.vllm import plugin, plugin_patches, server
 from vime.backends.vllm.client import EngineClient
 from vime.backends.vllm.dialect import dialect_of
 from vime.backends.vllm.flags import check_vllm_flags, whole_number
 from vime.backends.vllm.process import GuardedProcess, free_port
 from vime.errors import EngineError
+from vime.patches import Patch, apply_once
 
 SHAPE = {
     "hidden_size": 64,
@@ -149,6 +150,18 @@ def test_a_tiny_model_runs_on_one_thread(folder):
         make_config(folder), [0], dialect=dialect_of("0.32.0"), on=platform.CPU
     )
     assert env["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_server_names_the_changes_to_vllm_that_it_needs(folder):
+    def patches(on, **cluster) -> set[str]:
+        cfg = make_config(folder, cluster=cluster)
+        env = server.environment(cfg, [0, 1], dialect=dialect_of("0.32.0"), on=on)
+        return set(env[plugin.ENGINE_PATCHES].split(","))
+
+    assert patches(platform.CUDA) == {"inspect models here"}
+    assert patches(platform.CPU) == {p.name for p in plugin_patches.PATCHES}
+    two_workers = patches(platform.CPU, actor_gpus_per_node=2, gpus_per_engine=2)
+    assert two_workers == patches(platform.CPU) - {"fork engine core"}
 
 
 # -- flags ---------------------------------------------------------------------------------------
@@ -301,8 +314,11 @@ def test_a_seeded_request_whose_prompt_is_split_keeps_its_generator_as_it_is():
     with pytest.raises(RuntimeError, match="offset"):
         Runner([False, False, True])._bookkeeping_sync()
     patched = type("Patched", (Runner,), {})
-    plugin.keep_seeds_of_split_prompts(patched)
-    plugin.keep_seeds_of_split_prompts(patched)  # a second time changes nothing
+    patch = Patch(
+        "seeds of Patched", "", "", (), lambda: plugin_patches.keep_seeds_of_split_prompts(patched)
+    )
+    apply_once([patch])
+    apply_once([patch])  # a second time changes nothing
     runner = patched([False, False, True])
     untouched = runner.input_batch.generators[2]
     assert runner._sample() == [0]
@@ -310,4 +326,6 @@ def test_a_seeded_request_whose_prompt_is_split_keeps_its_generator_as_it_is():
     assert sorted(runner.input_batch.generators) == [0, 2]
     assert runner.input_batch.generators[2] is untouched
 
-    plugin.keep_seeds_of_split_prompts(object)  # a release without these methods is left alone
+    plugin_patches.keep_seeds_of_split_prompts(
+        object
+    )  # a release without these methods is left alone

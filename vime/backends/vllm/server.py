@@ -7,12 +7,13 @@ import os
 import sys
 
 from vime import platform
-from vime.backends.vllm import plugin
+from vime.backends.vllm import plugin, plugin_patches
 from vime.backends.vllm.dialect import Dialect
 from vime.backends.vllm.flags import whole_number
 from vime.backends.vllm.plugin_flags import words_of
 from vime.config import Config, rules
 from vime.config.evaluation import eval_datasets
+from vime.patches import Patch
 from vime.platform import Platform
 
 MODEL_NAME = "policy"  # the `model` of every request
@@ -87,7 +88,7 @@ def environment(cfg: Config, slots: list[int], *, dialect: Dialect, on: Platform
     """
     env = {
         **os.environ,
-        plugin.SERVED_BY_VIME: "1",
+        plugin.ENGINE_PATCHES: ",".join(patch.name for patch in needed_patches(cfg, on)),
         "VLLM_SERVER_DEV_MODE": "1",  # the control routes
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CONFIGURE_LOGGING": "1",
@@ -101,18 +102,25 @@ def environment(cfg: Config, slots: list[int], *, dialect: Dialect, on: Platform
         return env
     env["VLLM_CPU_CI_ENV"] = "1"  # no warm-up
     env["TORCHDYNAMO_DISABLE"] = "1"
-    env[plugin.SEEDS_ON_CPU] = "1"
-    env[plugin.ROTARY_ON_CPU] = "1"
     env["OMP_NUM_THREADS"] = str(cpu_threads(cfg))
     if not dialect.kv_cache_bytes_flag:
         env["VLLM_CPU_KVCACHE_SPACE"] = str(-(-cpu_kv_cache_bytes(cfg) // GIB))
     if cfg.cluster.gpus_per_engine == 1:
         # The worker lives in EngineCore, which is forked: one import of vLLM instead of three.
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        env[plugin.FORK_ENGINE_CORE] = "1"
     else:
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     return env
+
+
+def needed_patches(cfg: Config, on: Platform) -> list[Patch]:
+    """The changes to vLLM that this server needs."""
+    needed = [plugin_patches.INSPECT_MODELS_HERE]
+    if not on.is_cuda:
+        needed += [plugin_patches.SEEDS_OF_SPLIT_PROMPTS, plugin_patches.ROTARY_OF_EVERY_HEAD]
+        if cfg.cluster.gpus_per_engine == 1:
+            needed.append(plugin_patches.FORK_ENGINE_CORE)
+    return needed
 
 
 def cpu_threads(cfg: Config) -> int:

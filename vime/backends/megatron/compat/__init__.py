@@ -17,28 +17,20 @@ from vime.backends.megatron.compat.optimizer import (
     every_rank_counts,
     forget_counters,
 )
-from vime.backends.megatron.compat.patch import Patch, resolve
+from vime.patches import apply_once
 
 __all__ = [
     "CPU_PATCHES",
     "PATCHES",
-    "Patch",
     "allocate_optimizer_state",
     "apply",
     "every_rank_counts",
     "forget_counters",
-    "resolve",
 ]
 
 PATCHES = (*EXTENSION_PATCHES, *OPTIMIZER_PATCHES)
 
-_applied: set[str] = set()
-
 
 def apply() -> None:
     """Applies what this machine needs, once per process."""
-    patches = PATCHES if torch.cuda.is_available() else (*CPU_PATCHES, *PATCHES)
-    for patch in patches:
-        if patch.name not in _applied:
-            patch.apply()
-            _applied.add(patch.name)
+    apply_once(PATCHES if torch.cuda.is_available() else (*CPU_PATCHES, *PATCHES))

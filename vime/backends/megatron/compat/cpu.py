@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vime.backends.megatron.compat.patch import Patch
+from vime.patches import Patch
 
 
 def _run_eagerly() -> None:

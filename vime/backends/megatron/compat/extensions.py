@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vime.backends.megatron.compat.patch import Patch
+from vime.patches import Patch
 
 
 def _router_gemm() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vime.backends.megatron.compat.patch import Patch
+from vime.patches import Patch
 
 
 def allocate_optimizer_state(optimizer: Any) -> None:

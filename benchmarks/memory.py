@@ -138,11 +138,11 @@ def config(case: Case, folder: Path) -> Config:
 
 def measure(cfg: Config, case: Case) -> dict[str, float]:
     """Bytes by component in the second of two steps; 0 for what only CUDA counts, without it."""
-    from vime.backends.megatron.checkpoints import checkpoint
+    from vime.backends.megatron.checkpoints import load
     from vime.backends.megatron.trainer import MegatronTrainer
     from vime.data.batching import build_train_batch
 
-    checkpoint.load_checkpoint = random_weights
+    load.load_checkpoint = random_weights
     trainer = MegatronTrainer(cfg)
     batch = build_train_batch([samples(case)], cfg, 0)
     trainer.train(batch)  # makes the optimizer's state

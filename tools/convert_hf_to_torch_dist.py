@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from vime.backends.megatron import hf
-from vime.backends.megatron.checkpoints.start import RELEASE, TRACKER
+from vime.backends.megatron.checkpoints.commit import RELEASE, TRACKER
 from vime.cli import parse_convert_config
 from vime.config import Config
 from vime.errors import CheckpointError

@@ -186,7 +186,7 @@ def train(rank: int, world: int, port: int, root: Path) -> list[dict]:
 
 
 def save(trainer: Any, folder: Path) -> None:
-    from vime.backends.megatron.checkpoints.checkpoint import save_checkpoint
+    from vime.backends.megatron.checkpoints.save import save_checkpoint
 
     state = (trainer.actor.chunks, trainer.actor.optimizer, trainer.actor.scheduler)
     save_checkpoint(trainer.cfg, folder, 0, *state, critic=trainer.critic)

@@ -100,7 +100,10 @@ def test_only_the_chosen_weights_train(tmp_path: Path) -> None:
         for words in ("--freeze-params-name-list no_such matches no weight", "word_embeddings"):
             assert words in said[0]
         trained = "its optimizer trained with --only-train-params-name-list norm"
-        assert f"{trained}, this run has no weight frozen. Give the same, or --no-load" in said[-1]
+        assert (
+            f"{trained}, this run has no weight frozen. Give the same flag, or --no-load"
+            in said[-1]
+        )
 
 
 def train_one_expert(rank: int, world: int, port: int, folder: Path) -> set[str]:

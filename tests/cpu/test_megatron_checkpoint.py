@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny import make_config, write_tiny_hf
 
 from vime.backends.megatron import hf
+from vime.backends.megatron.checkpoints.commit import TRACKER
+from vime.backends.megatron.checkpoints.start import resolve
 from vime.errors import CheckpointError
 
 TP2 = {"tp": 2, "sequence_parallel": True}
@@ -102,13 +104,13 @@ class Trainee:
         return {n: t.clone() for n, t in hf.export_hf(self.chunks, self.cfg)}
 
     def save(self, folder: str, iteration: int | None, **kw: Any) -> Path:
-        from vime.backends.megatron.checkpoints.checkpoint import save_checkpoint
+        from vime.backends.megatron.checkpoints.save import save_checkpoint
 
         args = (self.cfg, folder, iteration, self.chunks, self.optimizer, self.scheduler)
         return save_checkpoint(*args, {"rollout_id": iteration, "note": "kept"}, **kw)
 
     def load(self, folder: str, **kw: Any) -> tuple[int, dict]:
-        from vime.backends.megatron.checkpoints.checkpoint import load_checkpoint, resolve
+        from vime.backends.megatron.checkpoints.load import load_checkpoint
 
         start = resolve(folder, **kw)
         args = (self.cfg, start, self.chunks, self.optimizer, self.scheduler)
@@ -185,7 +187,8 @@ def test_a_mixture_loads_with_other_expert_parallelism(mixture: Path, tmp_path: 
 
 def one_rank(rank: int, world: int, port: int, folder: Path, out: str) -> dict[str, Any]:
     """What a single rank meets: damaged and missing files, RNG, release weights, dtypes."""
-    from vime.backends.megatron.checkpoints import checkpoint
+    from vime.backends.megatron.checkpoints.load import load_checkpoint
+    from vime.backends.megatron.checkpoints.save import save_checkpoint
 
     start_ranks(rank, world, port, folder)
     here = Trainee(folder, {})
@@ -197,17 +200,17 @@ def one_rank(rank: int, world: int, port: int, folder: Path, out: str) -> dict[s
     draw = torch.rand(3)
     here.step()
     here.save(whole, 1, commit=False)
-    tracker = Path(whole, checkpoint.TRACKER)
+    tracker = Path(whole, TRACKER)
     seen: dict[str, Any] = {"tracker": tracker.read_text(), "uncommitted": Path(whole).exists()}
     rollout, _ = here.load(whole)
     seen["rollout"], seen["rng"] = rollout, torch.equal(torch.rand(3), draw)
     seen["chosen"] = here.load(whole, ckpt_step=1)[0]
 
     converted = f"{out}/converted"
-    checkpoint.save_checkpoint(here.cfg, converted, None, here.chunks)
+    save_checkpoint(here.cfg, converted, None, here.chunks)
     fresh = Trainee(folder, {})
-    start = checkpoint.resolve(f"{out}/nothing-here", converted)
-    checkpoint.load_checkpoint(fresh.cfg, start, fresh.chunks, fresh.optimizer)
+    start = resolve(f"{out}/nothing-here", converted)
+    load_checkpoint(fresh.cfg, start, fresh.chunks, fresh.optimizer)
     seen["release"] = (start.rollout_id, differing(fresh.weights(), here.weights()))
 
     data = next(saved.glob("*.distcp"))
@@ -237,14 +240,12 @@ def one_rank(rank: int, world: int, port: int, folder: Path, out: str) -> dict[s
     from vime.backends.megatron.model.build import build_model
 
     bigger.cfg = make_config(wider)
-    start = checkpoint.resolve(converted)
+    start = resolve(converted)
     seen["other model"] = failure(
-        lambda: checkpoint.load_checkpoint(bigger.cfg, start, build_model(bigger.cfg))
+        lambda: load_checkpoint(bigger.cfg, start, build_model(bigger.cfg))
     )
     turned = make_config(write_tiny_hf(f"{out}/turned", tied=True, rope_theta=5e6))
-    seen["other angles"] = failure(
-        lambda: checkpoint.load_checkpoint(turned, start, build_model(turned))
-    )
+    seen["other angles"] = failure(lambda: load_checkpoint(turned, start, build_model(turned)))
     seen["other model, streamed"] = failure(
         lambda: StoredWeights(start, build_model(bigger.cfg)[0])
     )
@@ -253,7 +254,7 @@ def one_rank(rank: int, world: int, port: int, folder: Path, out: str) -> dict[s
     )
     half = make_config(folder, model={"dtype": "bfloat16"})
     chunks = build_model(half)
-    checkpoint.load_checkpoint(half, start, chunks)
+    load_checkpoint(half, start, chunks)
     exact = {n: t.bfloat16() for n, t in here.weights().items()}
     seen["bfloat16"] = differing(dict(hf.export_hf(chunks, half)), exact)
     return seen
@@ -262,8 +263,6 @@ def one_rank(rank: int, world: int, port: int, folder: Path, out: str) -> dict[s
 def full_disk(rank: int, world: int, port: int, folder: Path, out: str) -> dict[str, Any]:
     """A disk that takes files of 40 kB at most stands for a full one."""
     import resource
-
-    from vime.backends.megatron.checkpoints import checkpoint
 
     start_ranks(rank, world, port, folder)
     here = Trainee(folder, {})
@@ -277,7 +276,7 @@ def full_disk(rank: int, world: int, port: int, folder: Path, out: str) -> dict[
         "save_hf": failure(lambda: hf.save_hf(here.chunks, here.cfg, f"{out}/hf")),
     }
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    seen["tracker"] = Path(out, checkpoint.TRACKER).read_text()
+    seen["tracker"] = Path(out, TRACKER).read_text()
     seen["hf"] = sorted(p.name for p in Path(out, "hf").iterdir())
     seen["rollout"], _ = here.load(out)
     seen["differing"] = differing(here.weights(), saved)
@@ -303,7 +302,7 @@ def save_behind_training(
     import resource
     import threading
 
-    from vime.backends.megatron.checkpoints import checkpoint, torch_dist
+    from vime.backends.megatron.checkpoints import torch_dist
     from vime.backends.megatron.checkpoints.async_save import BackgroundSaves
 
     start_ranks(rank, world, port, folder)
@@ -318,7 +317,7 @@ def save_behind_training(
     here.save(out, 1, background=saves)
     here.step()  # other weights, in the same memory, and collectives, before anything is written
     after = here.weights()
-    tracker = Path(out, checkpoint.TRACKER)
+    tracker = Path(out, TRACKER)
     seen: dict[str, Any] = {"early": tracker.read_text()}
     torch.distributed.barrier()
     seen["killed"] = (here.load(out)[0], differing(here.weights(), saved))

@@ -21,7 +21,9 @@ def convert(rank: int, world: int, port: int, folder: Path, out: Path, tokens: l
     from megatron.core.packed_seq_params import PackedSeqParams
 
     from vime.backends.megatron import hf
-    from vime.backends.megatron.checkpoints import checkpoint
+    from vime.backends.megatron.checkpoints.load import load_checkpoint
+    from vime.backends.megatron.checkpoints.save import save_checkpoint
+    from vime.backends.megatron.checkpoints.start import resolve
     from vime.backends.megatron.model.build import build_model
     from vime.backends.megatron.parallel import initialize_parallel
 
@@ -29,9 +31,9 @@ def convert(rank: int, world: int, port: int, folder: Path, out: Path, tokens: l
     initialize_parallel(cfg, rank, world)
     chunks = build_model(cfg)
     hf.load_hf_weights(chunks, folder, cfg)
-    checkpoint.save_checkpoint(cfg, out / "megatron", None, chunks)
+    save_checkpoint(cfg, out / "megatron", None, chunks)
     again = build_model(cfg)
-    checkpoint.load_checkpoint(cfg, checkpoint.resolve(str(out / "megatron")), again)
+    load_checkpoint(cfg, resolve(str(out / "megatron")), again)
     hf.save_hf(again, cfg, out / "back")
     ids = torch.tensor([tokens])
     with torch.no_grad():

@@ -43,12 +43,12 @@ ONLY_HOME = {  # a library: the places that may import it
     "ray": ("vime/ray/", "train.py", "train_async.py"),
     "megatron": ("vime/backends/megatron/",),
     "vllm": ("vime/backends/vllm/plugin",),
-    # the last holds a Namespace because Megatron's checkpoints do
+    # save.py: Megatron's checkpoints hold a Namespace
     "argparse": (
         "vime/cli/",
         "tools/",
         "scripts/",
-        "vime/backends/megatron/checkpoints/checkpoint.py",
+        "vime/backends/megatron/checkpoints/save.py",
     ),
 }
 

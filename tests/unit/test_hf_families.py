@@ -12,14 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from vime.backends.megatron import hf
-from vime.backends.megatron.checkpoints.start import (
+from vime.backends.megatron.checkpoints.commit import (
     TRACKER,
-    check_start,
     commit_checkpoint,
-    delete_old_checkpoints,
     iteration_folder,
-    resolve,
 )
+from vime.backends.megatron.checkpoints.retention import delete_old_checkpoints
+from vime.backends.megatron.checkpoints.start import check_start, resolve
 from vime.backends.megatron.hf.family import Kind, layer_pattern
 from vime.backends.megatron.hf.files import HFFiles
 from vime.backends.megatron.hf.layout import Dims, hf_shapes, shard, unshard

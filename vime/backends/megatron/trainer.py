@@ -13,7 +13,7 @@ from torch import Tensor
 from vime import platform
 from vime.algorithms.hooks import TrainingHooks
 from vime.backends.megatron.checkpoints.async_save import BackgroundSaves
-from vime.backends.megatron.checkpoints.start import resolve
+from vime.backends.megatron.checkpoints.start import actor_start
 from vime.backends.megatron.memory.in_use import MemoryUse, memory_remedy
 from vime.backends.megatron.memory.offload import (
     Offload,
@@ -69,8 +69,7 @@ class MegatronTrainer:
         self.memory = MemoryUse()
         self.saves: BackgroundSaves | None = None
 
-        files, asked = cfg.checkpoint, cfg.batch.start_rollout_id
-        start = resolve(files.load, files.ref_load, cfg.model.hf_checkpoint, files.ckpt_step)
+        start, asked = actor_start(cfg), cfg.batch.start_rollout_id
         self.start_rollout_id = start.rollout_id if asked is None else asked
         self.actor = Actor(cfg, start, self.start_rollout_id, self.hooks)
         self.critic = Critic(cfg, start, self.actor.chunks) if cfg.algorithm.needs_critic else None
@@ -220,7 +219,7 @@ class MegatronTrainer:
 
         With --async-save it is copied here, and written and committed while training goes on.
         """
-        from vime.backends.megatron.checkpoints.checkpoint import save_checkpoint
+        from vime.backends.megatron.checkpoints.save import save_checkpoint
 
         self._wait_for_weights()
         files, actor = self.cfg.checkpoint, self.actor

@@ -1,4 +1,4 @@
-"""Random states of every rank: saved and restored."""
+"""Saves and restores the random states of every rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 
 def sharded_rng_state() -> Any:
-    """The states of a data-parallel group's ranks, one object per tensor and pipeline rank."""
+    """The states of all ranks of a data-parallel group, as one object per tensor and pipeline rank.
+
+    A collective.
+    """
     mine = {
         "random_rng_state": random.getstate(),
         "np_rng_state": np.random.get_state(),
@@ -35,7 +38,7 @@ def sharded_rng_state() -> Any:
 
 
 def restore_rng_state(everyone: list[dict[str, Any]]) -> None:
-    """Takes this rank's states back from what `sharded_rng_state` saved in the same layout."""
+    """Restores this rank's states from a `sharded_rng_state` that the same layout saved."""
     mine = everyone[dist.get_rank(mpu.get_data_parallel_group(with_context_parallel=True))]
     random.setstate(mine["random_rng_state"])
     np.random.set_state(mine["np_rng_state"])

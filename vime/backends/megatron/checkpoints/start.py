@@ -1,34 +1,33 @@
-"""Where a run starts: the folders of checkpoints, and the tracker that commits one."""
+"""Resolves where a run's weights come from, and whether the run continues there."""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from vime.backends.megatron.checkpoints.commit import (
+    RELEASE,
+    TRACKER,
+    check_manifest,
+    committed,
+    iteration_folder,
+)
 from vime.backends.megatron.hf.check import check_hf_fits
 from vime.backends.megatron.hf.files import HFFiles
 from vime.config import Config
 from vime.errors import CheckpointError
-from vime.files import write_text
-
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
-MANIFEST = "manifest.json"  # of an iter_* or release directory: every file of the commit, in bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where weights come from, and whether a run continues there.
+    """One folder of weights.
 
     folder     an HF folder, or one `iter_*` or `release` directory
     is_hf      which of the two
-    iteration  the rollout it was saved after; None for converted or HF weights
-    resume     load optimizer, scheduler and RNG too, and go on at iteration + 1
+    iteration  the rollout after which it was saved; None for converted or HF weights
+    resume     also load optimizer, scheduler and RNG, and continue at iteration + 1
     """
 
     folder: Path
@@ -48,18 +47,18 @@ def resolve(
     hf_checkpoint: str | None = None,
     ckpt_step: int | None = None,
 ) -> Start:
-    """Where the actor starts: --load if it holds a checkpoint, or --ref-load, or --hf-checkpoint.
+    """Where the actor starts: --load if it holds a checkpoint, else --ref-load or --hf-checkpoint.
 
-    Each may be a checkpoint folder or a plain HF folder. `ckpt_step` picks an iteration of --load,
-    or of --ref-load when there is no --load. Only an iteration in --load is continued; all else
-    starts at rollout 0. For the reference model call `resolve(None, ref_load, hf, ref_ckpt_step)`.
-    Raises CheckpointError.
+    Each may be a checkpoint folder or a plain HF folder. `ckpt_step` chooses an iteration of
+    --load, or of --ref-load when --load is not given. Only an iteration in --load is resumed; every
+    other start begins at rollout 0. Raises CheckpointError.
     """
     if load and (start := _in_folder(Path(load), "--load", ckpt_step)):
-        return Start(start.folder, start.is_hf, start.iteration, start.iteration is not None)
+        return replace(start, resume=start.iteration is not None)
     if load and ckpt_step is not None:
         raise CheckpointError(
-            f"--load {load} holds no checkpoint, yet --ckpt-step asks for {ckpt_step}. Drop one."
+            f"--load {load} holds no checkpoint, but --ckpt-step asks for iteration {ckpt_step}. "
+            "Drop one of them."
         )
     if ref_load:
         return _weights_in(Path(ref_load), "--ref-load", ckpt_step)
@@ -68,47 +67,70 @@ def resolve(
     raise CheckpointError("No weights to start from: give --hf-checkpoint, --ref-load or --load.")
 
 
+def actor_start(cfg: Config) -> Start:
+    """Where the policy starts. Raises CheckpointError."""
+    files = cfg.checkpoint
+    return resolve(files.load, files.ref_load, cfg.model.hf_checkpoint, files.ckpt_step)
+
+
+def reference_start(cfg: Config) -> Start:
+    """Where the reference model of the KL terms is. Raises CheckpointError."""
+    files = cfg.checkpoint
+    return resolve(None, files.ref_load, cfg.model.hf_checkpoint, files.ref_ckpt_step)
+
+
 def teacher_start(cfg: Config) -> Start:
     """Where the teacher of --use-opd is. Raises CheckpointError."""
     return _weights_in(Path(cfg.checkpoint.opd_teacher_load), "--opd-teacher-load")
 
 
 def check_start(cfg: Config) -> list[str]:
-    """What is wrong with the folders that a trainer would start from, before one does."""
+    """Problems of the folders that a trainer would start from; found before a trainer starts.
+
+    A folder that does not exist is left to the rules `checkpoint_is_there`, `reference_is_there`
+    and `teacher_is_there`.
+    """
     files, hf = cfg.checkpoint, cfg.model.hf_checkpoint
     if cfg.debug.rollout_only or files.ref_load and not Path(files.ref_load).is_dir():
-        return []  # the second is told by the rule `reference_is_there`
+        return []
     if not (Path(hf) / "config.json").is_file():
-        return []  # `checkpoint_is_there`
-    asked = [partial(resolve, files.load, files.ref_load, hf, files.ckpt_step)]
+        return []
+    starts = [partial(actor_start, cfg)]
     if cfg.algorithm.needs_reference:
-        asked.append(partial(resolve, None, files.ref_load, hf, files.ref_ckpt_step))
+        starts.append(partial(reference_start, cfg))
     teacher = files.opd_teacher_load
-    if cfg.algorithm.needs_teacher and teacher and Path(teacher).is_dir():  # `teacher_is_there`
-        asked.append(partial(teacher_start, cfg))
-    problems = []
-    for find in asked:
-        try:
-            start = find()
-            check_manifest(start)
-        except CheckpointError as error:
-            problems.append(str(error))
-            continue
-        try:
-            if start.is_hf:
-                check_hf_fits(cfg, start.folder)
-                if not cfg.debug.dry_run:  # a plan needs no weights
-                    HFFiles(start.folder)
-        except CheckpointError as error:
-            given = {
-                "--load": files.load,
-                "--ref-load": files.ref_load,
-                "--hf-checkpoint": hf,
-                "--opd-teacher-load": teacher,
-            }
-            flag = next(f for f, path in given.items() if path and Path(path) == start.folder)
-            problems.append(f"{flag} {start.folder}: {error}")
+    if cfg.algorithm.needs_teacher and teacher and Path(teacher).is_dir():
+        starts.append(partial(teacher_start, cfg))
+    problems = [problem for find in starts if (problem := _problem_of(cfg, find))]
     return list(dict.fromkeys(problems))
+
+
+def _problem_of(cfg: Config, find: Callable[[], Start]) -> str | None:
+    try:
+        start = find()
+        if not start.is_hf:
+            check_manifest(start.folder, with_data=start.resume)
+            return None
+    except CheckpointError as error:
+        return str(error)
+    try:
+        check_hf_fits(cfg, start.folder)
+        if not cfg.debug.dry_run:  # a plan needs no weights
+            HFFiles(start.folder)
+    except CheckpointError as error:
+        return f"{_flag_of(cfg, start.folder)} {start.folder}: {error}"
+    return None
+
+
+def _flag_of(cfg: Config, folder: Path) -> str:
+    files = cfg.checkpoint
+    given = {
+        "--load": files.load,
+        "--ref-load": files.ref_load,
+        "--hf-checkpoint": cfg.model.hf_checkpoint,
+        "--opd-teacher-load": files.opd_teacher_load,
+    }
+    return next(flag for flag, path in given.items() if path and Path(path) == folder)
 
 
 def _weights_in(folder: Path, flag: str, step: int | None = None) -> Start:
@@ -122,18 +144,12 @@ def _weights_in(folder: Path, flag: str, step: int | None = None) -> Start:
 
 
 def _in_folder(folder: Path, flag: str, step: int | None) -> Start | None:
-    tracker = folder / TRACKER
-    if tracker.is_file():
-        latest = tracker.read_text().strip()
-        if latest != RELEASE and not latest.isdigit():
-            raise CheckpointError(
-                f"{tracker} holds {latest!r}, neither a number nor {RELEASE!r}. "
-                "Write the number of a complete iter_* directory into it."
-            )
+    latest = committed(folder)
+    if latest is not None:
         iteration = step if step is not None else None if latest == RELEASE else int(latest)
         found = iteration_folder(folder, iteration)
         if not found.is_dir():
-            named = "--ckpt-step" if step is not None else str(tracker)
+            named = "--ckpt-step" if step is not None else str(folder / TRACKER)
             present = sorted(p.name for p in folder.glob("iter_*"))
             raise CheckpointError(
                 f"{flag} {folder}: {named} names {found.name}, which does not exist. "
@@ -141,95 +157,11 @@ def _in_folder(folder: Path, flag: str, step: int | None) -> Start | None:
             )
         return Start(found, is_hf=False, iteration=iteration)
     if step is not None and folder.is_dir():
-        raise CheckpointError(f"{flag} {folder} has no {TRACKER}, so no iteration {step} either.")
+        raise CheckpointError(
+            f"{flag} {folder} has no {TRACKER}, so iteration {step} cannot be chosen from it."
+        )
     if (folder / "config.json").is_file():
         return Start(folder, is_hf=True)
-    if (folder / "metadata.json").is_file():  # an iter_* directory given directly
+    if (folder / "metadata.json").is_file():  # the flag names one iter_* directory
         return Start(folder, is_hf=False)
     return None
-
-
-def iteration_folder(folder: str | Path, iteration: int | None) -> Path:
-    """FOLDER/iter_NNNNNNN, or FOLDER/release for None."""
-    return Path(folder) / (RELEASE if iteration is None else f"iter_{iteration:07d}")
-
-
-def commit_checkpoint(folder: str | Path, iteration: int | None) -> None:
-    """Writes the manifest, then names the iteration (None: release) in the tracker, atomically.
-
-    Call it on one rank, once everything else is on disk.
-    """
-    of_data = [] if iteration is None else data_files(folder, iteration)
-    files = [*iteration_folder(folder, iteration).iterdir(), *of_data]
-    manifest = {
-        "iteration": iteration,
-        "files": {
-            os.path.relpath(p, folder): p.stat().st_size
-            for p in sorted(files)
-            if p.name != MANIFEST and p.suffix != ".partial"
-        },
-    }
-    write_text(iteration_folder(folder, iteration) / MANIFEST, json.dumps(manifest, indent=1))
-    write_text(Path(folder) / TRACKER, RELEASE if iteration is None else str(iteration))
-
-
-def data_files(folder: str | Path, iteration: int) -> list[Path]:
-    """What the data source and the rollout manager keep with this iteration's weights."""
-    return list((Path(folder) / "rollout").glob(f"*[!0-9]{iteration}.pt"))
-
-
-def check_manifest(start: Start) -> None:
-    """Every file that the commit names is there in its size; the data's only where a run resumes.
-
-    Raises CheckpointError naming the file. A checkpoint of another program has no manifest.
-    """
-    path = start.folder / MANIFEST
-    if not path.is_file():
-        return
-    try:
-        files = json.loads(path.read_text())["files"]
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r}). {_REMEDY}") from None
-    for name, size in files.items():
-        file = start.folder.parent / name
-        if not start.resume and file.parent.name == "rollout":
-            continue
-        if file.parent.name != "rollout":
-            file = start.folder / file.name  # the directory itself may have been renamed
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing: the checkpoint is incomplete. {_REMEDY}")
-        if file.stat().st_size != size:
-            raise CheckpointError(
-                f"{file} has {file.stat().st_size} bytes, not {size}: it was cut off or "
-                f"overwritten. {_REMEDY}"
-            )
-
-
-_REMEDY = "Copy the checkpoint again, or choose an earlier one with --ckpt-step."
-
-
-def delete_old_checkpoints(folder: str | Path, keep_last: int | None) -> None:
-    """Deletes iter_* directories beyond the `keep_last` newest (None: none). Call it on one rank.
-
-    Call it after a commit: the directory that the tracker names is always among those kept, and
-    iterations after it are not counted, nor touched. A directory that cannot be deleted is reported
-    and left: the checkpoint just written is safe.
-    """
-    tracker = Path(folder) / TRACKER
-    if keep_last is None or not tracker.is_file():
-        return
-    latest = tracker.read_text().strip()
-    if not latest.isdigit():
-        return
-    found = {int(p.name.removeprefix("iter_")): p for p in Path(folder).glob("iter_*[0-9]")}
-    for iteration in sorted(i for i in found if i <= int(latest))[:-keep_last]:
-        doomed = Path(folder) / f".deleting_{found[iteration].name}"
-        try:
-            os.replace(found[iteration], doomed)  # at once: --ckpt-step never meets half of it
-            shutil.rmtree(doomed)
-            for path in data_files(folder, iteration):
-                path.unlink()
-        except OSError as error:
-            logging.getLogger(__name__).warning(
-                "--keep-last %d: cannot delete %s (%s)", keep_last, found[iteration], error
-            )

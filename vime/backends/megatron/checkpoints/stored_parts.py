@@ -1,6 +1,6 @@
-"""Single tensors, or parts of them, out of a `torch_dist` directory.
+"""Reads single tensors, or parts of them, from a `torch_dist` directory.
 
-Megatron's own loader wants everything that a rank holds at once.
+Megatron's own loader reads everything that a rank holds at once.
 """
 
 from __future__ import annotations
@@ -36,10 +36,8 @@ class StoredParts:
         self.chunks = {k: {c.offsets: c for c in t.chunks} for k, t in self.tensors.items()}
 
     def check(self, wanted: dict[str, Any]) -> None:
-        """Every part of a sharded state dict is of a stored tensor of that shape.
-
-        Raises CheckpointError.
-        """
+        """Raises CheckpointError unless the tensors of a sharded state dict are stored in their
+        shapes."""
         for part in _parts(wanted):
             stored = self.tensors.get(part.key)
             if stored is None or not (
@@ -48,34 +46,34 @@ class StoredParts:
                 raise CheckpointError(
                     f"{self.folder}: {part.key} is "
                     + ("missing" if stored is None else f"stored as {list(stored.size)}")
-                    + f", the model wants {list(part.global_shape)}. The checkpoint is of another "
-                    "model than config.json (or MODEL_ARGS) says."
+                    + f", the model needs {list(part.global_shape)}. The checkpoint belongs to "
+                    "another model than config.json (or MODEL_ARGS) describes."
                 )
 
     def fill(self, wanted: Any) -> None:
-        """Reads all parts of one entry of a sharded state dict into the memory that they view."""
+        """Reads one entry of a sharded state dict into the memory that the entry views."""
         for part in _parts({"entry": wanted}):
             assert part.data is not None
             shape = Size([1] * part.prepend_axis_num + list(part.local_shape))
             place = ChunkStorageMetadata(Size(part.global_offset), shape)
             stored, exact = self.tensors[part.key], self.chunks[part.key].get(place.offsets)
-            if exact is not None and exact.sizes == shape:  # of thousands of experts, just this one
+            if exact is not None and exact.sizes == shape:  # this one of thousands of experts
                 stored = TensorStorageMetadata(stored.properties, stored.size, [exact])
             items = create_read_items_for_chunk_list(part.key, stored, [place])
             self.reader.read_data(LoadPlan(items), _Into(part.data.view(shape))).wait()
 
 
 def _parts(wanted: dict[str, Any]) -> Iterator[ShardedTensor]:
-    """The stored tensors behind a sharded state dict: a gated layer's weight is two, for example.
+    """The stored tensors of a sharded state dict; a gated layer's weight is stored as two, say.
 
-    What they hold views what the state dict holds.
+    They view the memory of the state dict's tensors.
     """
     plain, _, _ = load_preprocess(wanted)
     return (part for part in nested_values(plain) if isinstance(part, ShardedTensor))
 
 
 class _Into(dcp.DefaultLoadPlanner):
-    """Has what is read copied into one tensor."""
+    """Copies everything that is read into one tensor."""
 
     def __init__(self, target: Tensor) -> None:
         super().__init__()

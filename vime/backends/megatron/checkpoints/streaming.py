@@ -1,7 +1,7 @@
-"""Checkpoints converted a weight at a time: memory holds one, not the model.
+"""Converts checkpoints one weight at a time, so that memory holds one weight and not the model.
 
-Memory that was allocated and never written costs nothing, so the parameters of a model that nobody
-has touched serve: each is filled when its turn comes and freed after. They are empty in the end.
+Allocated memory costs nothing until it is written. The parameters of a freshly built model are such
+memory: each one is filled when its turn comes and freed afterwards. In the end all are empty.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vime.backends.megatron.checkpoints import checkpoint, torch_dist
-from vime.backends.megatron.checkpoints.start import Start, check_manifest
+from vime.backends.megatron.checkpoints import torch_dist
+from vime.backends.megatron.checkpoints.commit import check_manifest
+from vime.backends.megatron.checkpoints.save import save_checkpoint
+from vime.backends.megatron.checkpoints.start import Start
 from vime.backends.megatron.checkpoints.stored_parts import StoredParts
 from vime.backends.megatron.chunks import named_weights, unwrap
 from vime.backends.megatron.hf.load import HFWeights
@@ -22,9 +24,9 @@ from vime.config import Config
 
 
 class Conversion:
-    """From --hf-checkpoint to a Megatron checkpoint, a weight at a time.
+    """Writes the weights of --hf-checkpoint as a Megatron checkpoint.
 
-    Raises CheckpointError where the folder does not fit the model.
+    Raises CheckpointError when the folder does not fit the model.
     """
 
     def __init__(self, cfg: Config, chunks: Sequence[nn.Module]) -> None:
@@ -35,32 +37,32 @@ class Conversion:
             self.source.check(name, tensor)
         self.owners = {_memory_of(tensor): (name, tensor) for name, tensor in named}
         self.sizes = {m: t.untyped_storage().nbytes() for m, (_, t) in self.owners.items()}
-        self.latest: int | None = None  # the one weight with content
+        self.latest: int | None = None  # the only weight with content
         self.seen: set[int] = set()
 
     @property
     def num_bytes(self) -> int:
-        """That this rank lays out; of what several ranks hold alike, one rank writes it."""
+        """Size of this rank's weights. One of the ranks that share a weight writes it."""
         return sum(self.sizes.values())
 
     def write(self, folder: str | Path, done: Callable[[int], None]) -> Path:
         """Writes `folder`/release and returns it. A collective. Raises CheckpointError.
 
-        done  gets the bytes of each weight as its turn comes
+        done  called with the size in bytes of each weight when its turn comes
         """
         self.done = done
-        target = checkpoint.save_checkpoint(self.cfg, folder, None, self.chunks, fill=self._fill)
+        target = save_checkpoint(self.cfg, folder, None, self.chunks, fill=self._fill)
         self._free_latest()
         return target
 
     def _fill(self, part: Tensor) -> None:
-        """Called with all or a part of a weight, right before it is written."""
+        """Called with a weight, or a part of it, right before it is written."""
         memory = _memory_of(part)
         if memory == self.latest or memory not in self.owners:
             return
         self._free_latest()
         name, whole = self.owners[memory]
-        if memory in self.seen:  # its parts do not follow each other
+        if memory in self.seen:  # other weights came between its parts
             whole.untyped_storage().resize_(self.sizes[memory])
         else:
             self.seen.add(memory)
@@ -76,23 +78,23 @@ class Conversion:
 
 
 class StoredWeights:
-    """A Megatron checkpoint's weights, read into the chunk a weight at a time, in one process.
+    """Reads a Megatron checkpoint into the chunk, in one process.
 
-    Raises CheckpointError where the checkpoint is damaged or does not fit the model.
+    Raises CheckpointError when the checkpoint is damaged or does not fit the model.
     """
 
     def __init__(self, start: Start, chunk: nn.Module) -> None:
         torch_dist.check_files(start.folder)
-        check_manifest(start)
+        check_manifest(start.folder, with_data=start.resume)
         self.stored = StoredParts(start.folder)
         self.wanted = unwrap(chunk).sharded_state_dict()
         self.stored.check(self.wanted)
         self.tensors = dict([*unwrap(chunk).named_parameters(), *unwrap(chunk).named_buffers()])
-        self.latest: Tensor | None = None  # the one weight with content
+        self.latest: Tensor | None = None  # the only weight with content
 
     @torch.no_grad()
     def read(self, name: str) -> None:
-        """Fills the weight of that name, and frees the one before. Each once."""
+        """Fills the weight of that name and frees the previous one. Call it once for each name."""
         if self.latest is not None:
             self.latest.untyped_storage().resize_(0)
         self.latest = self.tensors[name]
@@ -100,5 +102,5 @@ class StoredWeights:
 
 
 def _memory_of(tensor: Tensor) -> int:
-    """The same for every view of a tensor, and after it was freed."""
+    """An identity of the memory: the same for every view of a tensor, also after it is freed."""
     return tensor.untyped_storage()._cdata

@@ -1,4 +1,4 @@
-"""One `torch_dist` directory: written in this process, checked before it is read."""
+"""One `torch_dist` directory: written by this process, checked before it is read."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
+from vime.backends.megatron.checkpoints.commit import DAMAGED
 from vime.errors import CheckpointError
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):
-    """Megatron's format through torch's own writer.
+    """Megatron's format, written by torch's own writer.
 
-    Megatron's writer forks a process per file and keeps a spawned manager, which neither Ray actors
-    nor scripts without a `__main__` guard survive; the bytes it writes are the same.
+    Megatron's writer forks a process per file and keeps a spawned manager. Neither works in Ray
+    actors or in scripts without a `__main__` guard. Both writers produce the same bytes.
 
-    staged  copy the tensors to memory and leave `write(process_group=...)` to the caller
+    staged  copy the tensors to memory; the caller then calls `write(process_group=...)`
     fill    called with each tensor right before it is written
     """
 
@@ -69,7 +70,7 @@ class InProcessSave(TorchDistSaveShardedStrategy):
 
 
 class _Planner(MCoreSavePlanner):
-    """Has a tensor filled when its turn comes."""
+    """Calls `fill` with each tensor right before it is written."""
 
     def __init__(self, fill: Callable[[Tensor], None] | None, **options: Any) -> None:
         super().__init__(**options)
@@ -84,14 +85,14 @@ class _Planner(MCoreSavePlanner):
 def save(state: dict[str, Any], folder: Path, fill: Callable[[Tensor], None] | None = None) -> None:
     """Writes a sharded state dict. A collective.
 
-    fill  called with each tensor right before it is written; else they have their content already
+    fill  called with each tensor right before it is written; None: the tensors have their content
     """
     with _quiet():
         dist_checkpointing.save(state, str(folder), InProcessSave(fill=fill))
 
 
 def stage(state: dict[str, Any], folder: Path) -> Callable[[Any], None]:
-    """Copies the state to memory; what comes back writes it, over the group given. Collectives."""
+    """Copies the state to memory. Returns `write(group)`, which writes it. Both are collectives."""
     strategy = InProcessSave(staged=True)
     with _quiet():
         dist_checkpointing.save(state, str(folder), strategy)
@@ -105,14 +106,14 @@ def stage(state: dict[str, Any], folder: Path) -> Callable[[Any], None]:
 
 
 def load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Reads what `wanted` (a sharded state dict) asks for, and the common state. A collective."""
+    """Reads the entries of `wanted`, a sharded state dict, and the common state. A collective."""
     with _quiet():
         return dist_checkpointing.load(wanted, str(folder))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's notices that megatron-core uses ShardedTensor and `load_state_dict`."""
+    """Silences torch's notices that megatron-core uses ShardedTensor and `load_state_dict`."""
     with warnings.catch_warnings(), _named_failures():
         warnings.simplefilter("ignore", FutureWarning)
         yield
@@ -122,28 +123,27 @@ def _quiet() -> Iterator[None]:
 def _named_failures() -> Iterator[None]:
     try:
         yield
-    except CheckpointException as error:  # a BaseException that quotes every rank's traceback
+    except CheckpointException as error:  # a BaseException with the traceback of every rank
         rank, (cause, _) = next(iter(error.failures.items()))
         raise RuntimeError(f"rank {rank}: {cause}") from cause
 
 
 def check_files(folder: Path) -> None:
-    """Every file that the directory's own metadata promises exists and is long enough.
+    """Compares the directory's files with its own metadata.
 
-    Raises CheckpointError naming the file and what to do.
+    Raises CheckpointError naming the first file that is missing or too short, and the remedy.
     """
-    remedy = "Copy the checkpoint again, or choose an earlier one with --ckpt-step."
     gone = "is missing: the checkpoint is incomplete."
     for name in ("metadata.json", ".metadata"):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} {gone} {remedy}")
+            raise CheckpointError(f"{folder / name} {gone} {DAMAGED}")
     try:
         metadata = dcp.FileSystemReader(folder).read_metadata()
     except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{folder / '.metadata'} is damaged ({error!r}). {remedy}") from None
+        raise CheckpointError(f"{folder / '.metadata'} is damaged ({error!r}). {DAMAGED}") from None
     in_shards = any(k.startswith("common_state/") for k in metadata.state_dict_metadata)  # 0.19
     if not in_shards and not (folder / "common.pt").is_file():
-        raise CheckpointError(f"{folder / 'common.pt'} {gone} {remedy}")
+        raise CheckpointError(f"{folder / 'common.pt'} {gone} {DAMAGED}")
     stored = metadata.storage_data
     ends: dict[str, int] = {}
     for info in stored.values():
@@ -151,8 +151,8 @@ def check_files(folder: Path) -> None:
     for name, end in ends.items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{path} {gone} {remedy}")
+            raise CheckpointError(f"{path} {gone} {DAMAGED}")
         if path.stat().st_size < end:
             raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes of {end}: it was cut off. {remedy}"
+                f"{path} has {path.stat().st_size} bytes of {end}: it was cut off. {DAMAGED}"
             )

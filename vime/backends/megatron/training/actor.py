@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vime.algorithms.hooks import TrainingHooks
-from vime.backends.megatron.checkpoints.checkpoint import load_checkpoint, resolve
-from vime.backends.megatron.checkpoints.start import Start, teacher_start
+from vime.backends.megatron.checkpoints.load import load_checkpoint
+from vime.backends.megatron.checkpoints.start import Start, reference_start, teacher_start
 from vime.backends.megatron.memory.weight_copies import SentWeights, WeightCopy
 from vime.backends.megatron.model.build import build_model
 from vime.backends.megatron.training.losses import objective_of
@@ -54,8 +54,7 @@ class Actor:
             self.teacher = WeightCopy(self.chunks)
         reference = None
         if cfg.algorithm.needs_reference:
-            files, hf = cfg.checkpoint, cfg.model.hf_checkpoint
-            reference = resolve(None, files.ref_load, hf, files.ref_ckpt_step)
+            reference = reference_start(cfg)
             if reference != start:
                 load_checkpoint(cfg, reference, self.chunks)
                 self.reference = WeightCopy(self.chunks)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vime.backends.megatron.checkpoints.checkpoint import load_critic
+from vime.backends.megatron.checkpoints.load import load_critic
 from vime.backends.megatron.checkpoints.start import Start
 from vime.backends.megatron.chunks import unwrap
 from vime.backends.megatron.model.build import build_model

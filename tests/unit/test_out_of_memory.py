@@ -7,9 +7,10 @@ import torch
 
 from tests.unit.test_memory import planned
 from vime.backends.megatron.memory.in_use import memory_remedy
+from vime.backends.vllm.out_of_memory import engine_remedy
 from vime.errors import ConfigError
 from vime.plan.memory import trainer_memory
-from vime.plan.out_of_memory import engine_remedy, trainer_remedy
+from vime.plan.out_of_memory import trainer_remedy
 
 GIB = 2**30
 

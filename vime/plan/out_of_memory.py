@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -89,57 +87,3 @@ def _other_layouts(cfg: Config) -> Iterator[tuple[str, Config]]:
     if cfg.dp % 2 == 0:
         words = f"--tensor-model-parallel-size {p.tp} -> {2 * p.tp} with --sequence-parallel"
         yield words, having(tp=2 * p.tp, sequence_parallel=True)
-
-
-# What vLLM writes before it gives up, with the figures that say by how much.
-FREE_IS_LESS = re.compile(
-    r"\(([\d.]+)/([\d.]+) GiB\) on startup is less than desired GPU memory utilization \(([\d.]+)"
-)
-NO_CACHE = "No available memory for the cache blocks"
-ONE_REQUEST = re.compile(
-    r"To serve at least one request .*?\(([\d.]+) GiB KV cache is needed, which is larger than the "
-    r"available KV cache memory \(([\d.]+) GiB\)"
-)
-LONGEST = re.compile(r"estimated maximum model length is (\d+)")
-OUT = ("CUDA out of memory", "OutOfMemoryError")
-SHARE = "--vllm-gpu-memory-utilization"
-CACHE = "--vllm-kv-cache-memory-bytes"
-
-
-def engine_remedy(cfg: Config, log: str) -> str | None:
-    """What to change where an engine's log tells of memory; None where it does not."""
-    given = cfg.engine.vllm_args
-    size = given.get("kv_cache_memory_bytes")  # where given, it counts and the share does not
-    share = f"{SHARE} {given.get('gpu_memory_utilization', '(the default)')}"
-    sized_by = share if size is None else f"{CACHE} {size}"
-    if found := FREE_IS_LESS.search(log):
-        free, total = float(found[1]), float(found[2])
-        fits = math.floor(98 * free / total) / 100
-        whose = "the trainer keeps some" if cfg.cluster.colocate else "something else has the rest"
-        return (
-            f"{free:.1f} of the GPU's {total:.1f} GiB are free ({whose}), and the engine wants a "
-            f"share of {found[3]}: {SHARE} {found[3]} -> {fits}"
-        )
-    if found := ONE_REQUEST.search(log):
-        needed, there = float(found[1]), float(found[2])
-        enough = math.ceil((needed + 0.01) * 1024) << 20  # vLLM rounds what is needed to 0.01 GiB
-        remedy = (
-            f"one full sequence needs {needed - there:.2f} GiB more KV cache than there is: raise "
-            f"{sized_by}"
-        )
-        if size is not None:
-            remedy += f" -> {enough}"
-        longest = LONGEST.search(log)
-        return remedy + (f", or give --vllm-max-model-len {longest[1]}" if longest else "")
-    if NO_CACHE in log:
-        gpus = cfg.cluster.gpus_per_engine
-        return (
-            f"the weights leave no room for a KV cache: raise {share}, or "
-            f"--rollout-num-gpus-per-engine {gpus} -> {2 * gpus}"
-        )
-    if any(word in log for word in OUT):
-        return (
-            f"GPU memory ran out while the engine started: lower {sized_by}, --vllm-max-num-seqs "
-            "or --vllm-max-num-batched-tokens"
-        )
-    return None

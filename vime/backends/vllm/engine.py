@@ -11,10 +11,10 @@ from vime import platform
 from vime.backends.vllm import dialect as dialects
 from vime.backends.vllm import server
 from vime.backends.vllm.client import EngineClient
+from vime.backends.vllm.out_of_memory import engine_remedy
 from vime.backends.vllm.process import GuardedProcess, free_port
 from vime.config import Config
 from vime.errors import EngineError
-from vime.plan.out_of_memory import engine_remedy
 
 log = logging.getLogger(__name__)
 

@@ -120,11 +120,11 @@ def main() -> int:
         ),
         "unit": "tokens/s/GPU on 8 over 1, predicted",
         "peer": {"name": "perfect scaling", "value": 1.0},
-        "device": "none: reckoned",
+        "device": "none: predicted",
         "versions": {},
         "spread": None,
         "inputs": {name: {"value": k.value, "source": k.source} for name, k in known.items()},
-        "reckoned": {name: rounded(row) for name, row in rows.items()},
+        "predicted": {name: rounded(row) for name, row in rows.items()},
         "measured": {name: rounded(run) for name, run in runs.items() if run},
     }
     args.output.write_text(json.dumps(record, indent=2) + "\n")
@@ -240,7 +240,7 @@ def show(rows: dict[str, dict[str, float]], runs: dict[str, dict[str, float]]) -
     names = list(next(iter(rows.values())))
     print("\n| GPUs | | " + " | ".join(names) + " |\n|---|---" + "|---" * len(names) + "|")
     for layout, row in rows.items():
-        for name, how, figures in ((layout, "reckoned", row), ("", "measured", runs[layout])):
+        for name, how, figures in ((layout, "predicted", row), ("", "measured", runs[layout])):
             if figures:
                 cells = [as_cell(*figure) for figure in figures.items()]
                 print(f"| {name} | {how} | " + " | ".join(cells) + " |")

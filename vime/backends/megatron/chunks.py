@@ -1,4 +1,4 @@
-"""The parts of a rank's model: what is inside its wrappers, and its weights by name.
+"""A rank's model chunks: the model inside their wrappers, and their weights by name.
 
 A rank holds one chunk, or several under virtual pipelining. This module imports no model.
 """
@@ -23,8 +23,8 @@ def unwrap(chunk: nn.Module) -> Any:
 def named_router_biases(model: nn.Module) -> list[tuple[str, Tensor]]:
     """The biases that DeepSeek-V3's routers add to their scores.
 
-    Megatron moves them without a gradient. They are buffers: `parameters` and the optimizer do not
-    hold them.
+    Megatron updates them without a gradient. They are buffers, so `parameters()` and the optimizer
+    do not include them.
     """
     return [(n, b) for n, b in model.named_buffers() if n.endswith("router.expert_bias")]
 
@@ -32,7 +32,7 @@ def named_router_biases(model: nn.Module) -> list[tuple[str, Tensor]]:
 def named_weights(
     chunks: Iterable[nn.Module], ranks: Ranks, args: dict[str, Any]
 ) -> list[tuple[str, Tensor]]:
-    """[(name in the whole model, tensor)] of every parameter and every router bias.
+    """[(name in the whole model, tensor)] for every parameter and router bias of this rank.
 
     Layers and experts are numbered across all ranks.
     """

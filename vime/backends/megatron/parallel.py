@@ -1,4 +1,4 @@
-"""Joins this process to the others: collectives, Megatron's groups, seeds, its rank in each."""
+"""Connects this process to the other ranks: collectives, Megatron's groups, seeds."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def initialize_parallel(
     master_address: str = "127.0.0.1",
     master_port: int = 0,
 ) -> None:
-    """torch.distributed, then Megatron's process groups by `cfg.parallel`, then the seeds.
+    """Applies the compat patches, starts torch.distributed, then calls `initialize_groups`.
 
-    Applies the compat patches first. Every collective's deadline is --distributed-timeout-minutes.
-    `master_port` is rank 0's open port; it may be 0 (any) for a world of one.
+    Every collective has the deadline --distributed-timeout-minutes. `master_port` is a free port of
+    rank 0; it may be 0 (any) for a world of one.
     """
     compat.apply()
     here = platform.current()
@@ -36,7 +36,8 @@ def initialize_parallel(
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(local_rank)
     timeout = timedelta(minutes=cfg.cluster.distributed_timeout_minutes)
-    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun
+    torchrun_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    hosts = rank == 0 and not torchrun_hosts_store
     store = dist.TCPStore(master_address, master_port, world_size, is_master=hosts, timeout=timeout)
     dist.init_process_group(
         here.collectives,
@@ -49,7 +50,10 @@ def initialize_parallel(
 
 
 def initialize_groups(cfg: Config) -> None:
-    """Megatron's process groups and seeds. Existing groups are replaced: every rank must call."""
+    """Makes Megatron's process groups by `cfg.parallel`, in place of existing ones, and seeds.
+
+    A collective.
+    """
     from megatron.core import parallel_state as mpu
 
     p = cfg.parallel
@@ -67,7 +71,7 @@ def initialize_groups(cfg: Config) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python, numpy, torch and Megatron's tracker of tensor-parallel random states.
+    """Seeds Python, numpy, torch and Megatron's tensor-parallel random states.
 
     Megatron's groups must exist.
     """
@@ -80,7 +84,7 @@ def seed_everything(seed: int) -> None:
 
 
 def shutdown_parallel() -> None:
-    """Leaves the groups. Safe to call twice."""
+    """Leaves the process groups. Safe to call twice."""
     if dist.is_initialized():
         from megatron.core import parallel_state as mpu
 
@@ -99,7 +103,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This rank's place in every group that a weight is spread over."""
+    """This rank's place in every group that weights are divided over."""
 
     tensor: Place
     expert_tensor: Place
@@ -108,7 +112,7 @@ class Ranks:
 
     @classmethod
     def current(cls) -> Ranks:
-        """From Megatron's groups, which must be initialised."""
+        """Reads Megatron's groups, which must exist."""
         from megatron.core import parallel_state as mpu
 
         def place(group: Any) -> Place:

@@ -9,7 +9,11 @@ from typing import Any
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch import nn
 
-from vime.backends.megatron import compat
+from vime.backends.megatron.checkpoints.optimizer_state import (
+    allocate_optimizer_state,
+    every_rank_counts,
+    forget_counters,
+)
 from vime.backends.megatron.chunks import unwrap
 
 CRITIC = "critic"  # the critic's entry; the keys of its tensors begin with it
@@ -32,12 +36,12 @@ def sharded_state(
     """
     state: dict[str, Any] = {key: chunk.sharded_state_dict() for key, chunk in keyed(chunks)}
     if optimizer is not None:
-        compat.allocate_optimizer_state(optimizer)
+        allocate_optimizer_state(optimizer)
         weights = dict(state)
         if freezes:
             alone = {"singleton_local_shards": True}
             weights = {k: c.sharded_state_dict(metadata=alone) for k, c in keyed(chunks)}
-        with compat.every_rank_counts(optimizer) if freezes else nullcontext():
+        with every_rank_counts(optimizer) if freezes else nullcontext():
             state["optimizer"] = optimizer.sharded_state_dict(
                 weights,
                 is_loading=loading,
@@ -59,8 +63,8 @@ def fill(
         chunk.load_state_dict(state[key])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
-        compat.forget_counters(optimizer)
-        compat.allocate_optimizer_state(optimizer)
+        forget_counters(optimizer)
+        allocate_optimizer_state(optimizer)
     if scheduler is not None:
         scheduler.num_steps = 0  # Megatron adds the saved steps to it
         scheduler.load_state_dict(state["opt_param_scheduler"])

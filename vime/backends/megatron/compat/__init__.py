@@ -1,8 +1,8 @@
-"""Everything vime changes in torch or megatron-core, by name, with why and until when.
+"""Every change that vime makes to torch or megatron-core: a `Patch` with its reason and its end.
 
-`apply()` runs first thing in a trainer process and nowhere else. `CPU_PATCHES` stand in for CUDA
-calls that megatron-core makes on any machine; where CUDA exists they are not applied.
-`PATCHES` mend megatron-core 0.16 to 0.19 on every machine.
+A trainer process calls `apply()` before it imports Megatron; no other process does. `CPU_PATCHES`
+replace CUDA calls that megatron-core makes on any machine, and apply only without CUDA. `PATCHES`
+correct megatron-core 0.16 to 0.19 on every machine.
 """
 
 from __future__ import annotations
@@ -11,26 +11,12 @@ import torch
 
 from vime.backends.megatron.compat.cpu import CPU_PATCHES
 from vime.backends.megatron.compat.extensions import EXTENSION_PATCHES
-from vime.backends.megatron.compat.optimizer import (
-    OPTIMIZER_PATCHES,
-    allocate_optimizer_state,
-    every_rank_counts,
-    forget_counters,
-)
+from vime.backends.megatron.compat.optimizer import OPTIMIZER_PATCHES
 from vime.patches import apply_once
-
-__all__ = [
-    "CPU_PATCHES",
-    "PATCHES",
-    "allocate_optimizer_state",
-    "apply",
-    "every_rank_counts",
-    "forget_counters",
-]
 
 PATCHES = (*EXTENSION_PATCHES, *OPTIMIZER_PATCHES)
 
 
 def apply() -> None:
-    """Applies what this machine needs, once per process."""
+    """Applies the patches for this machine, once per process."""
     apply_once(PATCHES if torch.cuda.is_available() else (*CPU_PATCHES, *PATCHES))

@@ -1,4 +1,4 @@
-"""CPU: stand-ins for CUDA calls that megatron-core makes on any machine."""
+"""Replacements, on a CPU, for CUDA calls that megatron-core makes on any machine."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _moe_dispatcher() -> None:
         return tokens_per_expert
 
     dispatcher: Any = MoEAlltoAllTokenDispatcher
-    dispatcher.cuda_dtoh_stream = object()  # not None: the constructor then makes no stream
+    dispatcher.cuda_dtoh_stream = object()  # the constructor makes a stream if this is None
     dispatcher._maybe_dtoh_and_synchronize = host_copy
 
 
@@ -89,14 +89,14 @@ _DISPATCHER = "megatron.core.transformer.moe.token_dispatcher.MoEAlltoAllTokenDi
 CPU_PATCHES = (
     Patch(
         "run eagerly",
-        "compiling takes minutes on a CPU and small models gain nothing",
-        "never; it is a choice",
+        "compiling takes minutes on a CPU, and small models gain nothing from it",
+        "never: it is a choice, not a fault of the library",
         ("megatron.core.jit.disable_jit_fuser", "torch.compiler.set_stance"),
         _run_eagerly,
     ),
     Patch(
         "cuda entry points",
-        "device, stream and RNG calls outside any device check",
+        "megatron-core calls torch.cuda for devices, streams and RNG without checking for a GPU",
         "megatron-core asks torch.accelerator",
         tuple(
             f"torch.cuda.{n}"
@@ -112,21 +112,22 @@ CPU_PATCHES = (
     ),
     Patch(
         "cuda literals",
-        'device="cuda" and pinned memory in factories',
+        'megatron-core allocates with device="cuda" and pinned memory',
         "megatron-core asks torch.accelerator",
         tuple(f"torch.{n}" for n in _FACTORIES),
         _cuda_literals,
     ),
     Patch(
         "tensor methods",
-        "Tensor.cuda() on counters, and buckets keyed by the type name torch.cuda.FloatTensor",
+        "megatron-core calls Tensor.cuda() on counters and names its gradient buckets by "
+        "torch.cuda.FloatTensor",
         "megatron-core asks torch.accelerator",
         ("torch.Tensor.cuda", "torch.Tensor.type"),
         _tensor_methods,
     ),
     Patch(
         "rng tracker",
-        "tensor-parallel RNG states are kept in CUDA generators",
+        "megatron-core keeps tensor-parallel RNG states in CUDA generators",
         "megatron-core asks torch.accelerator",
         (
             "megatron.core.tensor_parallel.random._get_cuda_rng_state",
@@ -136,7 +137,7 @@ CPU_PATCHES = (
     ),
     Patch(
         "moe dispatcher",
-        "split sizes go to the host on a side stream",
+        "the mixture of experts copies split sizes to the host on a side stream",
         "the dispatcher runs without streams",
         (f"{_DISPATCHER}._maybe_dtoh_and_synchronize", f"{_DISPATCHER}.cuda_dtoh_stream"),
         _moe_dispatcher,

@@ -1,4 +1,4 @@
-"""What megatron-core takes from TransformerEngine or apex, and lacks where these are not there."""
+"""Replacements for functions of TransformerEngine and apex, which megatron-core may lack."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ def _weight_gradients() -> None:
 EXTENSION_PATCHES = (
     Patch(
         "router gemm",
-        "moe_utils reads te_general_gemm, which it never defines without TransformerEngine (0.16)",
+        "moe_utils reads te_general_gemm, but defines it only with TransformerEngine (0.16)",
         "megatron-core 0.16 is no longer supported",
         ("megatron.core.transformer.moe.moe_utils",),
         _router_gemm,
     ),
     Patch(
         "latent attention",
-        "without TransformerEngine multi_latent_attention imports stand-ins for its classes, "
-        "believes it present and calls isinstance with them (0.16)",
-        "HAVE_TE says whether TransformerEngine is there",
+        "without TransformerEngine multi_latent_attention imports placeholders for its classes, "
+        "sets HAVE_TE all the same, and calls isinstance with the placeholders (0.16)",
+        "HAVE_TE is false without TransformerEngine",
         (
             "megatron.core.transformer.multi_latent_attention.HAVE_TE",
             "megatron.core.transformer.multi_latent_attention.TELinear",
@@ -63,8 +63,8 @@ EXTENSION_PATCHES = (
     ),
     Patch(
         "many tensors",
-        "without apex the gradient norm waits for the device once per parameter, and clipping and "
-        "the copy of main parameters take two kernels and a temporary each",
+        "without apex the gradient norm waits for the device once per parameter; clipping and "
+        "copying the main parameters launch two kernels and allocate a temporary for each",
         "Megatron's fallbacks use torch._foreach_*",
         (
             "megatron.core.optimizer.clip_grads.l2_norm_impl",
@@ -80,7 +80,7 @@ EXTENSION_PATCHES = (
     Patch(
         "weight gradients",
         "--gradient-accumulation-fusion calls an extension module of apex",
-        "Megatron accumulates by torch.addmm(out_dtype=...)",
+        "Megatron accumulates with torch.addmm(out_dtype=...)",
         (
             "megatron.core.tensor_parallel.layers._grad_accum_fusion_available",
             "megatron.core.tensor_parallel.layers.LinearWithGradAccumulationAndAsyncCommunication",

@@ -1,71 +1,13 @@
-"""Optimizers and their checkpoints: what megatron-core 0.16 to 0.19 does wrong without apex."""
+"""Corrections of optimizers and their checkpoints in megatron-core 0.16 to 0.19 without apex."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from vime.patches import Patch
-
-
-def allocate_optimizer_state(optimizer: Any) -> None:
-    """Gives torch's optimizers their state before the first step: a sharded state dict needs it.
-
-    `optimizer` is what `get_megatron_optimizer` returned. State that exists is left as it is; a
-    step counter that a checkpoint of step 0 left out is put back.
-    """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = part.optimizer
-        if getattr(part, "init_state_fn", None) is None:
-            part.init_state_fn = lambda *_: None  # SGD has none, and loading calls it
-        is_adam = isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
-        moments = ("exp_avg", "exp_avg_sq") if is_adam else ("momentum_buffer",)
-        if not is_adam and not isinstance(inner, torch.optim.SGD):
-            continue
-        for group in inner.param_groups:
-            for p in group["params"]:
-                state = inner.state[p]
-                for name in moments:
-                    if state.get(name) is None:
-                        state[name] = torch.zeros_like(p)
-                if is_adam and "step" not in state:
-                    state["step"] = torch.tensor(0.0)
-
-
-_NOBODY = "of no weight"  # a key in an optimizer's state
-
-
-@contextmanager
-def every_rank_counts(optimizer: Any) -> Iterator[None]:
-    """Inside, an Adam without a weight to train has a step counter too: the other ranks'.
-
-    Megatron takes the counter from any weight's state; a checkpoint has rank 0's for all. A
-    collective, for runs that freeze weights, where a rank may be left with none.
-    """
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    adams = [p.optimizer for p in parts if isinstance(p.optimizer, torch.optim.Adam)]
-    states = [s for adam in adams for s in adam.state.values()]
-    found: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(found, max((float(s["step"]) for s in states), default=0.0))
-    lacking = [adam for adam in adams if not adam.state]
-    for adam in lacking:
-        adam.state[_NOBODY] = {"step": torch.tensor(max(found))}
-    try:
-        yield
-    finally:
-        forget_counters(optimizer)
-
-
-def forget_counters(optimizer: Any) -> None:
-    """Removes what `every_rank_counts` put there, or a checkpoint that was made inside it."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if part.optimizer is not None:  # None: the part has no weight on any rank
-            part.optimizer.state.pop(_NOBODY, None)
 
 
 def _adam_step() -> None:
@@ -167,8 +109,8 @@ _DISTOPT = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
 OPTIMIZER_PATCHES = (
     Patch(
         "adam step",
-        "without apex a loaded DistributedOptimizer shares one step tensor among all parameters, "
-        "so AdamW counts it up once per parameter and the next update is silently wrong",
+        "without apex, all parameters of a loaded DistributedOptimizer share one step tensor, "
+        "so AdamW increments it once per parameter and the next update is silently wrong",
         "DistributedOptimizer.load_state_dict clones the step",
         (
             f"{_DISTOPT}._set_main_param_and_optimizer_states",
@@ -178,8 +120,8 @@ OPTIMIZER_PATCHES = (
     ),
     Patch(
         "bucket padding",
-        "the DistributedOptimizer's resharding checkpoint looks parameters up by their place in a "
-        "padded buffer, in tensors gathered without the padding between buckets: past the first "
+        "the DistributedOptimizer's resharding checkpoint finds parameters by their position in a "
+        "padded buffer, but the gathered tensors lack the padding between buckets: after the first "
         "padded bucket (tied embeddings on a last pipeline stage always have one) it saves wrong "
         "values (0.16 to 0.19)",
         "sharded_param_state_fully_reshardable and get_parameter_state_dp_zero agree",
@@ -191,18 +133,17 @@ OPTIMIZER_PATCHES = (
     ),
     Patch(
         "float32 beside bfloat16",
-        "a checkpoint of the plain bfloat16 optimizer counts its parameters without those that are "
-        "float32 themselves, such as a critic's head, and cannot be loaded where a group has no "
-        "others (0.16 to 0.19)",
-        "sharded_state_dict and load_state_dict know fp32_from_fp32_groups",
+        "a checkpoint of the plain bfloat16 optimizer omits parameters that are float32, such as a "
+        "critic's head, and cannot be loaded when a group has no others (0.16 to 0.19)",
+        "sharded_state_dict and load_state_dict include fp32_from_fp32_groups",
         (f"{_HALF}.sharded_state_dict", f"{_HALF}.load_state_dict"),
         _float32_beside_bfloat16,
     ),
     Patch(
         "learning rates name no group",
-        "a checkpoint's parameter groups are found by their learning rate too, so that a run "
-        "cannot be continued with another --lr (0.19)",
-        "groups are matched by what does not come from a flag",
+        "a checkpoint's parameter groups are matched by their learning rate too, so a run cannot "
+        "resume with another --lr (0.19)",
+        "groups are matched only by values that no flag sets",
         (
             "megatron.core.optimizer.optimizer.param_group_identifier_keys",
             "megatron.core.optimizer.distrib_optimizer.param_group_identifier_keys",

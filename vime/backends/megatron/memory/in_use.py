@@ -1,4 +1,4 @@
-"""GPU memory of a trainer: what it took, and, where it ran out, the flags that help."""
+"""GPU memory of a trainer: how much it used, and the flags that help when it runs out."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from vime.plan.out_of_memory import trainer_remedy
 
 @contextmanager
 def memory_remedy(cfg: Config, longest: int = 0) -> Iterator[None]:
-    """Inside, torch's out-of-memory error becomes a ConfigError that names flags and values.
+    """Turns torch's out-of-memory error inside into a ConfigError that names flags and values.
 
-    longest  tokens of the longest sequence; context parallel ranks share them
+    longest  tokens of the longest sequence, before context parallel ranks divide them
     """
     try:
         yield
@@ -35,18 +35,21 @@ def memory_remedy(cfg: Config, longest: int = 0) -> Iterator[None]:
 
 
 class MemoryUse:
-    """What torch took of a GPU, as metrics in GiB: the most of any rank. None without a GPU."""
+    """Metrics of the GPU memory that torch used, in GiB; each is the maximum over the ranks.
+
+    On a machine without a GPU there are none.
+    """
 
     def __init__(self) -> None:
         self.beside_engines: int | None = None
 
     def starts(self) -> None:
-        """A rollout's training begins: what came before is no part of its peak."""
+        """Resets the peak, because a rollout's training begins."""
         if platform.current().is_cuda:
             torch.cuda.reset_peak_memory_stats()
 
     def left(self) -> None:
-        """The trainer has made room: what it keeps now is not the engines'."""
+        """Records the memory that the trainer keeps while engines use the GPU."""
         self.beside_engines = torch.cuda.memory_reserved()
 
     def metrics(self) -> dict[str, float]:

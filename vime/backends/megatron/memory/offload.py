@@ -1,9 +1,9 @@
-"""A rank's weights, gradients and optimizer state leave the GPU and come back, in place.
+"""Moves a rank's weights, gradients and optimizer state off the GPU and back, in place.
 
-What moves is the memory behind the tensors: every tensor, view and bucket that Megatron holds stays
-valid and sees the same bytes again. Weights and optimizer state wait in pinned memory, which is
-allocated once, in blocks: pinning costs about a second a GiB, and more for many small pieces.
-Gradients are zeroed at the next step, so theirs is only given up.
+The storage behind the tensors moves, so every tensor, view and bucket that Megatron holds stays
+valid and later sees the same bytes. Weights and optimizer state wait in pinned memory. It is
+allocated once, in blocks, because pinning takes about a second per GiB and longer for many small
+pieces. Gradients are zeroed before the next step, so their memory is freed without a copy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ ALIGNMENT = 512
 
 @dataclass(slots=True)
 class _Away:
-    """A storage without memory: how much it needs, and its bytes unless nobody wants them back."""
+    """A storage whose GPU memory is freed.
+
+    held  its bytes in pinned memory; None when the content was dropped
+    """
 
     storage: torch.UntypedStorage
     num_bytes: int
@@ -29,12 +32,12 @@ class _Away:
 
 
 class Offload:
-    """`leave` and `come_back` for tensors named by the caller; both are safe to call twice."""
+    """Moves the caller's tensors. Both `leave` and `come_back` may be called twice."""
 
     def __init__(self) -> None:
         self.away: dict[int, _Away] = {}
         self.pinned: dict[int, Tensor] = {}
-        self.block = torch.empty(0, dtype=torch.uint8)  # what is left of the newest one
+        self.block = torch.empty(0, dtype=torch.uint8)  # the unused rest of the newest block
 
     @property
     def num_bytes(self) -> int:
@@ -42,7 +45,7 @@ class Offload:
 
     @torch.no_grad()
     def leave(self, kept: Iterable[Tensor], dropped: Iterable[Tensor] = ()) -> None:
-        """Frees the GPU memory behind the tensors. What `dropped` held is undefined afterwards."""
+        """Frees the GPU memory behind the tensors. The content of `dropped` is lost."""
         leaving: dict[int, _Away] = {}
         for tensors, keep in ((kept, True), (dropped, False)):
             for tensor in tensors:
@@ -62,6 +65,7 @@ class Offload:
 
     @torch.no_grad()
     def come_back(self) -> None:
+        """Allocates the GPU memory again and copies the kept content into it."""
         for part in self.away.values():
             part.storage.resize_(part.num_bytes)
             if part.held is not None:
@@ -86,7 +90,7 @@ class Offload:
 
 
 def give_back() -> None:
-    """To the GPU: what torch keeps for later, and buffers that engines have let go of since."""
+    """Returns torch's cached blocks, and buffers that engines no longer use, to the GPU."""
     torch.cuda.ipc_collect()
     torch.cuda.empty_cache()
 
@@ -108,7 +112,7 @@ def gradients_of(chunks: Sequence[nn.Module]) -> Iterator[Tensor]:
 
 
 def optimizer_state_of(optimizer: Any) -> Iterator[Tensor]:
-    """Main weights and moments, of every optimizer that `optimizer` chains."""
+    """Main weights and moments of every optimizer that `optimizer` chains."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         for group in part.optimizer.param_groups:
             yield from (parameter.data for parameter in group["params"])
@@ -117,9 +121,9 @@ def optimizer_state_of(optimizer: Any) -> Iterator[Tensor]:
 
 
 def leave_free(margin_bytes: int) -> None:
-    """--train-memory-margin-bytes: this process may grow until only the margin is free.
+    """Lets this process grow until only the margin (--train-memory-margin-bytes) is free.
 
-    At the limit torch gives back its cached blocks before it reports that memory is out.
+    At this limit torch first returns its cached blocks, and only then reports that memory ran out.
     """
     free, total = torch.cuda.mem_get_info()
     limit = torch.cuda.memory_reserved() + free - margin_bytes

@@ -1,4 +1,4 @@
-"""A second set of weights for the same model, kept on the CPU and swapped in for forward passes."""
+"""Further sets of weights for the same model, kept on the CPU and swapped in for forward passes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from vime.backends.megatron.chunks import named_router_biases
 
 
 class WeightCopy:
-    """The weights that the chunks hold when it is made, of this rank.
+    """A copy of the weights that this rank's chunks hold now.
 
-    A sigmoid router's bias is one of them, though a buffer: it says which experts compute.
+    It includes the bias of a sigmoid router, which is a buffer but selects the experts.
     """
 
     def __init__(self, chunks: Sequence[nn.Module]) -> None:
@@ -24,9 +24,9 @@ class WeightCopy:
     @contextmanager
     @torch.no_grad()
     def swapped_in(self) -> Iterator[None]:
-        """Inside, the chunks compute with the copy; after, they hold exactly what they held before.
+        """Puts the copy into the chunks, and their own weights back at the end, bit for bit.
 
-        No parameter gather may be under way, or it would overwrite the copy.
+        No parameter gather may be in progress: it would overwrite the copy.
         """
         before = [_on_cpu(t) for t in self.tensors]
         self._fill(self.values)
@@ -44,12 +44,16 @@ class WeightCopy:
 
 
 class SentWeights:
-    """Copies of the weights that engines were given, for as long as rollouts may come of them."""
+    """Copies of the weights sent to the engines, kept while rollouts made by them may arrive.
+
+    copies   {version: copy}
+    current  the version that the chunks still hold; None after an optimizer step
+    """
 
     def __init__(self, chunks: Sequence[nn.Module]) -> None:
         self.chunks = chunks
         self.copies: dict[int, WeightCopy] = {}
-        self.current: int | None = None  # the version that the chunks still hold
+        self.current: int | None = None
 
     def are_current(self, version: int | None) -> bool:
         return version is not None and version == self.current
@@ -59,7 +63,10 @@ class SentWeights:
         self.current = version
 
     def trained(self, version: int | None, *, moved: bool) -> None:
-        """No later rollout comes of older weights than `version`; the chunks may have moved on."""
+        """Drops copies older than `version`: every later rollout comes from this one or newer.
+
+        moved  an optimizer step has changed the chunks
+        """
         if moved:
             self.current = None
         if version is not None:
@@ -72,6 +79,6 @@ def _weights(chunk: nn.Module) -> Iterator[Tensor]:
 
 
 def _on_cpu(t: Tensor) -> Tensor:
-    """Pinned where there is a GPU to copy from and to."""
+    """A copy in host memory, pinned when `t` is on a GPU."""
     held = torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=t.is_cuda)
     return held.copy_(t.detach())

@@ -204,10 +204,10 @@ def test_a_users_advantages_must_fit_the_responses():
         user_advantages(hooks, [Two()], [torch.zeros(2)], None)
 
 
-def test_the_flags_offer_what_there_is():
+def test_the_flags_offer_every_level_and_mode():
     flags = flags_in(AlgorithmConfig)
-    assert flags["tis_level"].choices == LEVELS
-    assert flags["tis_mode"].choices == MODES
+    assert flags["tis_level"].choices == tuple(LEVELS) == ("token", "sequence", "geometric")
+    assert flags["tis_mode"].choices == tuple(MODES) == ("clip", "mask")
 
 
 def test_a_loss_of_ones_own_is_a_policy_loss_by_either_name():

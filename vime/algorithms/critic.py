@@ -1,4 +1,4 @@
-"""What a critic is for: advantages from its values, and the loss that teaches it."""
+"""The maths of a critic: advantages from its values, and the loss that trains it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def generalized_advantages(
 ) -> tuple[Tensor, Tensor]:
     """GAE (arXiv:1506.02438) over one response: (advantages [T], returns [T]), in float64.
 
-    rewards_T  [T] what choosing each token earned
+    rewards_T  [T] the reward for choosing each token
     values_T   [T] the critic's value of the state before each token; after the last token it is 0
 
-    delta_t = r_t + gamma * V_{t+1} - V_t; A_t = delta_t + gamma * lambd * A_{t+1}; the return, as
-    the critic learns it, is A_t + V_t. With lambd 1 it is the discounted reward-to-go.
+    delta_t = r_t + gamma * V_{t+1} - V_t, and A_t = delta_t + gamma * lambd * A_{t+1}. The critic
+    learns the return A_t + V_t; with lambd 1 that is the discounted reward-to-go.
     """
     advantages, running, following = [], 0.0, 0.0
     for reward, value in zip(
@@ -33,14 +33,14 @@ def generalized_advantages(
 def clipped_value_loss(
     value_T: Tensor, old_value_T: Tensor, return_T: Tensor, *, clip: float
 ) -> TokenLoss:
-    """Half the squared error, no smaller than that of a value held near the old one.
+    """Half the squared error, but at least that of the value clipped to old_value +- clip.
 
-    PPO's value clipping as in OpenAI's baselines: a value that left old_value - clip .. old_value +
-    clip towards its return gets no further gradient.
+    This is PPO's value clipping as in OpenAI's baselines: a value that has left old_value - clip ..
+    old_value + clip towards its return gets no further gradient.
 
     value_T      [T] critic being trained, carries grad
     old_value_T  [T] critic before this rollout's first step, no grad
-    return_T     [T] what to learn, no grad
+    return_T     [T] target, no grad
     """
     held_T = old_value_T + (value_T - old_value_T).clamp(-clip, clip)
     free_loss_T = (value_T - return_T).square()

@@ -1,36 +1,63 @@
-"""Estimates of the KL divergence to a reference policy from the tokens that were sampled."""
+"""Estimates of the KL divergence to a reference policy, from the sampled tokens.
+
+Sources: http://joschu.net/blog/kl-approx.html, and arXiv:2512.02556 for `unbiased_kl`. The keys of
+`KL_TYPES` are the choices of --kl-loss-type; the command line reads them without loading torch.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-KL_TYPES = ("k1", "k2", "k3", "low_var_kl")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def k1(diff_T: Tensor) -> Tensor:
+    """d: unbiased; it can be negative."""
+    return diff_T
+
+
+def k2(diff_T: Tensor) -> Tensor:
+    """d**2 / 2: biased.
+
+    Over tokens that the policy itself sampled, its mean gradient is the gradient of the KL.
+    """
+    return diff_T.square() / 2
+
+
+def k3(diff_T: Tensor) -> Tensor:
+    """exp(-d) - 1 + d: unbiased and never negative."""
+    return (-diff_T).exp() - 1 + diff_T
+
+
+def low_var_kl(diff_T: Tensor) -> Tensor:
+    """k3, held between -10 and 10."""
+    return k3(diff_T).clamp(-10, 10)
+
+
+KL_TYPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": k1,
+    "k2": k2,
+    "k3": k3,
+    "low_var_kl": low_var_kl,
+}
+
+
+def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, kind: str) -> Tensor:
+    """KL(policy || reference), one estimate per token [T].
+
+    logp_T      [T] policy, may carry grad
+    ref_logp_T  [T] reference, no grad
+    kind        a key of `KL_TYPES`, applied to d = logp - ref_logp
+    """
+    return KL_TYPES[kind](logp_T - ref_logp_T)
 
 
 def unbiased_kl(logp_T: Tensor, old_logp_T: Tensor, ref_logp_T: Tensor, kind: str) -> Tensor:
     """`kl_estimate` times the ratio exp(logp - old_logp), with the gradient of both, [T].
 
-    The tokens come from the old policy; the ratio makes the estimate, and with k3 its gradient,
-    that of the policy being trained (DeepSeek-V3.2, arXiv:2512.02556).
+    The old policy sampled the tokens. The ratio turns the estimate into one for the policy being
+    trained; with k3 the gradient is that policy's, too (DeepSeek-V3.2, arXiv:2512.02556).
     """
     return (logp_T - old_logp_T).exp() * kl_estimate(logp_T, ref_logp_T, kind)
-
-
-def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, kind: str) -> Tensor:
-    """KL(policy || reference), one estimate per token (http://joschu.net/blog/kl-approx.html).
-
-    logp_T      [T] policy, may carry grad
-    ref_logp_T  [T] reference, no grad
-    kind        k1: d; k2: d**2 / 2; k3: exp(-d) - 1 + d; low_var_kl: k3 within -10 and 10,
-                where d = logp - ref_logp
-    """
-    diff_T = logp_T - ref_logp_T
-    if kind == "k1":
-        return diff_T
-    if kind == "k2":
-        return diff_T.square() / 2
-    k3_T = (-diff_T).exp() - 1 + diff_T
-    if kind == "k3":
-        return k3_T
-    assert kind == "low_var_kl", kind
-    return k3_T.clamp(-10, 10)

@@ -1,4 +1,4 @@
-"""The whole loss of one token: the policy's part, the KL to the reference, the entropy bonus."""
+"""The whole loss of one token: policy loss, KL to the reference, entropy bonus."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ Correction = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 class PolicyObjective:
     """pg + kl_coef * KL(policy || reference) - entropy_coef * entropy.
 
-    mismatch    weighs pg for the engine's sampling; None: not at all
-    opsm_delta  drops pg where `stale_and_bad`; None: nowhere
+    mismatch    multiplies pg by importance weights against the engine; None: no weights
+    correct     a user's function in place of `mismatch`
+    opsm_delta  sets pg to 0 at the tokens that `stale_and_bad` finds; None: nowhere
     """
 
     policy_loss: PolicyLoss = clipped_policy_loss
@@ -55,12 +56,12 @@ class PolicyObjective:
         rollout_logp_T: Tensor | None = None,
         sequence_sum: SequenceSum = one_sequence,
     ) -> TokenLoss:
-        """The loss [T] with grad. Terms whose input is None are left out and not reported.
+        """The loss [T] with grad. A term whose input is None is neither added nor reported.
 
-        A term with coefficient 0 is reported without a gradient, so that a stray infinity in a
-        figure that nobody trains on cannot reach the weights.
+        A term with coefficient 0 is reported but not added, so that an infinity in it cannot reach
+        the weights.
 
-        sequence_sum  sums over each token's sequence; the default: all tokens are one sequence
+        sequence_sum  sums over the sequence of each token; by default all tokens are one sequence
         """
         ratio_from_T = old_logp_T
         if self.sequence_ratio:
@@ -100,7 +101,7 @@ class PolicyObjective:
         adv_T: Tensor,
         sequence_sum: SequenceSum,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The policy loss [T], corrected for having been sampled by other weights; figures."""
+        """The policy loss [T] corrected for tokens that other weights sampled, and figures."""
         stats: dict[str, Tensor] = {}
         if self.correct is not None:
             loss_T, stats = self.correct(

@@ -1,31 +1,66 @@
-"""Corrections for tokens that were not sampled by the weights that judge them."""
+"""Corrections for tokens that other weights sampled than those that train on them.
+
+The keys of `LEVELS` and `MODES` are the choices of --tis-level and --tis-mode; the command line
+reads them without loading torch.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from vime.algorithms.policy import SequenceSum, sequence_mean
 
-LEVELS = ("token", "sequence", "geometric")
-MODES = ("clip", "mask")
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _LARGEST_LOG = 20.0  # exp stays finite, and so does its product with any sensible loss
+
+
+def of_the_token(log_ratio_T: Tensor, sequence_sum: SequenceSum) -> Tensor:
+    """The token's own ratio."""
+    return log_ratio_T
+
+
+def of_the_sequence(log_ratio_T: Tensor, sequence_sum: SequenceSum) -> Tensor:
+    """The product of the ratios of the token's sequence."""
+    return sequence_sum(log_ratio_T)
+
+
+def clip(raw_T: Tensor, held_T: Tensor) -> Tensor:
+    """A weight beyond a bound becomes the bound: TIS, where the lower bound is 0."""
+    return held_T
+
+
+def mask(raw_T: Tensor, held_T: Tensor) -> Tensor:
+    """A weight beyond a bound becomes 0.
+
+    On tokens this is IcePop (arXiv:2510.18855), on sequences masked importance sampling.
+    """
+    return raw_T.where(raw_T == held_T, 0.0)
+
+
+# log_ratio_T [T], sequence_sum -> the logarithm of each token's weight [T]
+LEVELS: dict[str, Callable[[Tensor, SequenceSum], Tensor]] = {
+    "token": of_the_token,
+    "sequence": of_the_sequence,
+    "geometric": sequence_mean,
+}
+# weights [T], the same held within the bounds [T] -> the weights to use [T]
+MODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"clip": clip, "mask": mask}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mismatch:
-    """Importance weights between the engine that sampled and the trainer's old policy.
+    """Importance weights: the trainer's old policy over the engine that sampled.
 
-    level  token: exp(old_logp - rollout_logp); sequence: of the sum over the sequence; geometric:
-           of its mean
-    mode   clip: the weight is held at low .. high (TIS; low 0: only truncated from above);
-           mask: outside low .. high it is 0 (IcePop on tokens, arXiv:2510.18855; masked importance
-           sampling on sequences)
-    veto   the weights of a whole sequence are 0 where one of its tokens' own ratio is below this:
-           the trainer would hardly ever have said it; None: never
+    low, high  bounds of a weight
+    level      a key of `LEVELS`: what a token's weight is made of
+    mode       a key of `MODES`: what happens to a weight beyond the bounds
+    veto       a sequence gets weights of 0 if the ratio of one of its tokens is below this: the
+               trainer would hardly ever choose that token. None: no veto
     """
 
     low: float = 0.0
@@ -38,25 +73,18 @@ class Mismatch:
         self, old_logp_T: Tensor, rollout_logp_T: Tensor, sequence_sum: SequenceSum
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weights [T] without grad, and figures per token."""
-        token_log_T = log_T = (old_logp_T - rollout_logp_T).detach()
-        if self.level == "sequence":
-            log_T = sequence_sum(log_T)
-        elif self.level == "geometric":
-            log_T = sequence_mean(log_T, sequence_sum)
-        else:
-            assert self.level == "token", self.level
-        raw_T = log_T.clamp(-_LARGEST_LOG, _LARGEST_LOG).exp()
+        log_ratio_T = (old_logp_T - rollout_logp_T).detach()
+        log_weight_T = LEVELS[self.level](log_ratio_T, sequence_sum)
+        raw_T = log_weight_T.clamp(-_LARGEST_LOG, _LARGEST_LOG).exp()
         held_T = raw_T.clamp(self.low, self.high)
-        outside_T = held_T != raw_T
-        if self.mode == "mask":
-            held_T = torch.where(outside_T, 0.0, raw_T)
-        stats = {"tis": raw_T, "tis_clipfrac": outside_T.to(raw_T.dtype)}
+        weight_T = MODES[self.mode](raw_T, held_T)
+        stats = {"tis": raw_T, "tis_clipfrac": (held_T != raw_T).to(raw_T.dtype)}
         if self.veto is not None:
-            absurd_T = (token_log_T < math.log(self.veto)).to(raw_T.dtype)
+            absurd_T = (log_ratio_T < math.log(self.veto)).to(raw_T.dtype)
             vetoed_T = sequence_sum(absurd_T) > 0
-            held_T = torch.where(vetoed_T, 0.0, held_T)
+            weight_T = weight_T.where(~vetoed_T, 0.0)
             stats["tis_vetofrac"] = vetoed_T.to(raw_T.dtype)
-        return held_T, stats
+        return weight_T, stats
 
 
 def stale_and_bad(
@@ -67,9 +95,10 @@ def stale_and_bad(
     *,
     delta: float,
 ) -> Tensor:
-    """OPSM (DeepSeek-V3.2, arXiv:2512.02556): tokens [T], bool, that get no policy loss.
+    """OPSM (DeepSeek-V3.2, arXiv:2512.02556): the tokens [T], bool, that get no policy loss.
 
-    Those with a negative advantage in a sequence whose mean of old_logp - logp is above delta.
+    A token is one if its advantage is negative and its sequence's mean of old_logp - logp is above
+    delta.
     """
     drift_T = sequence_mean(old_logp_T - logp_T, sequence_sum)
     return (adv_T < 0) & (drift_T > delta)

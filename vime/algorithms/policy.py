@@ -1,4 +1,7 @@
-"""Policy losses. One value per token, nothing reduced: the batch's weights do that."""
+"""Policy losses: one value per token, not reduced.
+
+The batch gives each token its weight in the loss of the step.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ SequenceSum: TypeAlias = "Callable[[Tensor], Tensor]"
 
 @dataclass(frozen=True, slots=True)
 class TokenLoss:
-    """A loss per token [T] with its gradient, and detached figures per token worth a mean."""
+    """A loss per token [T] with its gradient, and detached figures per token for the log."""
 
     value_T: Tensor
     stats: dict[str, Tensor] = field(default_factory=dict)
@@ -34,11 +37,11 @@ def clipped_policy_loss(
 
     logp_T      [T] policy being trained, carries grad
     old_logp_T  [T] policy before this update, no grad
-    adv_T       [T] advantage, already spread over tokens
-    clip_low    the ratio is held at 1 - clip_low and above where the advantage is negative
-    clip_high   the ratio is held at 1 + clip_high and below where the advantage is positive
-    dual_clip   where the advantage is negative, the loss is at most dual_clip * |advantage|
-                (arXiv:1912.09729); a value above 1
+    adv_T       [T] advantage of each token
+    clip_low    lower bound of the ratio is 1 - clip_low; it acts on negative advantages
+    clip_high   upper bound of the ratio is 1 + clip_high; it acts on positive advantages
+    dual_clip   a value above 1: on negative advantages, the loss is at most dual_clip * |advantage|
+                (arXiv:1912.09729). None: no such limit
     """
     ratio_T = (logp_T - old_logp_T).exp()
     free_T = -ratio_T * adv_T
@@ -69,10 +72,10 @@ def cispo_loss(
     clip_high: float,
     dual_clip: float | None = None,
 ) -> TokenLoss:
-    """CISPO (arXiv:2506.13585): -sg(ratio held at 1 - clip_low .. 1 + clip_high) * A * logp.
+    """CISPO (arXiv:2506.13585): -sg(ratio clipped to 1 - clip_low .. 1 + clip_high) * A * logp.
 
-    No token loses its gradient; a clip_low of 1 leaves the ratio unbounded below, as in the paper.
-    Shapes as in `clipped_policy_loss`; `dual_clip` plays no part.
+    Every token keeps its gradient. A clip_low of 1 removes the lower bound, as in the paper. Shapes
+    are those of `clipped_policy_loss`; `dual_clip` is ignored.
     """
     ratio_T = (logp_T.detach() - old_logp_T).exp()
     held_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
@@ -84,22 +87,22 @@ def cispo_loss(
 
 
 def sequence_ratio(logp_T: Tensor, old_logp_T: Tensor, sequence_sum: SequenceSum) -> Tensor:
-    """The old log-probabilities [T] that make each token's ratio its sequence's (GSPO).
+    """Old log-probabilities [T] with which each token's ratio is the ratio of its sequence (GSPO).
 
-    The ratio becomes exp(mean over the sequence of logp - old_logp), and its gradient with respect
-    to logp_T that ratio: GSPO-token (arXiv:2507.18071, eq. 14), whose summed gradient is GSPO's
-    wherever a sequence has one advantage.
+    The ratio becomes exp(mean over the sequence of logp - old_logp). Its gradient with respect to
+    logp_T is that same ratio. This is GSPO-token (arXiv:2507.18071, eq. 14); its summed gradient
+    equals GSPO's if all tokens of a sequence have one advantage.
     """
     now_T = logp_T.detach()
     return now_T - sequence_mean(now_T - old_logp_T, sequence_sum)
 
 
 def one_sequence(values_T: Tensor) -> Tensor:
-    """The `SequenceSum` where all tokens are of one sequence."""
+    """The `SequenceSum` of tokens that all belong to one sequence."""
     return values_T.detach().sum().expand_as(values_T)
 
 
 def sequence_mean(values_T: Tensor, sequence_sum: SequenceSum) -> Tensor:
-    """Each token's sequence's mean over its loss tokens [T]; no grad."""
+    """At each token the mean over the loss tokens of its sequence [T]; no grad."""
     values_T = values_T.detach()
     return sequence_sum(values_T) / sequence_sum(values_T.new_ones(values_T.shape))

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vime.algorithms.advantages import ESTIMATORS, Estimator, estimators_where
+from vime.algorithms.kl import KL_TYPES
+from vime.algorithms.off_policy import LEVELS, MODES
 from vime.config.fields import Section, flag
 
 
@@ -26,9 +28,7 @@ class AlgorithmConfig(Section):
         "--use-kl-loss", "KL to the reference model as a loss; also logs it", default=False
     )
     kl_loss_coef: float = flag("--kl-loss-coef", default=0.0, at_least=0)
-    kl_loss_type: str = flag(
-        "--kl-loss-type", default="k1", choices=("k1", "k2", "k3", "low_var_kl")
-    )
+    kl_loss_type: str = flag("--kl-loss-type", default="k1", choices=tuple(KL_TYPES))
     unbiased_kl: bool = flag(
         "--use-unbiased-kl", "the KL loss times the ratio of new and old policy", default=False
     )
@@ -134,13 +134,13 @@ class AlgorithmConfig(Section):
         "--tis-level",
         "the weight is of a token, of its sequence (product), or geometric (the sequence's mean)",
         default="token",
-        choices=("token", "sequence", "geometric"),
+        choices=tuple(LEVELS),
     )
     tis_mode: str = flag(
         "--tis-mode",
         "beyond the bounds: clip to them, or mask (on tokens: IcePop)",
         default="clip",
-        choices=("clip", "mask"),
+        choices=tuple(MODES),
     )
     tis_veto: float | None = flag(
         "--tis-veto",

@@ -197,8 +197,8 @@ def no_dict(args, samples):
     [
         ("misspelt", "lacks response_lengths and has unknown columns response_length"),
         ("ragged", "equally long"),
-        ("all_response", "row 0 has response_lengths 2 for 2 tokens"),
-        ("short_mask", "row 0 has 1 loss_masks for a response of 2"),
+        ("all_response", "row 0 has response_length 2 for 2 tokens"),
+        ("short_mask", "row 0: loss_mask has 1 entries for a response of 2"),
         ("no_dict", "returned list"),
     ],
 )

@@ -13,6 +13,7 @@ import numpy as np
 from vime.config import Config
 from vime.data.packing import PackingRules, plan_step, repack
 from vime.data.rewards import overlong_penalty, score_samples, zero_std_counts
+from vime.data.sequences import train_sequence
 from vime.errors import PluginError
 from vime.types import Group, Sample, Status, StepPlan, TrainBatch, TrainSequence
 
@@ -79,7 +80,8 @@ def build_train_batch(
     ]
     metrics = _sample_metrics(samples, usable, group_ids, raw, scores)
     batch = plan_batch(steps, cfg, rollout_id, metrics, weigh=weigh)
-    return replace(batch, weight_version=_newest_version([samples[i] for i in kept]))
+    newest = _newest_version([samples[i] for i in kept], batch.sequences)
+    return replace(batch, weight_version=newest)
 
 
 def plan_batch(
@@ -161,12 +163,12 @@ def _users_weights(weigh: Weigh, masks: list[np.ndarray], per_token: bool) -> li
     return [w * (m > 0) for w, m in zip(weights, masks, strict=True)]
 
 
-def _newest_version(samples: Sequence[Sample]) -> int | None:
-    """Of the weights that made the tokens with loss; versions below 0 stand for no weights."""
+def _newest_version(samples: Sequence[Sample], sequences: Sequence[TrainSequence]) -> int | None:
+    """The newest weights that made a token with loss; versions below 0 stand for no weights."""
     known = [
         version
-        for s in samples
-        for version, m in zip(s.weight_versions, _loss_mask(s), strict=False)
+        for sample, sequence in zip(samples, sequences, strict=True)
+        for version, m in zip(sample.weight_versions, sequence.loss_mask, strict=False)
         if m and version >= 0
     ]
     return max(known, default=None)
@@ -259,45 +261,19 @@ def _steps(num_samples: int, kept: Sequence[int], num_steps: int) -> list[list[i
     return [s for s in steps if s]
 
 
-def _loss_mask(sample: Sample) -> np.ndarray:
-    size = sample.response_length
-    if sample.remove_sample:
-        return np.zeros(size, dtype=np.float32)
-    mask = _per_response(sample, "loss_mask")
-    return np.ones(size, dtype=np.float32) if mask is None else mask
-
-
-def _per_response(sample: Sample, name: str) -> np.ndarray | None:
-    """[R] of the sample's list of that name, if it has one."""
-    values: Sequence[float] | None = getattr(sample, name)
-    if values is None:
-        return None
-    if len(values) != sample.response_length:
-        raise ValueError(
-            f"sample {sample.index}: {name} has {len(values)} entries for a response of "
-            f"{sample.response_length} tokens"
-        )
-    return np.asarray(values, dtype=np.float32)
-
-
 def _sequence(sample: Sample, group_id: int, score: float, raw_reward: float) -> TrainSequence:
-    """Without its weights, which depend on the other sequences of its step."""
-    if sample.prompt_length < 1:
-        raise ValueError(
-            f"sample {sample.index}: {len(sample.tokens)} tokens for a response of "
-            f"{sample.response_length} leave no prompt token to predict it from"
-        )
-    return TrainSequence(
+    removed = [0.0] * sample.response_length if sample.remove_sample else None
+    return train_sequence(
+        f"sample {sample.index}",
         index=-1 if sample.index is None else sample.index,
         group=group_id,
-        tokens=np.asarray(sample.tokens, dtype=np.int64),
+        tokens=sample.tokens,
         response_length=sample.response_length,
-        loss_mask=_loss_mask(sample),
-        weight=np.zeros(0, dtype=np.float32),
         reward=score,
         raw_reward=raw_reward,
-        rollout_logp=_per_response(sample, "rollout_log_probs"),
-        teacher_logp=_per_response(sample, "teacher_log_probs"),
+        loss_mask=removed or sample.loss_mask,
+        rollout_log_probs=sample.rollout_log_probs,
+        teacher_log_probs=sample.teacher_log_probs,
         train_metadata=sample.train_metadata,
     )
 

@@ -20,10 +20,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from vime.config import Config
 from vime.data.batching import Weigh, plan_batch
+from vime.data.sequences import train_sequence
 from vime.errors import PluginError
 from vime.types import TrainBatch, TrainSequence
 
@@ -80,36 +79,20 @@ def _checked(made: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
 
 
 def _sequence(row: Mapping[str, Any], i: int) -> TrainSequence:
-    tokens, size = row["tokens"], int(row["response_lengths"])
-    if not 0 < size < len(tokens):
-        raise PluginError(
-            f"{HOOK}: row {i} has response_lengths {size} for {len(tokens)} tokens; at least one "
-            "token must be the prompt and one the response."
-        )
     raw_reward = row.get("raw_reward")
-    return TrainSequence(
-        index=int(row.get("sample_indices", i)),
-        group=int(row.get("group_indices", -1)),
-        tokens=np.asarray(tokens, dtype=np.int64),
-        response_length=size,
-        loss_mask=_per_response(row, "loss_masks", size, i, default=1.0),
-        weight=np.zeros(0, dtype=np.float32),
-        reward=float(row["rewards"]),
-        raw_reward=float(row["rewards"] if raw_reward is None else raw_reward),
-        rollout_logp=_per_response(row, "rollout_log_probs", size, i),
-        teacher_logp=_per_response(row, "teacher_log_probs", size, i),
-        train_metadata=row.get("train_metadata"),
-    )
-
-
-def _per_response(
-    row: Mapping[str, Any], name: str, size: int, i: int, default: float | None = None
-) -> Any:
-    values = row.get(name)
-    if values is None:
-        return None if default is None else np.full(size, default, dtype=np.float32)
-    if len(values) != size:
-        raise PluginError(
-            f"{HOOK}: row {i} has {len(values)} {name} for a response of {size} tokens."
+    try:
+        return train_sequence(
+            f"row {i}",
+            index=int(row.get("sample_indices", i)),
+            group=int(row.get("group_indices", -1)),
+            tokens=row["tokens"],
+            response_length=int(row["response_lengths"]),
+            reward=float(row["rewards"]),
+            raw_reward=float(row["rewards"] if raw_reward is None else raw_reward),
+            loss_mask=row.get("loss_masks"),
+            rollout_log_probs=row.get("rollout_log_probs"),
+            teacher_log_probs=row.get("teacher_log_probs"),
+            train_metadata=row.get("train_metadata"),
         )
-    return np.asarray(values, dtype=np.float32)
+    except ValueError as e:
+        raise PluginError(f"{HOOK}: {e}") from e

@@ -1,11 +1,15 @@
 """Attention of a pack on this GPU, forward and backward, by every kernel that is there.
 
 python benchmarks/attention_kernels.py     a table of milliseconds and TFLOP/s (causal FLOPs)
+
+The last lines are one rank's share under context parallelism, in packs that were never seen before:
+in RL every pack has lengths of its own.
 """
 
 from __future__ import annotations
 
 import itertools
+import random
 import statistics
 import sys
 import time
@@ -17,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.train_mfu import timed  # noqa: E402
-from vime.backends.megatron.kernels.attention import attend, missing  # noqa: E402
+from vime.backends.megatron.kernels.attention import Spans, attend, missing  # noqa: E402
 from vime.backends.megatron.kernels.choice import ATTENTION  # noqa: E402
 
 MIXED = [5000, 300, 2100, 700, 4096, 1500, 900, 1788]
@@ -27,13 +31,15 @@ SETTINGS = (
     ("mixed lengths, 32 heads on 8", 32, 8, MIXED),
 )
 WIDTH = 128
+CP = 4
+NEW_SEQUENCES = 12
 
 
 def main() -> int:
     for title, heads, groups, lengths in SETTINGS:
         print(title)
         bounds = [0, *itertools.accumulate(lengths)]
-        starts = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+        spans = Spans.of(bounds, "cuda")
         make = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
         q = torch.randn(bounds[-1], heads, WIDTH, **make)
         k, v = (torch.randn(bounds[-1], groups, WIDTH, **make) for _ in range(2))
@@ -43,15 +49,46 @@ def main() -> int:
                 print(f"  {name:8}{problem}")
                 continue
             try:
-                measure(name, q, k, v, starts, bounds, flops)
+                measure(name, q, k, v, spans, flops)
             except Exception as error:  # noqa: BLE001 - the other kernels are still of interest
                 print(f"  {name:8}{type(error).__name__}: {str(error)[:300]}")
+    print(f"new packs of {NEW_SEQUENCES} sequences, 32 heads on 8, rank 0 of {CP}")
+    for name in ATTENTION:
+        if missing(name) is None:
+            measure_new_packs(name)
     return 0
 
 
-def measure(name, q, k, v, starts, bounds, flops) -> None:
+def measure_new_packs(name: str) -> None:
+    """Forward and backward of one layer's keys, values and attention; each pack is new."""
+    from vime.backends.megatron.model.attention import seen_by
+
+    draw, taken_ms, tokens = random.Random(0), [], []
+    for _ in range(12):
+        lengths = [2 * CP * draw.randint(340, 430) for _ in range(NEW_SEQUENCES)]
+        bounds = [0, *itertools.accumulate(lengths)]
+        make = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+        q = torch.randn(bounds[-1] // CP, 32, WIDTH, **make)
+        gathered = torch.randn(bounds[-1], 8, 2 * WIDTH, **make)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        rows, queries, keys = seen_by(bounds, CP, 0, "cuda")
+        k, v = gathered.index_select(0, rows).split(WIDTH, dim=-1)
+        attend(name, q, k, v, queries, keys, None).sum().backward()
+        torch.cuda.synchronize()
+        taken_ms.append(1e3 * (time.perf_counter() - began))
+        tokens.append(bounds[-1])
+    print(
+        f"  {name:8}median {statistics.median(taken_ms[1:]):6.2f} ms, "
+        f"worst {max(taken_ms[1:]):6.2f} ms, first call {taken_ms[0]:6.1f} ms; "
+        f"{min(tokens):,} to {max(tokens):,} tokens",
+        flush=True,
+    )
+
+
+def measure(name, q, k, v, spans, flops) -> None:
     began = time.perf_counter()
-    out = attend(name, q, k, v, starts, bounds, None)
+    out = attend(name, q, k, v, spans, spans, None)
     grad = torch.randn_like(out)
     out.backward(grad)
     torch.cuda.synchronize()
@@ -59,9 +96,9 @@ def measure(name, q, k, v, starts, bounds, flops) -> None:
 
     def forward() -> None:
         with torch.no_grad():
-            attend(name, q, k, v, starts, bounds, None)
+            attend(name, q, k, v, spans, spans, None)
 
-    out = attend(name, q, k, v, starts, bounds, None)
+    out = attend(name, q, k, v, spans, spans, None)
 
     def backward() -> None:
         torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)

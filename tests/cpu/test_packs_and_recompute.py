@@ -8,7 +8,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from vime.backends.megatron.kernels import many_tensors, reference, weight_gradient
 from vime.backends.megatron.kernels.choice import VARIABLE, chosen
-from vime.backends.megatron.model.attention import zigzag_order
+from vime.backends.megatron.model.attention import seen_by, zigzag_order
 from vime.backends.megatron.model.pack import bounds_of, make_pack, positions_of
 from vime.backends.megatron.model.recompute import forget, remakeable
 from vime.errors import ConfigError
@@ -29,6 +29,23 @@ def test_positions_count_from_each_sequences_start_in_every_share(cp: int) -> No
     for rank, expected in enumerate(shards.chunk(cp)):
         found = positions_of(pack_of(LENGTHS), len(expected), cp, rank)
         assert torch.equal(found.long(), expected)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_query_chunk_sees_its_sequence_up_to_its_own_end(size: int) -> None:
+    lengths = tuple(2 * size * n for n in (1, 3, 2))
+    bounds = bounds_of(pack_of(lengths))
+    order = zigzag_order(bounds, size)
+    rows_in_shards = torch.empty(bounds[-1], dtype=torch.long)
+    rows_in_shards[order] = torch.arange(bounds[-1])  # the pack's row that stands at each place
+    for rank, mine in enumerate(rows_in_shards.chunk(size)):
+        rows, queries, keys = seen_by(bounds, size, rank)
+        query_parts = mine.split(queries.lengths)
+        key_parts = rows_in_shards[rows].split(keys.lengths)
+        assert len(query_parts) == len(key_parts) == 2 * len(lengths)
+        for query, key in zip(query_parts, key_parts, strict=True):
+            first = max(a for a in bounds if a <= query[0])
+            assert torch.equal(key, torch.arange(first, query[-1] + 1))
 
 
 def test_a_pack_that_megatron_made_has_bounds_too() -> None:

@@ -133,27 +133,53 @@ def test_log_probabilities_make_no_copy_of_the_logits() -> None:
 @pytest.mark.parametrize("name", ATTENTION)
 @pytest.mark.parametrize(("heads", "groups"), [(8, 8), (8, 2)])
 def test_attention(name: str, heads: int, groups: int) -> None:
+    from vime.backends.megatron.kernels.attention import Spans, attend, missing
+
+    if problem := missing(name):
+        pytest.skip(problem)
+    spans = Spans.of([0, *itertools.accumulate(LENGTHS)], "cuda")
+    q, k, v = pack_of_heads(heads, groups)
+    found = with_gradients(lambda *t: attend(name, *t, spans, spans, None), q, k, v)
+    assert_near(found, with_gradients(dense_attention, q.float(), k.float(), v.float()), 2e-2)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("size", [2, 4])
+def test_attention_of_all_ranks_of_context_parallelism(name: str, size: int) -> None:
     from vime.backends.megatron.kernels.attention import attend, missing
+    from vime.backends.megatron.model.attention import seen_by, zigzag_order
 
     if problem := missing(name):
         pytest.skip(problem)
     bounds = [0, *itertools.accumulate(LENGTHS)]
-    starts = torch.tensor(bounds, dtype=torch.int32, device="cuda")
-    q = rand(bounds[-1], heads, 128, dtype=torch.bfloat16)
-    k, v = (rand(bounds[-1], groups, 128, dtype=torch.bfloat16) for _ in range(2))
+    order = zigzag_order(bounds, size).cuda()
 
-    def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        parts = zip(*(t.split(LENGTHS) for t in (q, k, v)), strict=True)
+    def by_ranks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        shards = [torch.empty_like(t).index_copy(0, order, t) for t in (q, k, v)]
         outs = []
-        for part in parts:
-            one = [t.transpose(0, 1)[None] for t in part]
-            out = F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True)
-            outs.append(out[0].transpose(0, 1))
-        return torch.cat(outs)
+        for rank, query in enumerate(shards[0].chunk(size)):
+            rows, queries, keys = seen_by(bounds, size, rank, "cuda")
+            key, value = (t.index_select(0, rows) for t in shards[1:])
+            outs.append(attend(name, query, key, value, queries, keys, None))
+        return torch.cat(outs)[order]
 
-    found = with_gradients(lambda *t: attend(name, *t, starts, bounds, None), q, k, v)
-    expected = with_gradients(dense, q.float(), k.float(), v.float())
-    assert_near(found, expected, 2e-2)
+    q, k, v = pack_of_heads(8, 2)
+    found = with_gradients(by_ranks, q, k, v)
+    assert_near(found, with_gradients(dense_attention, q.float(), k.float(), v.float()), 2e-2)
+
+
+def pack_of_heads(heads: int, groups: int) -> list[torch.Tensor]:
+    shapes = [(sum(LENGTHS), n, 128) for n in (heads, groups, groups)]
+    return [rand(*shape, dtype=torch.bfloat16) for shape in shapes]
+
+
+def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    outs = []
+    for part in zip(*(t.split(LENGTHS) for t in (q, k, v)), strict=True):
+        one = [t.transpose(0, 1)[None] for t in part]
+        out = F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True)
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
 
 
 @pytest.mark.parametrize("buffer", [torch.float32, torch.bfloat16])

@@ -1,9 +1,9 @@
-"""Causal attention over a pack on CUDA, by whichever library has it. Names are `choice.ATTENTION`.
+"""Causal attention over a pack on CUDA, by the first library that has it (`choice.ATTENTION`).
 
 fa3     FlashAttention 3, where `flash_attn_interface` is installed; Hopper
 fa4     FlashAttention 4, its own package or vLLM's copy, with the CuTe DSL; Hopper and later
 cudnn   cuDNN, one call for each run of sequences of one length: for few, long sequences. Packs
-        of many lengths go to `varlen`
+        of many lengths, and queries on more keys than queries, go to `varlen`
 varlen  torch's, FlashAttention 2
 """
 
@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -22,6 +23,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TRIAL_TOLERANCE = 0.02  # relative, of bfloat16 results
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """The sequences of a pack, one behind the other.
+
+    starts  [S + 1] int32, cumulative lengths on the device
+    bounds  the same numbers on the host
+    """
+
+    starts: Tensor
+    bounds: Sequence[int]
+
+    @classmethod
+    def of(cls, bounds: Sequence[int], device: Any) -> Spans:
+        return cls(torch.tensor(bounds, dtype=torch.int32, device=device), bounds)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
 
 
 @cache
@@ -43,15 +68,14 @@ def missing(name: str) -> str | None:
 
 def _trial(name: str) -> str | None:
     """What goes wrong when it computes a small pack forward and backward, or None."""
-    bounds = [0, 300, 340, 468]
-    starts = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    spans = Spans.of([0, 300, 340, 468], "cuda")
     generator = torch.Generator("cuda").manual_seed(0)
-    shapes = [(bounds[-1], heads, 128) for heads in (4, 2, 2, 4)]
+    shapes = [(spans.bounds[-1], heads, 128) for heads in (4, 2, 2, 4)]
     *qkv, grad = (torch.randn(s, generator=generator, device="cuda").bfloat16() for s in shapes)
 
     def results(kernel: str) -> list[Tensor]:
         leaves = [t.detach().requires_grad_() for t in qkv]
-        out = attend(kernel, *leaves, starts, bounds, None)
+        out = attend(kernel, *leaves, spans, spans, None)
         return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
     try:
@@ -64,36 +88,32 @@ def _trial(name: str) -> str | None:
 
 
 def attend(
-    name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    starts: Tensor,
-    bounds: Sequence[int],
-    scale: float | None,
+    name: str, q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, scale: float | None
 ) -> Tensor:
-    """[T, H, Dv]: q [T, H, D] on k [T, G, D] and v [T, G, Dv], causal within each sequence.
+    """[Q, H, Dv]: q [Q, H, D] on k [K, G, D] and v [K, G, Dv], causal within each sequence.
 
-    starts, bounds  cumulative lengths, on the device (int32) and on the host
+    A sequence may have more keys than queries: its queries are then its last positions.
     """
-    longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
     if v.shape[-1] != q.shape[-1]:  # latent attention: other widths than the kernels take
-        return _varlen(q, k, v, starts, longest, scale)
+        return _varlen(q, k, v, queries, keys, scale)
     if name == "fa3":
-        return _fa3(q, k, v, starts, longest, scale)
+        return _fa3(q, k, v, queries, keys, scale)
     if name == "fa4":
-        return _fa4_varlen(q, k, v, starts, longest, scale)
-    if name == "cudnn":
+        return _fa4_varlen(q, k, v, queries, keys, scale)
+    if name == "cudnn" and queries is keys:
         from vime.backends.megatron.kernels import cudnn
 
-        if len(cudnn.runs_of(bounds)) <= cudnn.MAX_CALLS:
-            return cudnn.attend(q, k, v, bounds, scale)
-    return _varlen(q, k, v, starts, longest, scale)
+        if len(cudnn.runs_of(keys.bounds)) <= cudnn.MAX_CALLS:
+            return cudnn.attend(q, k, v, keys.bounds, scale)
+    return _varlen(q, k, v, queries, keys, scale)
 
 
-def _fa3(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: Any) -> Tensor:
+def _fa3(
+    q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, scale: float | None
+) -> Tensor:
     flash = importlib.import_module("flash_attn_interface").flash_attn_varlen_func
-    out = flash(q, k, v, starts, starts, longest, longest, softmax_scale=scale, causal=True)
+    lengths = (queries.starts, keys.starts, queries.longest, keys.longest)
+    out = flash(q, k, v, *lengths, softmax_scale=scale, causal=True)
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -108,16 +128,16 @@ def _fa4() -> Any:
 
 
 def _fa4_varlen(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, scale: float | None
 ) -> Tensor:
     out = _fa4()(
         q,
         k,
         v,
-        cu_seqlens_q=starts,
-        cu_seqlens_k=starts,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
+        cu_seqlens_q=queries.starts,
+        cu_seqlens_k=keys.starts,
+        max_seqlen_q=queries.longest,
+        max_seqlen_k=keys.longest,
         softmax_scale=scale,
         causal=True,
     )
@@ -125,14 +145,15 @@ def _fa4_varlen(
 
 
 def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, scale: float | None
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     narrow = v.shape[-1]
     if narrow < q.shape[-1]:  # latent attention; the kernel wants one width
         v = F.pad(v, (0, q.shape[-1] - narrow))
-    out = varlen_attn(q, k, v, starts, starts, longest, longest, **_varlen_options(), scale=scale)
+    lengths = (queries.starts, keys.starts, queries.longest, keys.longest)
+    out = varlen_attn(q, k, v, *lengths, **_varlen_options(), scale=scale)
     return out[..., :narrow]
 
 

@@ -7,6 +7,7 @@ zigzag, which evens out causal work); each rank then holds T/C tokens of the pac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from vime.backends.megatron.kernels import chosen
-from vime.backends.megatron.model.pack import bounds_of, remembered, starts_of
+from vime.backends.megatron.kernels.attention import Spans, attend
+from vime.backends.megatron.model.pack import bounds_of, remembered, spans_of
 
 
 class PackedAttention(MegatronModule):
@@ -47,42 +49,58 @@ class PackedAttention(MegatronModule):
             q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
             out = _sdpa(q, k, v, self.scale, is_causal=True)
             return out.permute(2, 0, 1, 3).flatten(2)
-        bounds = bounds_of(packed_seq_params)
+        queries = keys = spans_of(packed_seq_params)
         if self.cp_group.size() > 1:
-            out = self._across_ranks(query, key, value, packed_seq_params)
-        elif query.is_cuda and query.dtype.itemsize == 2:
-            from vime.backends.megatron.kernels.attention import attend
-
-            starts, kernel = starts_of(packed_seq_params), chosen().attention
-            out = attend(kernel, query, key, value, starts, bounds, self.scale)
+            key, value, queries, keys = self._gathered(key, value, packed_seq_params)
+        if query.is_cuda and query.dtype.itemsize == 2:
+            out = attend(chosen().attention, query, key, value, queries, keys, self.scale)
         else:
             # split, not slices: the backward of each slice would fill a tensor as long as the pack
-            lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
-            parts = (t.split(lengths) for t in (query, key, value))
+            parts = query.split(queries.lengths), key.split(keys.lengths), value.split(keys.lengths)
             out = torch.cat([_one(q, k, v, self.scale) for q, k, v in zip(*parts, strict=True)])
         return out.flatten(1)
 
-    def _across_ranks(
-        self, query: Tensor, key: Tensor, value: Tensor, pack: PackedSeqParams
-    ) -> Tensor:
-        """Every rank gathers all keys and values; the gather's backward is a reduce-scatter."""
+    def _gathered(
+        self, key: Tensor, value: Tensor, pack: PackedSeqParams
+    ) -> tuple[Tensor, Tensor, Spans, Spans]:
+        """The keys and values that each of this rank's query chunks sees, side by side.
+
+        Every rank gathers all keys and values; the gather's backward is a reduce-scatter. A row
+        that both chunks of a sequence see stands there twice, and its two gradients add up.
+        """
         size, rank = self.cp_group.size(), self.cp_group.rank()
-        bounds = bounds_of(pack)
+        order, queries, keys = remembered(
+            pack, "seen", lambda: seen_by(bounds_of(pack), size, rank, key.device)
+        )
         both = torch.cat([key, value], dim=-1)
         both = gather_from_sequence_parallel_region(both, True, self.cp_group)
-        both = both[remembered(pack, "zigzag", lambda: zigzag_order(bounds, size, both.device))]
-        key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
-        parts = []
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True):
-            chunk, mine = (b - a) // (2 * size), a // size
-            for half, place in enumerate((rank, 2 * size - 1 - rank)):
-                q = query[mine + half * chunk : mine + (half + 1) * chunk]
-                seen = slice(a, a + (place + 1) * chunk)
-                parts.append(_one(q, key[seen], value[seen], self.scale))
-        return torch.cat(parts)
+        widths = [key.shape[-1], value.shape[-1]]
+        key, value = both.index_select(0, order).split(widths, dim=-1)
+        return key, value, queries, keys
 
 
-def zigzag_order(bounds: list[int], size: int, device: Any = None) -> Tensor:
+def seen_by(
+    bounds: Sequence[int], size: int, rank: int, device: Any = None
+) -> tuple[Tensor, Spans, Spans]:
+    """(rows of the gathered keys, query chunks, keys of each chunk) of one rank.
+
+    The rows count rank-major zigzag shards. A chunk sees its sequence from the start to its end.
+
+    bounds  cumulative sequence lengths of the whole pack, each length divisible by 2 * size
+    """
+    place_in_shards = zigzag_order(bounds, size)
+    rows, queries, keys = [], [0], [0]
+    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+        chunk = (b - a) // (2 * size)
+        for place in (rank, 2 * size - 1 - rank):
+            seen = (place + 1) * chunk
+            rows.append(place_in_shards[a : a + seen])
+            queries.append(queries[-1] + chunk)
+            keys.append(keys[-1] + seen)
+    return torch.cat(rows).to(device), Spans.of(queries, device), Spans.of(keys, device)
+
+
+def zigzag_order(bounds: Sequence[int], size: int) -> Tensor:
     """[T] indices that put rank-major zigzag shards back into the pack's order.
 
     bounds  cumulative sequence lengths of the whole pack, each length divisible by 2 * size
@@ -94,7 +112,7 @@ def zigzag_order(bounds: list[int], size: int, device: Any = None) -> Tensor:
         for place in range(2 * size):
             rank, half = (place, 0) if place < size else (2 * size - 1 - place, 1)
             first = rank * per_rank + a // size + half * chunk
-            order.append(torch.arange(first, first + chunk, device=device))
+            order.append(torch.arange(first, first + chunk))
     return torch.cat(order)
 
 

@@ -7,26 +7,27 @@ remembered with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from vime.backends.megatron.kernels.attention import Spans
+
 
 def make_pack(bounds: list[int], device: torch.device) -> PackedSeqParams:
     """The pack of sequences whose cumulative lengths, from 0 on, are `bounds`."""
-    starts = torch.tensor(bounds, dtype=torch.int32, device=device)
-    longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    spans = Spans.of(list(bounds), device)
     pack = PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=starts,
-        cu_seqlens_kv=starts,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        cu_seqlens_q=spans.starts,
+        cu_seqlens_kv=spans.starts,
+        max_seqlen_q=spans.longest,
+        max_seqlen_kv=spans.longest,
     )
-    remembered(pack, "bounds", lambda: list(bounds))
+    remembered(pack, "spans", lambda: spans)
     return pack
 
 
@@ -44,9 +45,14 @@ def starts_of(pack: PackedSeqParams) -> Tensor:
     return pack.cu_seqlens_q if padded is None else padded
 
 
-def bounds_of(pack: PackedSeqParams) -> list[int]:
-    """The same on the host."""
-    return remembered(pack, "bounds", lambda: starts_of(pack).tolist())
+def spans_of(pack: PackedSeqParams) -> Spans:
+    """The sequences of the whole pack, padding included."""
+    return remembered(pack, "spans", lambda: Spans(starts_of(pack), starts_of(pack).tolist()))
+
+
+def bounds_of(pack: PackedSeqParams) -> Sequence[int]:
+    """The cumulative lengths of the whole pack, on the host."""
+    return spans_of(pack).bounds
 
 
 def positions_of(pack: PackedSeqParams, tokens: int, cp: int = 1, cp_rank: int = 0) -> Tensor:

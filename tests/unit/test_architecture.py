@@ -22,6 +22,7 @@ HEIGHT = {
     "platform": 1,
     "observe": 2,
     "algorithms": 2,
+    "rollout.rm_hub": 2,
     "config": 3,
     "plan": 4,
     "data": 4,
@@ -35,8 +36,8 @@ HEIGHT = {
 }
 FORBIDDEN = {  # further than height says
     "observe": {"platform"},
-    "backends.vllm": {"rollout", "cli"},
-    "backends.megatron": {"rollout", "cli"},
+    "backends.vllm": {"rollout", "rollout.rm_hub", "cli"},
+    "backends.megatron": {"rollout", "rollout.rm_hub", "cli"},
     "ray": {"cli"},
 }
 ONLY_HOME = {  # a library: the places that may import it
@@ -73,7 +74,8 @@ def room(module: str) -> str | None:
     parts = module.split(".")
     if parts[0] != "vime" or len(parts) == 1:
         return None
-    return ".".join(parts[1:3]) if parts[1] == "backends" else parts[1]
+    inner = ".".join(parts[1:3])
+    return inner if parts[1] == "backends" or inner in HEIGHT else parts[1]
 
 
 def name_of(path: Path) -> str:

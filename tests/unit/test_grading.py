@@ -1,15 +1,23 @@
 import asyncio
 import logging
+import subprocess
+import sys
 import time
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from benchmarks.tables import markdown, table_in
 from tests.unit.fake_engine import make_config
 from vime.config.view import ArgsView
-from vime.errors import PluginError
+from vime.errors import ConfigError, PluginError
 from vime.rollout import grading
-from vime.rollout.rm_hub import answers, dapo, deepscaler, f1, gpqa, ifeval, math
-from vime.rollout.rm_hub.pool import GraderPool, GradingFailed, GradingTimeout
+from vime.rollout.rm_hub import answers, dapo, deepscaler, f1, gpqa, ifeval, math, registry
+from vime.rollout.rm_hub.grader import GradingFailed, GradingTimeout
+from vime.rollout.rm_hub.pool import GraderPool
+from vime.rollout.rm_hub.registry import GRADERS
 from vime.types import Sample, Status
 
 
@@ -194,6 +202,25 @@ def test_boxed_prefix_grades_what_the_box_holds():
     assert grade(make_args(rm_type="f1"), finished(r"noise \boxed{a cat}", "cat")) < 1.0
 
 
+@pytest.mark.parametrize("name", [name for name, grader in GRADERS.items() if grader.takes_box])
+def test_boxed_prefix_is_refused_where_the_grader_looks_for_the_box(name):
+    with pytest.raises(ConfigError, match=f"boxed_{name} would take the box away.*Use {name}"):
+        make_args(rm_type=f"boxed_{name}", reward_key="score")
+    named = {"rm_type": f"boxed_{name}"}
+    sample = finished(r"</think> Answer: \boxed{42}", "42", metadata=named)
+    assert grade(make_args(rm_type="f1"), sample) is None
+    assert "would take the box away" in sample.failure
+
+
+def test_a_right_answer_in_a_box_is_right_wherever_the_prefix_is_allowed():
+    metadata = {"instruction_id_list": ["punctuation:no_comma"]}
+    text = [n for n, grader in GRADERS.items() if not (grader.takes_box or grader.takes_sample)]
+    assert set(text) >= {"gpqa", "f1", "ifeval"}
+    for name in text:
+        sample = finished(r"first, this: \boxed{B}", "B", metadata=dict(metadata))
+        assert grade(make_args(rm_type=f"boxed_{name}"), sample) == 1.0, name
+
+
 def test_random_is_the_same_in_every_run():
     first = [grade(make_args(rm_type="random"), finished("", "", index=i)) for i in range(20)]
     again = [grade(make_args(rm_type="random"), finished("", "", index=i)) for i in range(20)]
@@ -287,8 +314,56 @@ def test_reward_flags_that_cannot_work_are_named():
         return grading.check_rewards(make_args(**reward).config)
 
     assert problems(rm_type="math") == []
-    assert "--rm-type deepscalar is unknown" in problems(rm_type="deepscalar")[0]
-    assert "--reward-key score" in problems(rm_type="dapo")[0]
+    assert problems(rm_type="dapo", reward_key="score") == []
+    assert problems(rm_type="dapo", reward_key="right") == [
+        "--rm-type dapo gives a dict of score and acc, and --reward-key is right. "
+        "Give --reward-key score."
+    ]
+    with pytest.raises(ConfigError, match=f"--rm-type deepscalar is unknown.*{', '.join(GRADERS)}"):
+        make_args(rm_type="deepscalar")
+    with pytest.raises(ConfigError, match="dict of score and acc. Add --reward-key score"):
+        make_args(rm_type="dapo")
+
+
+def test_a_package_that_a_grader_lacks_is_named_before_the_run(monkeypatch):
+    cfg = make_args(rm_type="math").config
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert grading.check_rewards(cfg) == [
+        "--rm-type math needs the package math-verify. Install it."
+    ]
+
+
+def test_every_grader_file_is_registered():
+    folder = Path(registry.__file__).parent
+    declared = {p.stem for p in folder.glob("*.py") if "GRADER = Grader(" in p.read_text()}
+    assert declared == set(GRADERS)
+
+
+def test_the_documentations_table_says_what_the_graders_give():
+    rows = [("`--rm-type`", "reward"), *((f"`{n}`", g.gives) for n, g in GRADERS.items())]
+    assert table_in("data-generation.md", "graders") == markdown(rows)
+
+
+def test_the_registry_loads_nothing_that_only_some_graders_need():
+    heavy = {"torch", "sympy", "math_verify", "aiohttp", "numpy"}
+    code = f"import sys, vime.rollout.rm_hub.registry; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_an_answer_goes_to_a_worker_where_the_grader_has_no_quick_way(monkeypatch):
+    asked = []
+
+    class Pool:
+        def submit(self, *task):
+            asked.append(task)
+            future = Future()
+            future.set_result(0.5)
+            return future
+
+    monkeypatch.setattr(grading, "shared_pool", lambda num_workers, timeout_s: Pool())
+    monkeypatch.setitem(GRADERS, "f1", replace(GRADERS["f1"], quick=None))
+    assert grade(make_args(rm_type="boxed_f1"), finished(r"\boxed{cat}<|im_end|>", "cat")) == 0.5
+    assert asked == [("f1", "cat", "cat", {})]
 
 
 def test_scores_below_0_are_none_for_maxrl():

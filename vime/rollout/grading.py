@@ -7,13 +7,12 @@ The first that is set: `sample.custom_rm_path`, --custom-rm-path, `sample.metada
 from __future__ import annotations
 
 import asyncio
-import importlib
 import importlib.util
 import inspect
 import logging
 import math
-import random
 import re
+from dataclasses import replace
 from typing import Any
 
 from vime.config import Config
@@ -22,16 +21,12 @@ from vime.config.rules import DATA_SOURCE, VLLM_ROLLOUT
 from vime.errors import PluginError
 from vime.rollout.plugins import GROUP_REWARD, REWARD, load_function
 from vime.rollout.rm_hub.answers import last_boxed
-from vime.rollout.rm_hub.deepscaler import has_mark
-from vime.rollout.rm_hub.pool import GradingFailed, GradingTimeout, shared_pool
+from vime.rollout.rm_hub.grader import Grader, GradingFailed, GradingTimeout
+from vime.rollout.rm_hub.pool import shared_pool
+from vime.rollout.rm_hub.registry import BOXED, grader_of, problems_of, refusal
 from vime.types import FINISHED, Group, Sample, Status
 
 logger = logging.getLogger(__name__)
-
-BOXED = "boxed_"  # prefix of an --rm-type: grade what the last \boxed{} holds
-LOCAL = ("deepscaler", "math", "dapo", "f1", "gpqa", "ifeval")  # modules with quick() and grade()
-NEED_LABEL = ("deepscaler", "math", "dapo", "f1")  # nothing is right or wrong without one
-RM_TYPES = (*LOCAL, "random", "remote_rm")
 
 _END_MARKS = re.compile(r"(?:\s*(?:<\|[^|<>\s]{1,40}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
 
@@ -62,25 +57,29 @@ async def grade(args: Any, sample: Sample, **kwargs: Any) -> float | dict[str, A
             "nothing grades the samples: set --rm-type or --custom-rm-path, or give each prompt "
             'a metadata["rm_type"].'
         )
-    response = without_end_mark(sample.response)
+    return await _by_registry(args, sample, rm_type)
+
+
+async def _by_registry(args: Any, sample: Sample, rm_type: str) -> float | dict[str, Any]:
+    grader = grader_of(rm_type)
+    if grader is None:
+        raise PluginError(f"the reward type {rm_type!r} {refusal(rm_type)}")
+    name, response = rm_type.removeprefix(BOXED), without_end_mark(sample.response)
+    if problem := refusal(rm_type):
+        raise GradingFailed(f"{rm_type} {problem}")
     if rm_type.startswith(BOXED):
-        rm_type, response = rm_type.removeprefix(BOXED), last_boxed(response) or ""
-    if rm_type == "random":
-        return float(random.Random(f"{args.config.data.seed}/{sample.index}").randint(0, 1))
-    if rm_type == "remote_rm":
-        remote = importlib.import_module("vime.rollout.rm_hub.remote_rm")
-        return await remote.grade(args, sample)
-    if rm_type not in LOCAL:
-        raise PluginError(f"unknown reward type {rm_type!r}; there are: {', '.join(RM_TYPES)}.")
-    if rm_type in NEED_LABEL and sample.label is None:
-        raise GradingFailed(f"{rm_type} compares with a label, and the prompt has none")
-    grader = importlib.import_module(f"vime.rollout.rm_hub.{rm_type}")
-    reward = grader.quick(response, sample.label, sample.metadata)
-    if reward is not None:
-        return reward
+        response = last_boxed(response) or ""
+        sample = replace(sample, response=response)
+    if grader.needs_label and sample.label is None:
+        raise GradingFailed(f"{name} compares with a label, and the prompt has none")
+    if grader.takes_sample:
+        return await grader.grade(args, sample)
+    quick = grader.quick and grader.quick(response, sample.label, sample.metadata)
+    if quick is not None:
+        return quick
     settings = args.config.reward
     pool = shared_pool(settings.workers, settings.timeout_s)
-    future = pool.submit(rm_type, response, sample.label, sample.metadata)
+    future = pool.submit(name, response, sample.label, sample.metadata)
     return await asyncio.wrap_future(future)
 
 
@@ -151,41 +150,94 @@ def _fail(sample: Sample, error: GradingFailed) -> None:
 
 
 def warn_of_missing_marks(args: Any, samples: list[Sample]) -> bool:
-    """deepscaler gives 0 where the thinking mark is missing: says so when it is everywhere."""
-    graded = [sample for sample in samples if sample.reward is not None]
-    if args.config.reward.custom_rm_path or args.config.reward.rm_type != "deepscaler":
+    """Warns when every reward is 0 because no response has a mark that the grader requires."""
+    reward = args.config.reward
+    grader = grader_of(reward.rm_type or "")
+    if reward.custom_rm_path or grader is None or not grader.marks:
         return False
-    if not graded or any(s.reward != 0 or has_mark(s.response) for s in graded):
+    graded = [sample for sample in samples if sample.reward is not None]
+    if not graded or any(s.reward != 0 or _has_mark(s, grader) for s in graded):
         return False
     logger.warning(
-        "EVERY REWARD OF THIS ROLLOUT IS 0, because --rm-type deepscaler wants </think> or "
-        "###Response before the answer and none of the %d responses has either. Use --rm-type math "
-        "for a model that does not think in tags.",
+        "EVERY REWARD OF THIS ROLLOUT IS 0: --rm-type %s requires %s before the answer, and none "
+        "of the %d responses has it. Use --rm-type math for a model that does not think in tags.",
+        reward.rm_type,
+        " or ".join(grader.marks),
         len(graded),
     )
     return True
+
+
+def _has_mark(sample: Sample, grader: Grader) -> bool:
+    return any(mark in sample.response for mark in grader.marks)
 
 
 def check_rewards(cfg: Config) -> list[str]:
     """What is wrong with the graders of rollouts and evaluations; empty when nothing is."""
     reward = cfg.reward
     problems = _problems_of("--rm-type", reward.rm_type, reward.reward_key, reward.rm_url)
-    is_dapo = (reward.rm_type or "").removeprefix(BOXED) == "dapo" and not reward.custom_rm_path
-    nonnegative = cfg.algorithm.estimator.nonnegative_rewards
-    if is_dapo and nonnegative and reward.reward_key == "score":
-        problems.append(
-            f"--rm-type {reward.rm_type} scores a wrong answer -1, and --advantage-estimator "
-            f"{cfg.algorithm.advantage_estimator} wants rewards from 0 up. Give --reward-key acc."
-        )
-    if _takes_labels_from_rows(cfg) and not reward.custom_rm_path:
-        problems += _missing_label("--rm-type", reward.rm_type, cfg.data.label_key, "--label-key")
+    if not reward.custom_rm_path:
+        problems += _unfit_key("--rm-type", reward.rm_type, reward.reward_key)
+        problems += _too_low(cfg)
+        if _takes_labels_from_rows(cfg):
+            problems += _no_label("--rm-type", reward.rm_type, cfg.data.label_key, "--label-key")
     if cfg.eval.config is not None:
         for dataset in eval_datasets(cfg):
             name = f"--eval-config, {dataset.name}: rm_type"
             problems += _problems_of(name, dataset.rm_type, dataset.reward_key, reward.rm_url)
-            if not (dataset.custom_rm_path or dataset.custom_generate_function_path):
-                problems += _missing_label(name, dataset.rm_type, dataset.label_key, "label_key:")
+            if dataset.custom_rm_path:
+                continue
+            problems += _unfit_key(name, dataset.rm_type, dataset.reward_key)
+            if not dataset.custom_generate_function_path:
+                problems += _no_label(name, dataset.rm_type, dataset.label_key, "label_key:")
     return list(dict.fromkeys(problems))
+
+
+def _problems_of(
+    name: str, rm_type: str | None, reward_key: str | None, rm_url: str | None
+) -> list[str]:
+    """Problems of a grader's settings, and of what this machine lacks for it."""
+    problems = problems_of(name, rm_type, reward_key, rm_url)
+    grader = grader_of(rm_type or "")
+    package = grader and grader.needs_package
+    if package and importlib.util.find_spec(package) is None:
+        named = package.replace("_", "-")
+        problems.append(f"{name} {rm_type} needs the package {named}. Install it.")
+    return problems
+
+
+def _unfit_key(name: str, rm_type: str | None, reward_key: str | None) -> list[str]:
+    grader = grader_of(rm_type or "")
+    keys = grader.reward_keys if grader else ()
+    if not keys or not reward_key or reward_key in keys:
+        return []
+    return [
+        f"{name} {rm_type} gives a dict of {' and '.join(keys)}, and --reward-key is {reward_key}. "
+        f"Give --reward-key {keys[0]}."
+    ]
+
+
+def _too_low(cfg: Config) -> list[str]:
+    """An estimator for rewards from 0 up, and a grader that gives lower ones."""
+    rm_type, key = cfg.reward.rm_type, cfg.reward.reward_key
+    grader = grader_of(rm_type or "")
+    if grader is None or not cfg.algorithm.estimator.nonnegative_rewards:
+        return []
+    if grader.reward_keys and key not in grader.reward_keys or grader.lowest(key) >= 0:
+        return []
+    fit = [f"--reward-key {k}" for k in grader.reward_keys if grader.lowest(k) >= 0]
+    return [
+        f"--rm-type {rm_type} scores a wrong answer {grader.lowest(key):g}, and "
+        f"--advantage-estimator {cfg.algorithm.advantage_estimator} wants rewards from 0 up. "
+        f"Give {(fit or ['another --rm-type'])[0]}."
+    ]
+
+
+def _no_label(name: str, rm_type: str | None, key: str | None, where: str) -> list[str]:
+    grader = grader_of(rm_type or "")
+    if key is not None or grader is None or not grader.needs_label:
+        return []
+    return [f"{name} {rm_type} compares answers with a label. Add {where} FIELD, which holds it."]
 
 
 def _takes_labels_from_rows(cfg: Config) -> bool:
@@ -194,29 +246,3 @@ def _takes_labels_from_rows(cfg: Config) -> bool:
     own = rollout.function_path == VLLM_ROLLOUT and rollout.custom_generate_path is None
     from_file = data.data_source_path == DATA_SOURCE and data.prompt_data is not None
     return own and from_file and cfg.debug.load_rollout_data is None
-
-
-def _missing_label(name: str, rm_type: str | None, key: str | None, where: str) -> list[str]:
-    if key is not None or (rm_type or "").removeprefix(BOXED) not in NEED_LABEL:
-        return []
-    return [f"{name} {rm_type} compares answers with a label. Add {where} FIELD, which holds it."]
-
-
-def _problems_of(
-    name: str, rm_type: str | None, reward_key: str | None, rm_url: str | None
-) -> list[str]:
-    if rm_type is None:
-        return []
-    kind, problems = rm_type.removeprefix(BOXED), []
-    if kind not in RM_TYPES:
-        problems.append(
-            f"{name} {rm_type} is unknown. Choose one of {', '.join(RM_TYPES)}, with "
-            f"{BOXED} in front where only the boxed part counts, or write a --custom-rm-path."
-        )
-    if kind == "math" and importlib.util.find_spec("math_verify") is None:
-        problems.append(f"{name} math needs the package math-verify. Install it.")
-    if kind == "dapo" and not reward_key:
-        problems.append(f"{name} dapo gives a dict of score and acc. Add --reward-key score.")
-    if kind == "remote_rm" and not rm_url and not name.startswith("--rm-type"):
-        problems.append(f"{name} remote_rm needs a server. Add --rm-url http://HOST:PORT/PATH.")
-    return problems

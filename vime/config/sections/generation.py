@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from vime.config.evaluation import read_eval_config
 from vime.config.fields import Path, Section, flag
 from vime.errors import ConfigError
+from vime.rollout.rm_hub.registry import GRADERS, problems_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,7 +296,11 @@ class RolloutConfig(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardConfig(Section):
-    rm_type: str | None = flag("--rm-type", "the grader", default=None)
+    rm_type: str | None = flag(
+        "--rm-type",
+        f"the grader: {', '.join(GRADERS)}; boxed_ in front: only the last box is graded",
+        default=None,
+    )
     custom_rm_path: str | None = flag(
         "--custom-rm-path", "async f(args, sample) -> reward", default=None
     )
@@ -317,8 +322,7 @@ class RewardConfig(Section):
     )
 
     def problems(self) -> Iterator[str]:
-        if self.rm_type and self.rm_type.removeprefix("boxed_") == "remote_rm" and not self.rm_url:
-            yield f"--rm-type {self.rm_type} needs a server. Add --rm-url http://HOST:PORT/PATH."
+        yield from problems_of("--rm-type", self.rm_type, self.reward_key, self.rm_url)
         if self.group_rm and not self.custom_rm_path:
             yield "--group-rm grades with a function of yours. Add --custom-rm-path, or leave it out."
 

@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from vime.rollout.rm_hub.answers import decimal, last_boxed, normalise
+from vime.rollout.rm_hub.grader import Grader
 
 _ANSWER = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
 _TAIL = 300
@@ -22,7 +23,14 @@ def grade(response: str, label: str | None, metadata: dict[str, Any]) -> dict[st
     return {"score": 1.0 if correct else -1.0, "acc": correct, "pred": pred}
 
 
-quick = grade
+GRADER = Grader(
+    grade,
+    grade,
+    gives="`{score: 1 or -1, acc, pred}` of the last `Answer:` line; needs `--reward-key score`",
+    lowest_reward={"score": -1.0, "acc": 0.0},
+    needs_label=True,
+    takes_box=True,
+)
 
 
 def _clean(answer: str) -> str:

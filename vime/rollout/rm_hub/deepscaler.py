@@ -10,6 +10,7 @@ from typing import Any
 
 from vime.rollout.rm_hub import symbolic
 from vime.rollout.rm_hub.answers import decimal, last_boxed, normalise, ratio
+from vime.rollout.rm_hub.grader import Grader
 
 MARKS = ("</think>", "###Response")
 
@@ -31,8 +32,15 @@ def grade(response: str, label: str | None, metadata: dict[str, Any]) -> float:
     return float(symbolic.equal(normalise(_answer(response)), normalise(_truth(label))))
 
 
-def has_mark(response: str) -> bool:
-    return any(mark in response for mark in MARKS)
+GRADER = Grader(
+    grade,
+    quick,
+    gives="1 if the box after `</think>` or `###Response` equals the label, by value or algebra",
+    needs_label=True,
+    takes_box=True,
+    marks=MARKS,
+    needs_package="sympy",
+)
 
 
 def _answer(response: str) -> str | None:

@@ -7,6 +7,8 @@ import string
 from collections import Counter
 from typing import Any
 
+from vime.rollout.rm_hub.grader import Grader
+
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -20,7 +22,7 @@ def grade(response: str, label: str | None, metadata: dict[str, Any]) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-quick = grade
+GRADER = Grader(grade, grade, gives="word overlap with the label", needs_label=True)
 
 
 def _words(text: str) -> list[str]:

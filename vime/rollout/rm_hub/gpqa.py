@@ -10,6 +10,8 @@ import re
 import string
 from typing import Any
 
+from vime.rollout.rm_hub.grader import Grader
+
 _STATED = (
     re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-Z])\)?\s*\}?\s*\}"),
     re.compile(r"answer\s*(?:is|:)?\s*\**\s*\(?([A-Za-z])\b\)?", re.IGNORECASE),
@@ -27,7 +29,11 @@ def grade(response: str, label: str | None, metadata: dict[str, Any]) -> float:
     return float(_given(response.rsplit("</think>", 1)[-1], letters) == wanted.strip().upper())
 
 
-quick = grade
+GRADER = Grader(
+    grade,
+    grade,
+    gives='1 for the right letter (`metadata["correct_letter"]`, or the label)',
+)
 
 
 def _choices(choices: Any) -> dict[str, str]:

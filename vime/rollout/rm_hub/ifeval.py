@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from vime.rollout.rm_hub.pool import GradingFailed
+from vime.rollout.rm_hub.grader import Grader, GradingFailed
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
@@ -37,7 +37,9 @@ def grade(response: str, label: str | None, metadata: dict[str, Any]) -> float:
     return float(bool(text) and all(map(_follows, names, parameters, [text] * len(names))))
 
 
-quick = grade
+GRADER = Grader(
+    grade, grade, gives='1 if the response follows all of `metadata["instruction_id_list"]`'
+)
 
 
 def _follows(name: str, parameters: dict[str, Any] | None, text: str) -> bool:

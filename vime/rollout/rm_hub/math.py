@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vime.rollout.rm_hub.answers import last_boxed, normalise, same_number
+from vime.rollout.rm_hub.grader import Grader
 
 
 def quick(response: str, label: str | None, metadata: dict[str, Any]) -> float | None:
@@ -29,6 +30,16 @@ def grade(response: str, label: str | None, metadata: dict[str, Any]) -> float:
     truth = parse(f"${_truth(label)}$", parsing_timeout=None)
     answer = parse(f"${last_boxed(response)}$", parsing_timeout=None)
     return float(verify(truth, answer, timeout_seconds=None))
+
+
+GRADER = Grader(
+    grade,
+    quick,
+    gives="1 if the last box equals the label, by math-verify",
+    needs_label=True,
+    takes_box=True,
+    needs_package="math_verify",
+)
 
 
 def _truth(label: str) -> str:

@@ -14,15 +14,9 @@ from functools import cache
 from queue import SimpleQueue
 from typing import Any
 
+from vime.rollout.rm_hub.grader import GradingFailed, GradingTimeout
+
 START_TIMEOUT_S = 120.0  # importing sympy on a busy machine
-
-
-class GradingFailed(Exception):
-    """No reward could be computed; says why. A deadline that passed is a GradingTimeout."""
-
-
-class GradingTimeout(GradingFailed):
-    pass
 
 
 class GraderPool:
@@ -38,7 +32,7 @@ class GraderPool:
     def submit(
         self, grader: str, response: str, label: str | None, metadata: dict[str, Any]
     ) -> Future:
-        """The reward by `vime.rollout.rm_hub.<grader>`; the future raises GradingFailed."""
+        """The reward that the grader of that name gives. The future raises GradingFailed."""
         task = {"grader": grader, "response": response, "label": label, "metadata": metadata}
         return self._threads.submit(self._run, {**task, "deadline_s": self.timeout_s})
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import aiohttp
+from vime.rollout.rm_hub.grader import Grader, GradingFailed, GradingTimeout
 
-from vime.rollout.rm_hub.pool import GradingFailed, GradingTimeout
-from vime.types import Sample
+if TYPE_CHECKING:
+    from vime.types import Sample
 
 NUM_TRIES = 10
 
 
 async def grade(args: Any, sample: Sample) -> float | dict[str, Any]:
-    """Up to 10 tries on errors that can pass, none after a 4xx. Raises GradingFailed."""
+    """Tries 10 times while errors can pass, and only once on a 4xx. Raises GradingFailed."""
+    import aiohttp  # the command line reads the registry and needs no HTTP
+
     reward = args.config.reward
     payload = {"prompt": sample.prompt, "response": sample.response, "label": sample.label}
     timeout = aiohttp.ClientTimeout(total=reward.timeout_s)
@@ -37,3 +39,11 @@ async def grade(args: Any, sample: Sample) -> float | dict[str, Any]:
                 last = f"{type(error).__name__}: {error}"
             await asyncio.sleep(min(0.1 * 2**i, 5.0))
     raise GradingFailed(f"--rm-url {reward.rm_url} gave no reward: {last}")
+
+
+GRADER = Grader(
+    grade,
+    gives="the answer of the server at `--rm-url` to `{prompt, response, label}`",
+    takes_sample=True,
+    needs_url=True,
+)

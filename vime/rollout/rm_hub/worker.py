@@ -15,6 +15,8 @@ import resource
 import signal
 import sys
 
+from vime.rollout.rm_hub.registry import GRADERS
+
 MEMORY_BYTES = 4 << 30
 
 
@@ -23,9 +25,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a grader prints must not mix with the answers
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that we keep the time
-    importlib.import_module("sympy")
-    if importlib.util.find_spec("math_verify"):
-        importlib.import_module("math_verify")
+    for package in {grader.needs_package for grader in GRADERS.values()} - {None}:
+        if importlib.util.find_spec(package):
+            importlib.import_module(package)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.set_int_max_str_digits(0)
@@ -41,7 +43,7 @@ def main() -> None:
 
 def run(task: dict) -> dict:
     try:
-        grader = importlib.import_module(f"vime.rollout.rm_hub.{task['grader']}")
+        grader = GRADERS[task["grader"]]
         return {"reward": grader.grade(task["response"], task["label"], task["metadata"])}
     except Exception as error:
         return {"failure": f"{type(error).__name__}: {error}"[:300]}

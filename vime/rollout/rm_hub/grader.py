@@ -1,0 +1,60 @@
+"""The declaration of a grader: its functions, and the traits that the rest of vime asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+
+class GradingFailed(Exception):
+    """No reward could be computed; says why. The sample fails; its answer is not a wrong one."""
+
+
+class GradingTimeout(GradingFailed):
+    """A grader exceeded its deadline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grader:
+    """A value of --rm-type.
+
+    grade   f(response, label, metadata) -> a number or a dict. Called in a worker process under
+            --rm-timeout-secs: it may hang or eat memory. Raises GradingFailed
+    quick   f(response, label, metadata) -> the same, or None where the answer needs `grade`. Called
+            first, in the rollout's own process, so it must be fast. None: every answer goes to a
+            worker
+
+    gives          the reward in words, for the table in docs/data-generation.md
+    lowest_reward  the lowest number that it gives; {key: lowest number} where it gives a dict, the
+                   key to train on first
+    needs_label    a sample without a label fails
+    takes_box      it looks for a box in the response itself; `boxed_` in front is refused
+    marks          a response that contains none of these texts gets 0
+    takes_sample   `grade` is `async f(args, sample)` and is called in the rollout's own process
+    needs_url      it asks the server of --rm-url
+    needs_package  the package that it imports; workers load it before their first answer
+    """
+
+    grade: Callable[..., Any]
+    quick: Callable[[str, str | None, dict[str, Any]], Any] | None = None
+    _: KW_ONLY
+    gives: str
+    lowest_reward: float | Mapping[str, float] = 0.0
+    needs_label: bool = False
+    takes_box: bool = False
+    marks: tuple[str, ...] = ()
+    takes_sample: bool = False
+    needs_url: bool = False
+    needs_package: str | None = None
+
+    @property
+    def reward_keys(self) -> tuple[str, ...]:
+        """The keys of the dict that it gives; empty where it gives a number."""
+        return tuple(self.lowest_reward) if isinstance(self.lowest_reward, Mapping) else ()
+
+    def lowest(self, reward_key: str | None) -> float:
+        """The lowest reward that training sees under --reward-key."""
+        if isinstance(self.lowest_reward, Mapping):
+            return self.lowest_reward[reward_key]
+        return self.lowest_reward

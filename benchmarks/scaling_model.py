@@ -22,12 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu_assets import PROMPT_TOKENS, described  # noqa: E402
+from vime.backends.megatron.hf.registry import architecture  # noqa: E402
 from vime.plan.shape import Shape  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 SAMPLES = 256
 MEAN, LONGEST = 958, 8192  # of the responses of ten steps of founding_recipe.py
-QWEN3_4B = Shape.of(described("4B"))
+QWEN3_4B = Shape.of(architecture(described("4B")))
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu_assets import PROMPT_TOKENS, QWEN3, described, length_of  # noqa: E402
+from vime.backends.megatron.hf.registry import architecture  # noqa: E402
 from vime.plan.shape import Shape  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
@@ -159,7 +160,8 @@ def measure(case: Case, rank: int) -> dict[str, Any]:
     if rank:
         return {}
     middle = statistics.median(times_ms)
-    flops = Shape.of(described(case.shape.upper())).training_flops(case.lengths) / case.tp
+    shape = Shape.of(architecture(described(case.shape.upper())))
+    flops = shape.training_flops(case.lengths) / case.tp
     return {
         "mfu": flops / (middle / 1000) / rate,
         "spread": [flops / (t / 1000) / rate for t in (max(times_ms), min(times_ms))],

@@ -16,8 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from vime.backends.megatron import hf
 from vime.backends.megatron.checkpoints.commit import RELEASE, TRACKER
+from vime.backends.megatron.hf.check import check_model_args
+from vime.backends.megatron.hf.registry import in_stored_dtype
 from vime.cli import parse_convert_config
 from vime.config import Config
 from vime.errors import CheckpointError
@@ -27,9 +28,9 @@ from vime.observe.bar import ByteBar
 def main() -> int:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cfg = parse_convert_config(
-        checks=[hf.check_model_args, target_is_free, lambda c: layout_fits(c, world)]
+        checks=[check_model_args, target_is_free, lambda c: layout_fits(c, world)]
     )
-    cfg = hf.in_stored_dtype(cfg)
+    cfg = in_stored_dtype(cfg)
 
     def say(line: str) -> None:
         if rank == 0:

@@ -15,8 +15,10 @@ import sys
 import time
 from pathlib import Path
 
-from vime.backends.megatron import hf
 from vime.backends.megatron.checkpoints.start import resolve
+from vime.backends.megatron.hf.check import check_model_args
+from vime.backends.megatron.hf.registry import in_stored_dtype
+from vime.backends.megatron.weights.folder import save_hf
 from vime.cli import parse_convert_config
 from vime.errors import CheckpointError
 from vime.observe.bar import ByteBar
@@ -35,7 +37,7 @@ def main() -> int:
     if not Path(given.input_dir).is_dir():
         parser.error(f"--input-dir {given.input_dir} does not exist.")
     argv = ["--hf-checkpoint", given.origin_hf_dir, "--save", given.output_dir]
-    cfg = hf.in_stored_dtype(parse_convert_config(argv, checks=[hf.check_model_args]))
+    cfg = in_stored_dtype(parse_convert_config(argv, checks=[check_model_args]))
 
     from vime.backends.megatron.checkpoints.streaming import StoredWeights
     from vime.backends.megatron.model.build import build_model  # takes seconds: after the checks
@@ -52,7 +54,7 @@ def main() -> int:
         step, size = "writing", sum(p.nbytes for p in chunk.parameters())
         print(f"2/2 {start.folder} -> {output}, {size / 1e9:.2f} GB", flush=True)
         with ByteBar("converting", size) as bar:
-            hf.save_hf([chunk], cfg, output, bar.add, stored.read)
+            save_hf([chunk], cfg, output, bar.add, stored.read)
     except CheckpointError as error:
         message = str(error).replace("--ref-load", "--input-dir")
         print(f"error while {step}: {message}", file=sys.stderr)

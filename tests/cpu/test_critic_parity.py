@@ -140,8 +140,8 @@ def by_autograd(root: Path) -> dict[str, Any]:
 
 def train(rank: int, world: int, port: int, root: Path) -> list[dict]:
     from vime.backends.megatron.chunks import unwrap
-    from vime.backends.megatron.hf import export_hf
     from vime.backends.megatron.trainer import MegatronTrainer
+    from vime.backends.megatron.weights.export import export_hf
 
     def head_of(critic: Any) -> torch.nn.Parameter | None:
         last = unwrap(critic.chunks[-1])

@@ -12,9 +12,11 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import make_config, write_tiny_hf
 
-from vime.backends.megatron import hf
 from vime.backends.megatron.checkpoints.commit import TRACKER
 from vime.backends.megatron.checkpoints.start import resolve
+from vime.backends.megatron.weights.export import export_hf
+from vime.backends.megatron.weights.folder import save_hf
+from vime.backends.megatron.weights.load import load_hf_weights
 from vime.errors import CheckpointError
 
 TP2 = {"tp": 2, "sequence_parallel": True}
@@ -60,7 +62,7 @@ class Trainee:
         self.cfg = make_config(folder, parallel=parallel, checkpoint=kw)
         initialize_groups(self.cfg)
         self.bare = build_model(self.cfg)
-        hf.load_hf_weights(self.bare, folder, self.cfg)
+        load_hf_weights(self.bare, folder, self.cfg)
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=shard
         )
@@ -93,7 +95,7 @@ class Trainee:
     def step(self) -> None:
         parameters = [p for c in self.bare for p in c.parameters()]
         kept = [p.detach().clone() for p in parameters]
-        hf.load_hf_weights(self.bare, self.folder / "gradients", self.cfg)
+        load_hf_weights(self.bare, self.folder / "gradients", self.cfg)
         for p, before in zip(parameters, kept, strict=True):
             p.main_grad.copy_(p.data)
             p.data.copy_(before)
@@ -101,7 +103,7 @@ class Trainee:
         self.scheduler.step(1)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return {n: t.clone() for n, t in hf.export_hf(self.chunks, self.cfg)}
+        return {n: t.clone() for n, t in export_hf(self.chunks, self.cfg)}
 
     def save(self, folder: str, iteration: int | None, **kw: Any) -> Path:
         from vime.backends.megatron.checkpoints.save import save_checkpoint
@@ -250,13 +252,13 @@ def one_rank(rank: int, world: int, port: int, folder: Path, out: str) -> dict[s
         lambda: StoredWeights(start, build_model(bigger.cfg)[0])
     )
     seen["other model's files"] = failure(
-        lambda: hf.load_hf_weights(build_model(bigger.cfg), folder, bigger.cfg)
+        lambda: load_hf_weights(build_model(bigger.cfg), folder, bigger.cfg)
     )
     half = make_config(folder, model={"dtype": "bfloat16"})
     chunks = build_model(half)
     load_checkpoint(half, start, chunks)
     exact = {n: t.bfloat16() for n, t in here.weights().items()}
-    seen["bfloat16"] = differing(dict(hf.export_hf(chunks, half)), exact)
+    seen["bfloat16"] = differing(dict(export_hf(chunks, half)), exact)
     return seen
 
 
@@ -273,7 +275,7 @@ def full_disk(rank: int, world: int, port: int, folder: Path, out: str) -> dict[
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
     seen: dict[str, Any] = {
         "save": failure(lambda: here.save(out, 1)),
-        "save_hf": failure(lambda: hf.save_hf(here.chunks, here.cfg, f"{out}/hf")),
+        "save_hf": failure(lambda: save_hf(here.chunks, here.cfg, f"{out}/hf")),
     }
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     seen["tracker"] = Path(out, TRACKER).read_text()

@@ -12,7 +12,8 @@ import torch
 from ranks import run_ranks
 from tiny import make_config, write_tiny_hf
 
-from vime.backends.megatron import hf
+from vime.backends.megatron.weights.folder import save_hf
+from vime.backends.megatron.weights.load import load_hf_weights
 
 LENGTHS = (8, 16, 4)  # one pack; each divisible by 2 * cp
 LAYOUTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
@@ -72,11 +73,11 @@ def compare(rank: int, world: int, port: int, folders: dict, layouts: list, out:
         else:
             initialize_groups(cfg)
         chunks = build_model(cfg)
-        hf.load_hf_weights(chunks, folders[name], cfg)
+        load_hf_weights(chunks, folders[name], cfg)
         logits = packed_logits(cfg, chunks)
         expected = torch.load(folders[name] / "expected.pt")
         worst = None if logits is None else float((logits - expected).abs().max())
-        hf.save_hf(chunks, cfg, Path(out, str(number)))
+        save_hf(chunks, cfg, Path(out, str(number)))
         results.append((name, parallel, worst))
     return results
 
@@ -160,7 +161,7 @@ def load_wrong_shape(rank: int, world: int, port: int, folder: Path) -> str:
     initialize_parallel(cfg, rank, world)
     chunks = build_model(cfg)
     try:
-        hf.load_hf_weights(chunks, folder, cfg)
+        load_hf_weights(chunks, folder, cfg)
     except CheckpointError as error:
         return str(error)
     return "loaded"

@@ -20,21 +20,22 @@ def convert(rank: int, world: int, port: int, folder: Path, out: Path, tokens: l
     """HF to torch_dist to HF; the largest difference of a logit from HF's in OUT/logits.pt."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    from vime.backends.megatron import hf
     from vime.backends.megatron.checkpoints.load import load_checkpoint
     from vime.backends.megatron.checkpoints.save import save_checkpoint
     from vime.backends.megatron.checkpoints.start import resolve
     from vime.backends.megatron.model.build import build_model
     from vime.backends.megatron.parallel import initialize_parallel
+    from vime.backends.megatron.weights.folder import save_hf
+    from vime.backends.megatron.weights.load import load_hf_weights
 
     cfg = make_config(folder)
     initialize_parallel(cfg, rank, world)
     chunks = build_model(cfg)
-    hf.load_hf_weights(chunks, folder, cfg)
+    load_hf_weights(chunks, folder, cfg)
     save_checkpoint(cfg, out / "megatron", None, chunks)
     again = build_model(cfg)
     load_checkpoint(cfg, resolve(str(out / "megatron")), again)
-    hf.save_hf(again, cfg, out / "back")
+    save_hf(again, cfg, out / "back")
     ids = torch.tensor([tokens])
     with torch.no_grad():
         starts, length = torch.tensor([0, ids.shape[1]], dtype=torch.int32), ids.shape[1]

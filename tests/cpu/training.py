@@ -85,7 +85,7 @@ def hf_policy_loss(
 
 def named_gradients(model: Any) -> dict[str, Tensor]:
     """{HF name: gradient of the latest step}, before clipping; not with a sharded optimizer."""
-    from vime.backends.megatron.hf import export_hf
+    from vime.backends.megatron.weights.export import export_hf
 
     params = [p for chunk in model.chunks for p in chunk.parameters()]
     kept = [p.detach().clone() for p in params]
@@ -98,6 +98,6 @@ def named_gradients(model: Any) -> dict[str, Tensor]:
 
 
 def named_weights(model: Any) -> dict[str, Tensor]:
-    from vime.backends.megatron.hf import export_hf
+    from vime.backends.megatron.weights.export import export_hf
 
     return {name: t.clone() for name, t in export_hf(model.chunks, model.cfg)}

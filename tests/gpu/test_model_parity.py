@@ -35,17 +35,17 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 def ours(
     rank: int, world: int, port: int, folder: Path, dtype: str, parallel: dict
 ) -> dict[str, torch.Tensor]:
-    from vime.backends.megatron import hf
     from vime.backends.megatron.model.build import build_model
     from vime.backends.megatron.model.pack import make_pack
     from vime.backends.megatron.parallel import initialize_parallel
     from vime.backends.megatron.training.optimizer import wrap_for_training
+    from vime.backends.megatron.weights.load import load_hf_weights
 
     model = {"hf_checkpoint": str(folder), "dtype": dtype}
     cfg = make_config(folder, model=model, parallel=parallel)
     initialize_parallel(cfg, rank, world, 0, "127.0.0.1", port)
     chunks = build_model(cfg)
-    hf.load_hf_weights(chunks, folder, cfg)
+    load_hf_weights(chunks, folder, cfg)
     chunks = wrap_for_training(cfg, chunks)
     tokens, weight = inputs()
     pack = make_pack([0, *accumulate(LENGTHS)], tokens.device)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vime.backends.megatron import hf
 from vime.backends.megatron.checkpoints.commit import (
     TRACKER,
     commit_checkpoint,
@@ -19,9 +18,12 @@ from vime.backends.megatron.checkpoints.commit import (
 )
 from vime.backends.megatron.checkpoints.retention import delete_old_checkpoints
 from vime.backends.megatron.checkpoints.start import check_start, resolve
+from vime.backends.megatron.hf.check import check_model_args, check_training
 from vime.backends.megatron.hf.family import Kind, layer_pattern
-from vime.backends.megatron.hf.files import HFFiles
-from vime.backends.megatron.hf.layout import Dims, hf_shapes, shard, unshard
+from vime.backends.megatron.hf.registry import family_for, model_args
+from vime.backends.megatron.weights.files import HFFiles
+from vime.backends.megatron.weights.layout import Dims, hf_shapes, shard, unshard
+from vime.backends.megatron.weights.load import load_hf_weights
 from vime.config import Config
 from vime.errors import CheckpointError, ConfigError
 
@@ -84,7 +86,7 @@ def test_padded_vocabulary_rows_are_zero_and_cut_off_again() -> None:
 
 
 def test_every_weight_has_one_name_on_each_side() -> None:
-    family = hf.family_for(QWEN3_4B)
+    family = family_for(QWEN3_4B)
     weights = list(family.weights(family.megatron_args(QWEN3_4B)))
     names = [n for w in weights for n in w.hf]
     assert len(set(names)) == len(names) == 2 + 36 * 11
@@ -103,7 +105,7 @@ def test_mixture_layers_follow_the_config() -> None:
         "norm_topk_prob": True,
         "mlp_only_layers": [1],
     }
-    family = hf.family_for(moe)
+    family = family_for(moe)
     names = [n for w in family.weights(family.megatron_args(moe)) for n in w.hf]
     assert "model.layers.0.mlp.experts.3.up_proj.weight" in names
     assert "model.layers.1.mlp.up_proj.weight" in names
@@ -120,16 +122,14 @@ def test_layer_patterns_read_as_megatron_writes_them() -> None:
 
 def test_model_args_that_contradict_the_config_are_named_with_both_values(tmp_path: Path) -> None:
     args = {"rotary_base": 10000.0, "num_layers": 36, "swiglu": True, "norm_epsilon": 1e-5}
-    problems = hf.check_model_args(
-        config(tmp_path, QWEN3_4B, model={"args": args} | given(tmp_path))
-    )
+    problems = check_model_args(config(tmp_path, QWEN3_4B, model={"args": args} | given(tmp_path)))
     assert len(problems) == 2
     assert any("--rotary-base 10000.0" in p and "1000000" in p for p in problems)
     assert all("--override-model-config" in p for p in problems)
     over = {"args": args, "override": True} | given(tmp_path)
     cfg = config(tmp_path, QWEN3_4B, model=over)
-    assert hf.check_model_args(cfg) == []
-    assert hf.model_args(cfg)["rotary_base"] == 10000.0
+    assert check_model_args(cfg) == []
+    assert model_args(cfg)["rotary_base"] == 10000.0
 
 
 def given(folder: Path) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def given(folder: Path) -> dict[str, Any]:
 
 def test_a_layout_that_does_not_divide_the_model_is_refused(tmp_path: Path) -> None:
     cfg = config(tmp_path, QWEN3_4B, parallel={"tp": 16, "pp": 5, "ep": 2})
-    text = " ".join(hf.check_model_args(cfg))
+    text = " ".join(check_model_args(cfg))
     for part in ("16 does not divide the model's 8 key/value heads", "36 layers", "no experts"):
         assert part in text
 
@@ -151,7 +151,7 @@ def test_what_megatron_refuses_late_or_leaves_out_is_told_before(tmp_path: Path)
         selective = {"recompute_granularity": "selective", "recompute_modules": modules}
         layout = {"tp": tp, "etp": tp} | (selective if modules else {})
         cfg = config(tmp_path, moe, parallel=layout, model={"args": args} | given(tmp_path))
-        return " ".join([*hf.check_model_args(cfg), *hf.check_training(cfg)])
+        return " ".join([*check_model_args(cfg), *check_training(cfg)])
 
     assert told(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.1) == ""
     assert told(moe_aux_loss_coeff=0.0) == ""
@@ -164,17 +164,17 @@ def test_what_megatron_refuses_late_or_leaves_out_is_told_before(tmp_path: Path)
 
 def test_unknown_families_and_rope_scaling_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="qwen3_moe"):
-        hf.family_for({"model_type": "mystery"})
+        family_for({"model_type": "mystery"})
     scaled = QWEN3_4B | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
-    assert "yarn" in hf.check_model_args(config(tmp_path / "a", scaled))[0]
-    assert hf.check_model_args(config(tmp_path / "none")) == []  # told by checkpoint_is_there
+    assert "yarn" in check_model_args(config(tmp_path / "a", scaled))[0]
+    assert check_model_args(config(tmp_path / "none")) == []  # told by checkpoint_is_there
 
 
 def test_a_router_that_the_engine_would_take_for_another_is_refused(tmp_path: Path) -> None:
     published = json.loads((Path(__file__).parent / "hf_configs" / "moonlight.json").read_text())
-    assert hf.check_model_args(config(tmp_path / "a", published)) == []
+    assert check_model_args(config(tmp_path / "a", published)) == []
     lost = {k: v for k, v in published.items() if k != "scoring_func"}
-    (problem,) = hf.check_model_args(config(tmp_path / "b", lost))
+    (problem,) = check_model_args(config(tmp_path / "b", lost))
     assert "scoring_func None in config.json is not supported" in problem
     assert 'has scoring_func "sigmoid": add it' in problem
 
@@ -182,14 +182,14 @@ def test_a_router_that_the_engine_would_take_for_another_is_refused(tmp_path: Pa
 def test_missing_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
     small = QWEN3_4B | {"num_hidden_layers": 1, "hidden_size": 4, "vocab_size": 8}
     cfg = config(tmp_path, small)
-    family = hf.family_for(small)
-    names = [n for w in family.weights(hf.model_args(cfg)) for n in w.hf]
+    family = family_for(small)
+    names = [n for w in family.weights(model_args(cfg)) for n in w.hf]
     tensors = {n: torch.zeros(1) for n in names}
 
     def failure(found: dict[str, torch.Tensor]) -> str:
         save_file(found, tmp_path / "model.safetensors")
         with pytest.raises(CheckpointError) as error:
-            hf.load_hf_weights([], tmp_path, cfg)
+            load_hf_weights([], tmp_path, cfg)
         return str(error.value)
 
     assert names[3] in failure({n: t for n, t in tensors.items() if n != names[3]})
@@ -198,7 +198,7 @@ def test_missing_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
     )
     (tmp_path / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        hf.load_hf_weights([], tmp_path, cfg)
+        load_hf_weights([], tmp_path, cfg)
 
 
 def test_shards_that_are_cut_off_missing_or_lack_a_tensor_are_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.command_lines import QWEN3_TINY, words, write_checkpoint
+from vime.backends.megatron.hf.registry import architecture
 from vime.cli import parse_config
 from vime.plan.memory import (
     engine_parts,
@@ -30,6 +31,7 @@ BILLIONS = {  # as their makers state them
     "qwen3-235B-A22B": 235.1,
     "smollm2-135M": 0.1345,
 }
+MOE_TINY = QWEN3_TINY | {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2}
 FULL = {
     "--recompute-granularity": "full",
     "--recompute-method": "uniform",
@@ -65,26 +67,26 @@ def bytes_of(folder, **changes) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", BILLIONS)
 def test_parameters_are_those_of_the_published_model(name):
-    count = Shape.of(config_of(name)).parameters
+    count = Shape.of(architecture(config_of(name))).parameters
     assert count / 1e9 == pytest.approx(BILLIONS[name], rel=2e-3)
 
 
 def test_experts_are_counted_apart():
-    moe = QWEN3_TINY | {"num_experts": 8, "moe_intermediate_size": 64}
-    assert Shape.of(moe).routed == 8 * 3 * 128 * 64
+    moe = MOE_TINY | {"moe_intermediate_size": 64}
+    assert Shape.of(architecture(moe)).routed == 8 * 3 * 128 * 64
 
 
 def test_a_step_takes_six_operations_a_weight_and_what_attention_sees():
     """QWEN3_TINY: h 128, q and kv 128, f 384, 3 layers, tied vocabulary of 288."""
-    dense = Shape.of(QWEN3_TINY)
+    dense = Shape.of(architecture(QWEN3_TINY))
     pairs = (100**2 + 300**2) / 2
     attention = 6 * 3 * (128 + 128) * pairs
     assert dense.training_flops([100, 300]) == 6 * dense.parameters * 400 + attention
-    untied = Shape.of(QWEN3_TINY | {"tie_word_embeddings": False})
+    untied = Shape.of(architecture(QWEN3_TINY | {"tie_word_embeddings": False}))
     assert untied.training_flops([100, 300]) == dense.training_flops([100, 300])
-    moe = QWEN3_TINY | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192}
+    moe = Shape.of(architecture(MOE_TINY | {"moe_intermediate_size": 192}))
     router = 6 * 3 * 8 * 128 * 400
-    assert Shape.of(moe).training_flops([100, 300]) == dense.training_flops([100, 300]) + router
+    assert moe.training_flops([100, 300]) == dense.training_flops([100, 300]) + router
 
 
 def test_a_step_of_the_founding_recipe(tmp_path):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.unit.command_lines import QWEN3_TINY, write_checkpoint, write_prompts
-from vime.backends.megatron.hf import check_model_args, check_training, family_for
+from vime.backends.megatron.hf.check import check_model_args, check_training
+from vime.backends.megatron.hf.registry import architecture
 from vime.cli import parse_config, parse_convert_config
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -174,7 +175,7 @@ def test_model_args_are_those_derived_from_the_config(script, tmp_path):
     argv += ["--hf-checkpoint", str(tmp_path), "--save", str(tmp_path / "out")]
     cfg = parse_convert_config(argv)
     assert check_model_args(cfg) == []
-    derived = family_for(CONFIGS[script.stem]).megatron_args(CONFIGS[script.stem])
+    derived = architecture(CONFIGS[script.stem])
     neutral = {"rotary_percent": 1.0}
     if not derived["group_query_attention"]:
         neutral["num_query_groups"] = derived["num_query_groups"]

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vime.backends.megatron.hf.tensor_file import TensorFile
+from vime.backends.megatron.weights.tensor_file import TensorFile
 from vime.errors import CheckpointError
 
 TENSORS = {

@@ -108,11 +108,13 @@ def test_a_users_flag_wins(folder):
 
 def test_latent_attention_on_cpu_is_the_one_that_knows_float32(folder):
     assert "--attention-backend" not in argv(make_config(folder))
-    (folder / "config.json").write_text(json.dumps(SHAPE | {"kv_lora_rank": 16}))
-    assert value(argv(make_config(folder)), "--attention-backend") == "CPU_MLA"
-    assert "--attention-backend" not in argv(make_config(folder), on=platform.CUDA)
+    latent = folder / "latent"
+    latent.mkdir()
+    (latent / "config.json").write_text(json.dumps(SHAPE | {"kv_lora_rank": 16}))
+    assert value(argv(make_config(latent)), "--attention-backend") == "CPU_MLA"
+    assert "--attention-backend" not in argv(make_config(latent), on=platform.CUDA)
     given = {"attention_backend": "AMX_MLA"}
-    words = argv(make_config(folder, engine={"vllm_args": given}))
+    words = argv(make_config(latent, engine={"vllm_args": given}))
     assert (value(words, "--attention-backend"), words.count("CPU_MLA")) == ("AMX_MLA", 0)
 
 

@@ -6,15 +6,14 @@ A section checks what it alone can know (`Section.problems`). Rules look at file
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from vime.algorithms.advantages import estimators_where
 from vime.config import Config
 from vime.config.evaluation import eval_datasets
+from vime.config.hf_config import hf_config
 from vime.config.own_values import own_values_are_their_own
 from vime.errors import ConfigError
 
@@ -23,15 +22,6 @@ Rule = Callable[[Config], Iterable[str]]
 VLLM_ROLLOUT = "vime.rollout.vllm_rollout.generate_rollout"
 DATA_SOURCE = "vime.rollout.data_source.RolloutDataSourceWithBuffer"
 SFT_ROLLOUT = "vime.rollout.sft_rollout.generate_rollout"
-
-
-def hf_config(cfg: Config) -> dict[str, Any]:
-    """The checkpoint's `config.json`; {} where there is none that can be read."""
-    try:
-        found = json.loads((Path(cfg.model.hf_checkpoint) / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def checkpoint_is_there(cfg: Config) -> Iterator[str]:

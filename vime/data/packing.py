@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vime.config import Config
-from vime.config.rules import hf_config
+from vime.config.hf_config import hf_config
 from vime.data.bins import fewest_bins, first_fit, snug_fit
 from vime.types import StepPlan
 

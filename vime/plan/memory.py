@@ -11,8 +11,9 @@ from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from vime.backends.megatron.hf.registry import model_args
 from vime.config import Config
-from vime.config.rules import hf_config
+from vime.errors import CheckpointError, ConfigError
 from vime.plan.shape import Shape
 
 ROUND = 256  # a suggested number of tokens is a multiple of it
@@ -277,10 +278,10 @@ def responses_per_engine(cfg: Config) -> int:
 
 
 def shape_of(cfg: Config) -> Shape | None:
-    """None for an architecture whose `config.json` names its sizes otherwise."""
+    """None for an architecture that vime cannot train."""
     try:
-        return Shape.of(hf_config(cfg))
-    except KeyError:
+        return Shape.of(model_args(cfg))
+    except (CheckpointError, ConfigError, KeyError):
         return None
 
 

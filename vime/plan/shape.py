@@ -1,4 +1,4 @@
-"""A decoder's sizes, read from `config.json` alone, and its parameters by where they are."""
+"""A decoder's sizes, and the parameters of each of its parts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-QK_NORM = ("qwen3", "qwen3_moe")  # model types that normalise queries and keys
-SANDWICH = ("glm4",)  # that also normalise what attention and MLP give back
-QKV_BIAS = ("qwen2",)  # that do not say so in config.json
+from vime.backends.megatron.hf.family import moe_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +22,7 @@ class Latent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Sizes are channels, counts are parameters. Every layer is dense, or those after the first."""
+    """Sizes are channels, counts are parameters. The layers without experts are `dense_layers`."""
 
     hidden: int
     layers: int
@@ -111,35 +109,29 @@ class Shape:
         return 6 * (met * sum(lengths) + self.layers * channels * seen)
 
     @classmethod
-    def of(cls, config: dict[str, Any]) -> Shape:
-        """From a decoder's `config.json`. Raises KeyError where that lacks a usual key."""
-        hidden, layers, heads = (
-            config[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads")
-        )
-        kind = config.get("model_type", "")
+    def of(cls, args: dict[str, Any]) -> Shape:
+        """From an architecture under Megatron's flag names (see `hf.registry.architecture`)."""
+        heads = args["num_attention_heads"]
         latent = None
-        if config.get("kv_lora_rank"):
-            sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-            latent = Latent(config.get("q_lora_rank") or 0, *(config[k] for k in sizes))
-        known = ("num_experts", "num_local_experts", "n_routed_experts")
-        experts = next((config[k] for k in known if config.get(k)), 0)
-        expert_ffn = config.get("moe_intermediate_size") or config.get("intermediate_size", 0)
+        if args["multi_latent_attention"]:
+            sizes = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+            latent = Latent(args["q_lora_rank"] or 0, *(args[name] for name in sizes))
         return cls(
-            hidden=hidden,
-            layers=layers,
-            vocab=config["vocab_size"],
+            hidden=args["hidden_size"],
+            layers=args["num_layers"],
+            vocab=args["vocab_size"],
             heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            ffn=config["intermediate_size"],
-            tied=bool(config.get("tie_word_embeddings")),
-            qk_norm=kind in QK_NORM,
-            qkv_bias=bool(config.get("attention_bias", kind in QKV_BIAS)),
-            sandwich=kind in SANDWICH,
+            kv_heads=args["num_query_groups"] if args["group_query_attention"] else heads,
+            head_dim=args["kv_channels"],
+            ffn=args["ffn_hidden_size"],
+            tied=not args["untie_embeddings_and_output_weights"],
+            qk_norm=args["qk_layernorm"],
+            qkv_bias=args["add_qkv_bias"],
+            sandwich=args["post_self_attn_layernorm"] and args["post_mlp_layernorm"],
             latent=latent,
-            dense_layers=config.get("first_k_dense_replace", 0) if experts else layers,
-            experts=experts,
-            top_k=config.get("num_experts_per_tok", 0) if experts else 0,
-            expert_ffn=expert_ffn if experts else 0,
-            shared_ffn=(config.get("n_shared_experts") or 0) * expert_ffn if experts else 0,
+            dense_layers=args["num_layers"] - len(moe_layers(args)),
+            experts=args.get("num_experts") or 0,
+            top_k=args.get("moe_router_topk", 0),
+            expert_ffn=args.get("moe_ffn_hidden_size", 0),
+            shared_ffn=args.get("moe_shared_expert_intermediate_size") or 0,
         )

@@ -1,7 +1,7 @@
 """What is checked before any process starts. Each check lists its problems: flag, value, remedy."""
 
 from vime.backends.megatron.checkpoints.start import check_start
-from vime.backends.megatron.hf import check_training
+from vime.backends.megatron.hf.check import check_training
 from vime.backends.vllm.flags import check_vllm_flags
 from vime.config import Config
 from vime.data.checks import check_chat_template

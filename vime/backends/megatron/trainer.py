@@ -200,7 +200,7 @@ class MegatronTrainer:
 
     def update_weights(self, version: int) -> dict[str, float]:
         """Puts the weights into every connected engine. Rank 0 says what it took."""
-        from vime.backends.megatron.hf import export_hf
+        from vime.backends.megatron.weights.export import export_hf
 
         if self.sender is None:
             raise RuntimeError("update_weights before connect_engines: no engine is known")
@@ -239,7 +239,7 @@ class MegatronTrainer:
 
     def save_hf(self, path: str) -> None:
         """The weights as a Hugging Face folder that stands alone."""
-        from vime.backends.megatron.hf import save_hf
+        from vime.backends.megatron.weights.folder import save_hf
 
         self._wait_for_weights()
         save_hf(self.actor.chunks, self.cfg, path)

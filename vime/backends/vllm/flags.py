@@ -18,7 +18,8 @@ from typing import Any
 from vime import platform
 from vime.backends.vllm import dialect as dialects
 from vime.backends.vllm import plugin_flags
-from vime.config import Config, rules
+from vime.config import Config
+from vime.config.hf_config import hf_config
 from vime.files import write_text
 
 PARSER_TIMEOUT_S = 300.0
@@ -102,7 +103,7 @@ def check_vllm_flags(cfg: Config) -> list[str]:
 
 def _head_size(cfg: Config) -> list[str]:
     """vLLM starts with any head size on CPU, and dies at the first request with most of them."""
-    size = rules.hf_config(cfg).get("head_dim")
+    size = hf_config(cfg).get("head_dim")
     if platform.current().is_cuda or size is None or size in CPU_HEAD_SIZES:
         return []
     fitting = ", ".join(map(str, CPU_HEAD_SIZES))

@@ -11,8 +11,9 @@ from vime.backends.vllm import plugin, plugin_patches
 from vime.backends.vllm.dialect import Dialect
 from vime.backends.vllm.flags import whole_number
 from vime.backends.vllm.plugin_flags import words_of
-from vime.config import Config, rules
+from vime.config import Config
 from vime.config.evaluation import eval_datasets
+from vime.config.hf_config import hf_config
 from vime.patches import Patch
 from vime.platform import Platform
 
@@ -62,7 +63,7 @@ def command(
         given.pop("gpu_memory_utilization", None)  # a share of GPU memory; see `cpu_notice`
         ours["enforce_eager"] = True
         ours["disable_log_stats"] = True
-        if hf_config(cfg).get("kv_lora_rank"):
+        if text_config(cfg).get("kv_lora_rank"):
             # On a CPU with AMX vLLM prefers a latent attention that knows no float32.
             ours["attention_backend"] = "CPU_MLA"
         if dialect.kv_cache_bytes_flag:
@@ -136,7 +137,7 @@ def cpu_threads(cfg: Config) -> int:
 
 def model_size(cfg: Config) -> int:
     """Parameters of the model's layers, roughly: 4 h^2 of attention and 3 h f of MLP each."""
-    hf = hf_config(cfg)
+    hf = text_config(cfg)
     hidden = hf["hidden_size"]
     return hf["num_hidden_layers"] * hidden * (4 * hidden + 3 * hf.get("intermediate_size", 0))
 
@@ -165,20 +166,20 @@ def _context(context: int | None, prompt: int | None, response: int) -> int | No
     return None if prompt is None else prompt + response
 
 
-def hf_config(cfg: Config) -> dict:
+def text_config(cfg: Config) -> dict:
     """The language model's part of config.json."""
-    found = rules.hf_config(cfg)
+    found = hf_config(cfg)
     return found.get("text_config", found)
 
 
 def model_positions(cfg: Config) -> int | None:
     """Positions that the model was made for."""
-    return hf_config(cfg).get("max_position_embeddings")
+    return text_config(cfg).get("max_position_embeddings")
 
 
 def cpu_kv_cache_bytes(cfg: Config) -> int:
     """KV cache of an engine on CPU: room for every sequence at full length, within bounds."""
-    hf = hf_config(cfg)
+    hf = text_config(cfg)
     heads = hf.get("num_key_value_heads") or hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
     width = platform.CPU.dtype(cfg.model.dtype).itemsize

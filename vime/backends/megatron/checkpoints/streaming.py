@@ -18,8 +18,8 @@ from vime.backends.megatron.checkpoints.save import save_checkpoint
 from vime.backends.megatron.checkpoints.start import Start
 from vime.backends.megatron.checkpoints.stored_parts import StoredParts
 from vime.backends.megatron.chunks import named_weights, unwrap
-from vime.backends.megatron.hf.load import HFWeights
 from vime.backends.megatron.hf.registry import model_args
+from vime.backends.megatron.weights.load import HFWeights
 from vime.config import Config
 
 

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from vime.backends.megatron.hf.family import layer_pattern
-from vime.backends.megatron.hf.files import read_config
 from vime.backends.megatron.hf.registry import described_by, model_args
-from vime.config import Config, rules
+from vime.config import Config
+from vime.config.hf_config import hf_config, read_config
 from vime.errors import CheckpointError, ConfigError
 
 
 def check_model_args(cfg: Config) -> list[str]:
     """One sentence per problem, each naming flag, value and remedy. Empty when all fits, and where
     there is no config.json to compare with, which the rule `checkpoint_is_there` tells."""
-    if not rules.hf_config(cfg):
+    if not hf_config(cfg):
         return []
     try:
         expected = described_by(cfg.model.hf_checkpoint)
@@ -33,7 +33,7 @@ def check_model_args(cfg: Config) -> list[str]:
 def check_training(cfg: Config) -> list[str]:
     """`check_model_args`, and what Megatron would refuse only in the first forward pass, or leave
     out without a word."""
-    if not rules.hf_config(cfg):
+    if not hf_config(cfg):
         return []  # told by `checkpoint_is_there`
     if problems := check_model_args(cfg):
         return problems

@@ -1,25 +1,33 @@
-"""The families vime knows. A new one is a file with a FAMILY and a line here."""
+"""The model families by `model_type`, and the architecture that a run builds.
+
+Every file of `families/` is in the registry: a new family needs no other line.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
-from vime.backends.megatron.hf import deepseek_v3, glm4, llama, qwen2, qwen3, qwen3_moe
+from vime.backends.megatron.hf import families
 from vime.backends.megatron.hf.family import Family, layer_pattern
-from vime.backends.megatron.hf.files import read_config
 from vime.config import Config
+from vime.config.hf_config import read_config
 from vime.errors import ConfigError
 
-FAMILIES: dict[str, Family] = {
-    model_type: module.FAMILY
-    for module in (llama, qwen2, qwen3, qwen3_moe, glm4, deepseek_v3)
-    for model_type in module.FAMILY.model_types
-}
+
+def _found() -> dict[str, Family]:
+    names = [f"{families.__name__}.{module.name}" for module in iter_modules(families.__path__)]
+    found: list[Family] = [import_module(name).FAMILY for name in names]
+    return {family.model_type: family for family in found}
+
+
+FAMILIES = _found()
 
 
 def family_for(hf_config: dict[str, Any]) -> Family:
-    """The family of a config.json. Raises ConfigError naming the known ones."""
+    """The family of a config.json. Raises ConfigError naming the known families."""
     model_type = hf_config.get("model_type")
     if model_type not in FAMILIES:
         raise ConfigError(
@@ -29,21 +37,29 @@ def family_for(hf_config: dict[str, Any]) -> Family:
     return FAMILIES[model_type]
 
 
-def described_by(hf_dir: str) -> dict[str, Any]:
-    """The architecture in a folder's config.json, under Megatron's flag names.
+def family_of(cfg: Config) -> Family:
+    """The family of --hf-checkpoint. Raises as `described_by` does."""
+    return family_for(read_config(cfg.model.hf_checkpoint))
 
-    Raises CheckpointError without a config.json, ConfigError on what vime cannot train, and
-    KeyError where it lacks a name.
+
+def architecture(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """The architecture that a config.json describes, under Megatron's flag names.
+
+    Raises ConfigError if vime cannot train it, and KeyError if a name is missing.
     """
-    hf_config = read_config(hf_dir)
     return family_for(hf_config).megatron_args(hf_config)
+
+
+def described_by(hf_dir: str) -> dict[str, Any]:
+    """The same from a folder. Raises CheckpointError too, if there is no config.json."""
+    return architecture(read_config(hf_dir))
 
 
 def model_args(cfg: Config) -> dict[str, Any]:
     """The architecture to build, under Megatron's flag names.
 
-    config.json decides; a MODEL_ARG that it says nothing about is added, and under
-    --override-model-config every MODEL_ARG wins.
+    config.json decides. MODEL_ARGS add what it does not say; under --override-model-config they
+    replace what it says.
     """
     found = described_by(cfg.model.hf_checkpoint)
     args = found | cfg.model.args if cfg.model.override else cfg.model.args | found
@@ -53,7 +69,7 @@ def model_args(cfg: Config) -> dict[str, Any]:
 
 
 def in_stored_dtype(cfg: Config) -> Config:
-    """The same with `--dtype auto` settled as the dtype that config.json names, for converters."""
+    """For the converters: `--dtype auto` becomes the dtype that config.json names."""
     hf_config = read_config(cfg.model.hf_checkpoint)
     stored = hf_config.get("dtype") or hf_config.get("torch_dtype")
     if cfg.model.dtype != "auto" or stored not in ("float32", "bfloat16"):

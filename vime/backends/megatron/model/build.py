@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import (
 from torch import Tensor, nn
 
 from vime import platform
-from vime.backends.megatron.hf import model_args
+from vime.backends.megatron.hf.registry import model_args
 from vime.backends.megatron.kernels import chosen
 from vime.backends.megatron.model import recompute
 from vime.backends.megatron.model.freeze import freeze_parameters

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from vime.backends.megatron.chunks import named_weights
 from vime.backends.megatron.hf.family import Weight
-from vime.backends.megatron.hf.files import read_config
-from vime.backends.megatron.hf.layout import Dims, hf_shapes, unshard
-from vime.backends.megatron.hf.registry import family_for, model_args
+from vime.backends.megatron.hf.registry import family_of, model_args
 from vime.backends.megatron.parallel import Place, Ranks
+from vime.backends.megatron.weights.layout import Dims, hf_shapes, unshard
 from vime.config import Config
 
 
@@ -28,7 +27,7 @@ def export_hf(
     `read` gets the name of each weight right before it is used, and may then free those before it.
     """
     args = model_args(cfg)
-    family = family_for(read_config(cfg.model.hf_checkpoint))
+    family = family_of(cfg)
     ranks, dims = Ranks.current(), Dims.of(args)
     mine = dict(named_weights(chunks, ranks, args))
     device = next(iter(mine.values())).device

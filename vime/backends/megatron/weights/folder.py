@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vime.backends.megatron.hf.export import export_hf
-from vime.backends.megatron.hf.files import INDEX, HFFiles, read_config
-from vime.backends.megatron.hf.registry import family_for, model_args
-from vime.backends.megatron.hf.tensor_file import TensorFile
+from vime.backends.megatron.hf.registry import family_of, model_args
+from vime.backends.megatron.weights.export import export_hf
+from vime.backends.megatron.weights.files import INDEX, HFFiles
+from vime.backends.megatron.weights.tensor_file import TensorFile
 from vime.config import Config
 from vime.errors import CheckpointError
 from vime.files import write_text, written_whole
@@ -73,8 +73,7 @@ def _steps(
 
 def _names(cfg: Config) -> set[str]:
     """Every tensor that an export has."""
-    family = family_for(read_config(cfg.model.hf_checkpoint))
-    return {name for weight in family.weights(model_args(cfg)) for name in weight.hf}
+    return {name for weight in family_of(cfg).weights(model_args(cfg)) for name in weight.hf}
 
 
 class _Writer:

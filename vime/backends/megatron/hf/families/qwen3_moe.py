@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from vime.backends.megatron.hf import qwen3
-from vime.backends.megatron.hf.family import Family, Kind, Rule, decoder_rules, dense_mlp_rules
+from vime.backends.megatron.hf.decoder import decoder_rules, dense_mlp_rules
+from vime.backends.megatron.hf.families import qwen3
+from vime.backends.megatron.hf.family import Family, Kind, Rule
 
 
 def megatron_args(config: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +40,6 @@ _EXPERTS = (
 
 FAMILY = Family(
     "qwen3_moe",
-    ("qwen3_moe",),
     decoder_rules(qk_norm=True, mlp=dense_mlp_rules() + _EXPERTS),
     megatron_args,
 )

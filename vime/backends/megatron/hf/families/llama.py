@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from vime.backends.megatron.hf.family import (
-    Family,
+from vime.backends.megatron.hf.decoder import (
     decoder_args,
     decoder_rules,
     refuse_if,
     rope_parameters,
 )
+from vime.backends.megatron.hf.family import Family
 
 
 def megatron_args(config: dict[str, Any]) -> dict[str, Any]:
@@ -30,4 +30,4 @@ def megatron_args(config: dict[str, Any]) -> dict[str, Any]:
     return args
 
 
-FAMILY = Family("llama", ("llama",), decoder_rules(), megatron_args)
+FAMILY = Family("llama", decoder_rules(), megatron_args)

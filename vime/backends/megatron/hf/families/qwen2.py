@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from vime.backends.megatron.hf.family import Family, decoder_args, decoder_rules
+from vime.backends.megatron.hf.decoder import decoder_args, decoder_rules
+from vime.backends.megatron.hf.family import Family
 
 
 def megatron_args(config: dict[str, Any]) -> dict[str, Any]:
     return decoder_args(config) | {"add_qkv_bias": True}
 
 
-FAMILY = Family("qwen2", ("qwen2",), decoder_rules(), megatron_args)
+FAMILY = Family("qwen2", decoder_rules(), megatron_args)

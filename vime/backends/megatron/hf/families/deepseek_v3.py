@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from vime.backends.megatron.hf.family import (
-    Family,
-    Kind,
-    Rule,
+from vime.backends.megatron.hf.decoder import (
     decoder_args,
     decoder_rules,
     dense_mlp_rules,
     refuse_if,
     rope_parameters,
 )
+from vime.backends.megatron.hf.family import Family, Kind, Rule
 from vime.errors import ConfigError
 
 
@@ -153,7 +151,6 @@ _EXPERTS = (
 
 FAMILY = Family(
     "deepseek_v3",
-    ("deepseek_v3",),
     decoder_rules(attention=_ATTENTION, mlp=dense_mlp_rules() + _EXPERTS),
     megatron_args,
     extra_layers=1,

@@ -1,9 +1,8 @@
-"""An HF folder on disk: its config and its safetensors files."""
+"""The safetensors files of an HF folder, read one tensor at a time."""
 
 from __future__ import annotations
 
 import json
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,6 @@ from torch import Tensor
 from vime.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
-
-
-@lru_cache
-def read_config(hf_dir: str) -> dict[str, Any]:
-    """config.json. Raises CheckpointError naming the file."""
-    path = Path(hf_dir, "config.json")
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} does not exist. --hf-checkpoint is a folder in Hugging Face format "
-            "(config.json, tokenizer files, *.safetensors)."
-        ) from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}. Download the folder again.") from None
 
 
 class HFFiles:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from vime.backends.megatron.chunks import named_weights
 from vime.backends.megatron.hf.family import Family, Weight
-from vime.backends.megatron.hf.files import HFFiles, read_config
-from vime.backends.megatron.hf.layout import Dims, hf_shapes, shard
-from vime.backends.megatron.hf.registry import family_for, model_args
+from vime.backends.megatron.hf.registry import family_of, model_args
 from vime.backends.megatron.parallel import Place, Ranks
+from vime.backends.megatron.weights.files import HFFiles
+from vime.backends.megatron.weights.layout import Dims, hf_shapes, shard
 from vime.config import Config
 from vime.errors import CheckpointError
 
@@ -28,7 +28,7 @@ class HFWeights:
 
     def __init__(self, hf_dir: str | Path, cfg: Config) -> None:
         args = model_args(cfg)
-        family = family_for(read_config(cfg.model.hf_checkpoint))
+        family = family_of(cfg)
         self.files = HFFiles(hf_dir)
         self.weights = {w.mcore: w for w in family.weights(args)}
         _check_names(self.files, family, self.weights.values(), args)
@@ -79,7 +79,7 @@ def _check_names(
         raise CheckpointError(
             f"{files.folder}: no file holds tensor {missing[0]}"
             + (f" (and {len(missing) - 1} others)" if len(missing) > 1 else "")
-            + f", which a {family.name} model of {args['num_layers']} layers needs. "
+            + f", which a {family.model_type} model of {args['num_layers']} layers needs. "
             "Download the folder again, or correct config.json."
         )
     extra = sorted(n for n in files.file_of.keys() - wanted if not family.is_ignored(n, args))
@@ -87,6 +87,6 @@ def _check_names(
         raise CheckpointError(
             f"{files.path(extra[0])}: unexpected tensor {extra[0]}"
             + (f" (and {len(extra) - 1} others)" if len(extra) > 1 else "")
-            + f"; a {family.name} model of {args['num_layers']} layers has none of that name. "
-            "The weights and config.json belong to different models."
+            + f"; a {family.model_type} model of {args['num_layers']} layers has none of that "
+            "name. The weights and config.json belong to different models."
         )

@@ -5,14 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vime.backends.megatron.hf.family import (
-    Family,
-    Kind,
-    Rule,
-    decoder_args,
-    decoder_rules,
-    rope_parameters,
-)
+from vime.backends.megatron.hf.decoder import decoder_args, decoder_rules, rope_parameters
+from vime.backends.megatron.hf.family import Family, Kind, Rule
 
 
 def megatron_args(config: dict[str, Any]) -> dict[str, Any]:
@@ -44,4 +38,4 @@ _POST_NORMS = (
     ),
 )
 
-FAMILY = Family("glm4", ("glm4",), decoder_rules(mlp=_MLP) + _POST_NORMS, megatron_args)
+FAMILY = Family("glm4", decoder_rules(mlp=_MLP) + _POST_NORMS, megatron_args)

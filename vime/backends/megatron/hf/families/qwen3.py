@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vime.backends.megatron.hf.family import Family, decoder_args, decoder_rules, refuse_if
+from vime.backends.megatron.hf.decoder import decoder_args, decoder_rules, refuse_if
+from vime.backends.megatron.hf.family import Family
 
 
 def megatron_args(config: dict[str, Any]) -> dict[str, Any]:
@@ -12,4 +13,4 @@ def megatron_args(config: dict[str, Any]) -> dict[str, Any]:
     return decoder_args(config) | {"qk_layernorm": True}
 
 
-FAMILY = Family("qwen3", ("qwen3",), decoder_rules(qk_norm=True), megatron_args)
+FAMILY = Family("qwen3", decoder_rules(qk_norm=True), megatron_args)

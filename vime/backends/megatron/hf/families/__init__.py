@@ -1,0 +1,1 @@
+"""One file a family, each with a `FAMILY`. The registry finds every file of this folder."""

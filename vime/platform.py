@@ -1,6 +1,6 @@
-"""CUDA or CPU, chosen once: the device, its collectives and how weights travel.
+"""CUDA or CPU, chosen once: the device, its collectives and its default type.
 
-The only room besides the layer spec, the transports and offloading that names cuda, nccl or gloo.
+Besides this file only the layer spec, the transports and offloading name cuda, nccl or gloo.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import torch
 class Platform:
     device_type: str  # "cuda" or "cpu"
     collectives: str  # torch.distributed backend
-    colocated_transport: str  # weight_sync transport when trainer and engine share a device
-    decoupled_transport: str
     default_dtype: torch.dtype
-    ray_resource: str  # what one slot of a placement group asks of Ray
+    ray_resource: str  # Ray's name for the resource of one slot in a placement group
 
     @property
     def is_cuda(self) -> bool:
@@ -31,8 +29,8 @@ class Platform:
         return self.default_dtype if name == "auto" else getattr(torch, name)
 
 
-CUDA = Platform("cuda", "nccl", "ipc", "nccl", torch.bfloat16, "GPU")
-CPU = Platform("cpu", "gloo", "shm", "gloo", torch.float32, "CPU")
+CUDA = Platform("cuda", "nccl", torch.bfloat16, "GPU")
+CPU = Platform("cpu", "gloo", torch.float32, "CPU")
 
 
 def current() -> Platform:

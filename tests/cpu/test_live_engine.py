@@ -15,7 +15,7 @@ from tests.unit.process_groups import group_members
 from vime.backends.vllm.client import EngineClient
 from vime.backends.vllm.router import Router
 from vime.errors import EngineError
-from vime.weight_sync import make_sender
+from vime.weight_sync.sender import make_sender
 
 TEMPERATURE = 0.7
 PROMPT = [5, 17, 23, 42, 8, 61]

@@ -10,6 +10,7 @@ import pytest
 from tests.cpu.tiny import make_config
 from vime.errors import ConfigError
 from vime.observe import Timers
+from vime.platform import CPU, CUDA
 from vime.ray.sharing import SharedGpus
 
 
@@ -32,12 +33,12 @@ class Engine:
         self.notes.append(("wake", *tags))
 
 
-def one_step(folder: Path, *, on_gpus=True, **cluster) -> tuple[list, dict[str, float]]:
+def one_step(folder: Path, *, on=CUDA, **cluster) -> tuple[list, dict[str, float]]:
     """Every move of a start, an update, a training turn and another update."""
     notes: list = []
     cfg = make_config(folder, cluster=cluster)
     timers = Timers()
-    gpus = SharedGpus(cfg, lambda *call: notes.append(call), timers, on_gpus=on_gpus)
+    gpus = SharedGpus(cfg, lambda *call: notes.append(call), timers, on=on)
     gpus.engines_started([Engine(notes)])
     gpus.trainer_started()
     for turn in ("update", "train", "update"):
@@ -63,7 +64,7 @@ def test_engines_sleep_while_the_trainer_has_the_memory_and_the_other_way_round(
 def test_an_engine_that_starts_again_finds_room_and_an_update_follows(folder):
     notes: list = []
     cfg = make_config(folder, cluster={"colocate": True})
-    gpus = SharedGpus(cfg, lambda *call: notes.append(call), Timers(), on_gpus=True)
+    gpus = SharedGpus(cfg, lambda *call: notes.append(call), Timers(), on=CUDA)
     gpus.engines_started([Engine(notes)])
     notes.clear()
     gpus.room_for_engines()
@@ -79,12 +80,12 @@ def test_an_engine_that_starts_again_finds_room_and_an_update_follows(folder):
 
 
 @pytest.mark.parametrize(
-    ("on_gpus", "cluster"),
+    ("on", "cluster"),
     [
-        (False, {"colocate": True}),
-        (True, {"colocate": False}),
+        (CPU, {"colocate": True}),
+        (CUDA, {"colocate": False}),
         (
-            True,
+            CUDA,
             {
                 "colocate": True,
                 "offload_train_asked": False,
@@ -93,8 +94,8 @@ def test_an_engine_that_starts_again_finds_room_and_an_update_follows(folder):
         ),
     ],
 )
-def test_nothing_moves_without_shared_gpus_or_where_the_user_says_no(folder, on_gpus, cluster):
-    notes, seconds = one_step(folder, on_gpus=on_gpus, **cluster)
+def test_nothing_moves_without_shared_gpus_or_where_the_user_says_no(folder, on, cluster):
+    notes, seconds = one_step(folder, on=on, **cluster)
     assert notes == ["update", "train", "update"]
     assert seconds == {}
 

@@ -9,9 +9,11 @@ import torch
 
 from tests.cpu.tiny import make_config
 from vime.errors import EngineError
-from vime.weight_sync import make_sender, transports, wire
-from vime.weight_sync.sender import BROKEN, WeightSender
-from vime.weight_sync.transports import Broadcast, SharedMemory
+from vime.weight_sync import transports, wire
+from vime.weight_sync.broadcast import Broadcast
+from vime.weight_sync.engines import BROKEN
+from vime.weight_sync.sender import WeightSender, make_sender
+from vime.weight_sync.transports import SharedMemory
 
 WEIGHTS = [(f"w{i}", torch.randn(8, 8)) for i in range(5)]
 
@@ -148,7 +150,7 @@ class Counts(SharedMemory):
 @pytest.mark.parametrize("call", ["pause keep", "start", "update", "finish"])
 def test_no_other_rank_waits_in_vain_whatever_call_fails(call):
     broken = sender(Notes(fail_on=call))
-    broken.transport = Counts(broken.clients, 10)
+    broken.transport = Counts(broken.engines.clients, 10)
     with pytest.raises(EngineError, match="today"):
         broken.send(iter(WEIGHTS), 7)
     assert broken.transport.met == 3

@@ -20,7 +20,7 @@ class Timers:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # since the last `take`
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -31,9 +31,9 @@ class Timers:
             self.add(name, self._clock() - start)
 
     def add(self, name: str, seconds: float) -> None:
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def take(self) -> dict[str, float]:
         """{"perf/NAME_time": seconds} since the last call, and start anew."""
-        taken, self._seconds = self._seconds, {}
+        taken, self.seconds = self.seconds, {}
         return {f"perf/{name}_time": seconds for name, seconds in taken.items()}

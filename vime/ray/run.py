@@ -49,13 +49,12 @@ class Run:
         self.timers = Timers()
         self.trainer = None if cfg.debug.rollout_only else TrainerGroup(cfg, placement)
         self.manager = ray.remote(RolloutManager).options(num_cpus=0).remote(cfg)
-        on_gpus = current().is_cuda and self.trainer is not None and not cfg.debug.no_engines
-        self.gpus = SharedGpus(cfg, self._train, self.timers, on_gpus=on_gpus)
+        self.gpus = SharedGpus(cfg, self._train, self.timers, on=current())
         engines = self.manager.start.remote(None if cfg.debug.no_engines else placement)
         if not cfg.debug.no_engines:
             count = cfg.cluster.num_engines
             log.starting(f"{count} vLLM engine{'s' if count > 1 else ''} (see {log.run_dir}/logs)")
-        if self.gpus.engines_yield:
+        if self.gpus.engines_sleep:
             self._engines_started(engines)
         # Else engines and trainer start at the same time: each takes the better part of a minute.
         self.start_step = cfg.batch.start_rollout_id or 0
@@ -63,7 +62,7 @@ class Run:
             log.starting(f"the trainer on {cfg.cluster.trainer_gpus} ranks")
             self.start_step = self.trainer.start()
             self.gpus.trainer_started()
-        if not self.gpus.engines_yield:
+        if not self.gpus.engines_sleep:
             self._engines_started(engines)
         if self.start_step > 0 and (cfg.checkpoint.load or not cfg.debug.begins_anywhere):
             self._ask(self.manager.load.remote(self.start_step - 1), "the data state to be loaded")

@@ -1,7 +1,6 @@
 """Trainer and engines take turns on the GPUs that they share under --colocate.
 
-At any time one of them has the memory. The loop names whose turn it is; the moves are here, and on
-GPUs of their own, or without GPUs, there is nothing to move.
+The loop says whose turn it is, and this file moves the memory. Without shared GPUs nothing moves.
 """
 
 from __future__ import annotations
@@ -12,41 +11,44 @@ from typing import Any
 
 from vime.config import Config
 from vime.observe import Timers
-from vime.weight_sync.together import run_together
+from vime.platform import Platform
+from vime.weight_sync.choice import engines_sleep, trainer_leaves
+from vime.weight_sync.together import call_each
 
-# vLLM drops weights and caches: every turn of the engines begins with an update of all weights.
+# vLLM's sleep level that drops weights and caches: an update of all weights begins every turn of
+# the engines.
 DROP_EVERYTHING = 2
 
 
 class SharedGpus:
     """
     train   calls a method of every trainer rank: `TrainerGroup.call` with its deadline
-    timers  take perf/{sleep,wake_up,offload,onload}_time
+    timers  get perf/{sleep,wake_up,offload,onload}_time
     """
 
     def __init__(
-        self, cfg: Config, train: Callable[..., Any], timers: Timers, *, on_gpus: bool
+        self, cfg: Config, train: Callable[..., Any], timers: Timers, *, on: Platform
     ) -> None:
-        self.engines_yield = on_gpus and cfg.cluster.offload_rollout
-        self.trainer_yields = on_gpus and cfg.cluster.offload_train
+        self.engines_sleep = engines_sleep(cfg, on)
+        self.trainer_leaves = trainer_leaves(cfg, on)
         self.timeout_s = cfg.engine.weight_transfer_timeout_s
         self.train = train
         self.timers = timers
         self.clients: list[Any] = []
 
     def engines_started(self, clients: list[Any]) -> None:
-        """Engines start on an empty GPU, whose memory they measure, and make room at once."""
+        """Engines start on an empty GPU, because they measure its memory. Then they make room."""
         self.clients = clients
         self.rest_engines()
 
     def rest_engines(self) -> None:
-        """Before training. Engines that sleep already stay as they are."""
-        if self.engines_yield:
+        """Call it before training. Engines that sleep already stay asleep."""
+        if self.engines_sleep:
             with self.timers("sleep"):
                 self._every_engine(lambda c: c.sleep(DROP_EVERYTHING), "sleep")
 
     def room_for_engines(self) -> None:
-        """For engines that start again, at any time: the trainer is away with all that it has."""
+        """For engines that start again, at any time: all of the trainer's memory is freed."""
         self._offload(keep_weights=False)
 
     def trainer_started(self) -> None:
@@ -54,8 +56,8 @@ class SharedGpus:
 
     @contextmanager
     def for_training(self) -> Iterator[None]:
-        """With engines at rest the memory is the trainer's; after, it keeps its weights to send."""
-        if self.trainer_yields:
+        """The engines rest already. After the block the trainer keeps its weights to send them."""
+        if self.trainer_leaves:
             with self.timers("onload"):
                 self.train("onload")
         yield
@@ -63,24 +65,24 @@ class SharedGpus:
 
     @contextmanager
     def for_weight_update(self) -> Iterator[None]:
-        """Inside, both sides have their weights; after, the memory is the engines'."""
+        """In the block both sides have their weights. After it the engines have all the memory."""
         self._wake_up("weights")
         yield
         self._offload(keep_weights=False)
         self._wake_up("kv_cache")
 
     def _wake_up(self, tag: str) -> None:
-        if self.engines_yield:
+        if self.engines_sleep:
             with self.timers("wake_up"):
                 self._every_engine(lambda c: c.wake_up((tag,)), f"wake up ({tag})")
 
     def _offload(self, *, keep_weights: bool) -> None:
-        if self.trainer_yields:
+        if self.trainer_leaves:
             with self.timers("offload"):
                 self.train("offload", keep_weights)
-        elif self.engines_yield:  # state stays; what training only borrowed does not
+        elif self.engines_sleep:  # the trainer's state stays; only its cached memory is freed
             with self.timers("offload"):
                 self.train("free_cache")
 
     def _every_engine(self, call: Callable[[Any], Any], what: str) -> None:
-        run_together([lambda c=c: call(c) for c in self.clients], self.timeout_s, what)
+        call_each(self.clients, call, self.timeout_s, what)

@@ -1,41 +1,77 @@
-"""GPU memory of one process, seen by another on the same GPU: plain data in place of pickles.
-
-The trainer shares a buffer once, an engine's worker opens it once; torch counts both, so that the
-memory is only freed after the last one let go.
-"""
+"""Colocated, on CUDA: every trainer rank packs a bucket, and the worker on its GPU maps it."""
 
 from __future__ import annotations
 
-import base64
-from typing import Any
+from collections import ChainMap
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
-Handle = list[Any]  # JSON: what torch needs to find the buffer, bytes as base64
-
-
-def gpu_uuid(device: torch.device | int) -> str:
-    """The GPU itself, whatever its number is in this process."""
-    return str(torch.cuda.get_device_properties(device).uuid)
+from vime.weight_sync import cuda_handles, wire
+from vime.weight_sync.slots import Slots
+from vime.weight_sync.transports import Client, Transport
 
 
-def share(buffer: Tensor) -> Handle:
-    """A handle of a whole CUDA buffer, for one worker to open."""
-    _, *parts = buffer.untyped_storage()._share_cuda_()
-    return [_encode(part) for part in parts]
+class CudaIpc(Transport):
+    """Rank 0 gathers the ranks' handles over `group` (gloo) and posts them to the engines."""
 
+    every_rank_sends = True
 
-def open_shared(handle: Handle, device: torch.device) -> Tensor:
-    """The buffer behind `handle`, uint8, without a copy. Let go of it to give it back."""
-    parts = [_decode(part) for part in handle]
-    storage = torch.UntypedStorage._new_shared_cuda(device.index or 0, *parts)
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+    def __init__(
+        self, clients: list[Client], timeout_s: float, rank: int, device: torch.device, group=None
+    ) -> None:
+        super().__init__(clients, timeout_s)
+        self.rank = rank
+        self.group = group
+        self.slots = Slots(device)
+        self.open = False  # between the first bucket of an update and its flush
 
+    def send(self, bucket: list[wire.Named]) -> int:
+        """Returns the bucket's bytes, before the engines have loaded it.
 
-def _encode(part: Any) -> Any:
-    return {"base64": base64.b64encode(part).decode()} if isinstance(part, bytes) else part
+        A slot is free again when rank 0 has waited for the engines. The gather then lets the other
+        ranks go on, so no rank packs into a slot that an engine still reads.
+        """
+        self.open = True
+        entries = wire.entries_of(bucket)
+        size = wire.size_of(entries)
+        slot, buffer, fresh = self.slots.next(size)
+        wire.pack(bucket, buffer[:size])
+        device = self.slots.device
+        torch.cuda.synchronize(device)
+        mine = {cuda_handles.gpu_uuid(device): cuda_handles.share(buffer)} if fresh else None
+        try:
+            self.under_way.wait()
+        finally:  # the other ranks take part in this gather even if an engine has failed
+            handles = self._gather(mine)
+        if self.rank == 0:
+            info = {"entries": entries, "slot": slot, "handles": handles}
+            self.under_way.start(lambda: self.update(info), "weight bucket")
+        return size
 
+    def skip(self) -> None:
+        self.open = True
+        self._gather(None)
 
-def _decode(part: Any) -> Any:
-    return base64.b64decode(part["base64"]) if isinstance(part, dict) else part
+    def flush(self) -> None:
+        was_open, self.open = self.open, False
+        try:
+            super().flush()
+        finally:
+            if was_open:
+                self._gather(None)  # nobody frees a buffer before the engines have read it
+                self.slots.clear()
+
+    def _gather(
+        self, mine: dict[str, cuda_handles.Handle] | None
+    ) -> dict[str, cuda_handles.Handle]:
+        """{GPU: handle} of every rank; all ranks get new buffers at the same bucket."""
+        if not dist.is_initialized() or dist.get_world_size(self.group) == 1:
+            return mine or {}
+        gathered: list = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(gathered, mine, group=self.group)
+        return dict(ChainMap(*[handles for handles in gathered if handles]))
+
+    def close(self) -> None:
+        self.slots.clear()
+        torch.cuda.ipc_collect()

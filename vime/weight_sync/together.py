@@ -1,4 +1,4 @@
-"""Calls that only return once all of them run: an engine receives while the trainer sends."""
+"""Calls that run at the same time: engines must receive while the trainer sends."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from vime.errors import EngineError
 
+T = TypeVar("T")
+
 
 def run_together(calls: Sequence[Callable[[], Any]], timeout_s: float, what: str) -> list[Any]:
-    """Run each call in a thread. Returns their results in order.
+    """Run each call in a thread of its own. Returns their results in order.
 
-    The first failure is raised at once, even when others still wait for the one that failed; such
-    threads end at their own deadlines. Raises EngineError past `timeout_s`.
+    The first failure is raised at once, even if other calls still wait for the failed one; their
+    threads end at their own deadlines. Raises EngineError after `timeout_s`.
     """
     done: queue.Queue[tuple[int, Any, BaseException | None]] = queue.Queue()
 
@@ -44,8 +47,15 @@ def run_together(calls: Sequence[Callable[[], Any]], timeout_s: float, what: str
     return results
 
 
+def call_each(
+    clients: Sequence[T], call: Callable[[T], Any], timeout_s: float, what: str
+) -> list[Any]:
+    """`run_together` for the same call to every engine."""
+    return run_together([partial(call, client) for client in clients], timeout_s, what)
+
+
 class InFlight:
-    """At most one call under way, so that the next bucket is gathered while this one travels."""
+    """At most one call in the background: the next bucket is gathered while this one travels."""
 
     def __init__(self) -> None:
         self._future: Future | None = None
@@ -63,7 +73,7 @@ class InFlight:
         threading.Thread(target=run, daemon=True, name=name).start()
 
     def wait(self) -> None:
-        """Until nothing is under way. Raises what the call raised, which has its own deadline."""
+        """Returns when the call has ended. Raises its error; the call has a deadline of its own."""
         future, self._future = self._future, None
         if future is not None:
             future.result()

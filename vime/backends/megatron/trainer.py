@@ -184,7 +184,7 @@ class MegatronTrainer:
     def connect_engines(self, urls: list[str]) -> None:
         """Prepares weight updates into these engines, also after one of them was replaced."""
         from vime.backends.vllm.client import EngineClient
-        from vime.weight_sync import make_sender
+        from vime.weight_sync.sender import make_sender
 
         if self.sender is not None:
             self.sender.close()

@@ -14,21 +14,27 @@ from vime.patches import apply_once
 
 ENGINE_PATCHES = "VIME_ENGINE_PATCHES"  # comma-separated names; set for vime's own servers only
 
-TRANSFER_ENGINES = {
-    "vime_shm": "SharedMemoryEngine",
-    "vime_gloo": "GlooEngine",
-    "vime_nccl": "NcclEngine",
-    "vime_ipc": "CudaIpcEngine",
+RECEIVERS = {  # the engine's side of each transport, in plugin_receivers.py
+    "shm": "SharedMemoryReceiver",
+    "gloo": "BroadcastReceiver",
+    "nccl": "BroadcastReceiver",
+    "ipc": "CudaIpcReceiver",
 }
+
+
+def vllm_name(transport: str) -> str:
+    """The name under which vLLM knows a transport of vime."""
+    return f"vime_{transport}"
 
 
 def register() -> None:
     """Add the weight transports. In vime's servers, also patch vLLM and die with the parent."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory as factory
 
-    for name, cls in TRANSFER_ENGINES.items():
-        if name not in factory._registry:
-            factory.register_engine(name, "vime.backends.vllm.plugin_transfer", cls)
+    for transport, receiver in RECEIVERS.items():
+        if vllm_name(transport) not in factory._registry:
+            module = "vime.backends.vllm.plugin_receivers"
+            factory.register_engine(vllm_name(transport), module, receiver)
     if names := os.environ.get(ENGINE_PATCHES):
         die_with_parent()
         os.register_at_fork(after_in_child=die_with_parent)

@@ -16,6 +16,7 @@ from vime.config.evaluation import eval_datasets
 from vime.config.hf_config import hf_config
 from vime.patches import Patch
 from vime.platform import Platform
+from vime.weight_sync.choice import engines_sleep, transport_name
 
 MODEL_NAME = "policy"  # the `model` of every request
 MIB = 1 << 20
@@ -25,14 +26,6 @@ MAX_NUM_SEQS = 256  # vLLM's own default for a server
 UNSTATED_POSITIONS = 2048  # of a config.json that does not say
 DEFAULT_CPU_KV_BYTES = (64 * MIB, 4 * GIB)  # at least, at most
 
-TRANSFER_BACKENDS = {"shm": "vime_shm", "gloo": "vime_gloo", "nccl": "vime_nccl", "ipc": "vime_ipc"}
-
-
-def transport_name(cfg: Config, on: Platform | None = None) -> str:
-    """How weights travel: "shm" or "ipc" colocated, "gloo" or "nccl" decoupled."""
-    on = on or platform.current()
-    return on.colocated_transport if cfg.cluster.colocate else on.decoupled_transport
-
 
 def command(
     cfg: Config, index: int, *, host: str, port: int, dialect: Dialect, on: Platform
@@ -40,7 +33,7 @@ def command(
     """The server's argv. The user's --vllm-* flags come last and win."""
     given = dict(cfg.engine.vllm_args)
     dtype = str(on.dtype(cfg.model.dtype)).removeprefix("torch.")
-    transport = TRANSFER_BACKENDS[transport_name(cfg, on)]
+    transport = plugin.vllm_name(transport_name(cfg, on))
     ours: dict[str, object] = {
         "model": cfg.model.hf_checkpoint,
         "served_model_name": MODEL_NAME,
@@ -58,7 +51,7 @@ def command(
     if (max_model_len := needed_model_len(cfg)) is not None:
         ours["max_model_len"] = max_model_len
     if on.is_cuda:
-        ours["enable_sleep_mode"] = cfg.cluster.offload_rollout
+        ours["enable_sleep_mode"] = engines_sleep(cfg, on)
     else:
         given.pop("gpu_memory_utilization", None)  # a share of GPU memory; see `cpu_notice`
         ours["enforce_eager"] = True

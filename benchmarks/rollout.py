@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.cpu_step import cpu_name  # noqa: E402
-from vime.backends.vllm import server  # noqa: E402
+from vime.backends.vllm import cpu, server  # noqa: E402
 from vime.backends.vllm.dialect import dialect_of, installed_version  # noqa: E402
 from vime.backends.vllm.engine import VLLMEngine  # noqa: E402
 from vime.backends.vllm.router import Router  # noqa: E402
@@ -145,9 +145,9 @@ def start_peer(cfg: Config) -> subprocess.Popen:
                 {
                     "dtype": "float32",
                     "enforce_eager": True,
-                    "max_num_seqs": server.MAX_NUM_SEQS,
+                    "max_num_seqs": cpu.MAX_NUM_SEQS,
                     "max_num_batched_tokens": 2048,  # as of a server
-                    "kv_cache_memory_bytes": server.cpu_kv_cache_bytes(cfg),
+                    "kv_cache_memory_bytes": cpu.kv_cache_bytes(cfg),
                 }
             ),
         ],

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tests.cpu.tiny import make_config, write_tiny_hf
-from vime.backends.vllm.flags import CPU_HEAD_SIZES, check_vllm_flags
+from vime.backends.vllm.cpu import HEAD_SIZES
+from vime.backends.vllm.flags import check_vllm_flags
 from vime.backends.vllm.plugin_patches import PATCHES
 from vime.patches import Patch, resolve
 
@@ -179,7 +180,7 @@ def test_latent_attention_on_cpu_can_be_chosen_where_the_cpu_has_amx(monkeypatch
 def test_the_cpu_head_sizes_are_those_of_vllm():
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    assert tuple(CPUAttentionBackend.get_supported_head_sizes()) == CPU_HEAD_SIZES
+    assert tuple(CPUAttentionBackend.get_supported_head_sizes()) == HEAD_SIZES
 
 
 def test_workers_have_what_the_extension_needs():

@@ -19,11 +19,12 @@ import torch
 from tests.cpu.tiny import make_config
 from tests.unit.process_groups import group_members
 from vime import platform
-from vime.backends.vllm import plugin, plugin_patches, server
+from vime.backends.vllm import cpu, plugin, plugin_patches, server
 from vime.backends.vllm.client import EngineClient
 from vime.backends.vllm.dialect import dialect_of
-from vime.backends.vllm.flags import check_vllm_flags, whole_number
+from vime.backends.vllm.flags import check_vllm_flags
 from vime.backends.vllm.process import GuardedProcess, free_port
+from vime.backends.vllm.spelling import whole_number
 from vime.errors import EngineError
 from vime.patches import Patch, apply_once
 
@@ -136,7 +137,7 @@ def test_a_gpu_recipes_memory_share_is_left_out_on_cpu_and_a_notice_says_so(fold
     assert "--gpu-memory-utilization" not in argv(cfg)
     assert value(argv(cfg, on=platform.CUDA), "--gpu-memory-utilization") == "0.7"
     if not platform.current().is_cuda:
-        assert "--vllm-kv-cache-memory-bytes" in server.cpu_notice(cfg)
+        assert "--vllm-kv-cache-memory-bytes" in cpu.memory_notice(cfg)
 
 
 def test_the_kv_cache_on_cpu_holds_one_full_sequence_at_least(folder):
@@ -144,7 +145,7 @@ def test_the_kv_cache_on_cpu_holds_one_full_sequence_at_least(folder):
         json.dumps(SHAPE | {"num_hidden_layers": 64, "max_position_embeddings": 262144})
     )
     token_bytes = 2 * 64 * 2 * 32 * 4
-    assert server.cpu_kv_cache_bytes(make_config(folder)) == 262144 * token_bytes
+    assert cpu.kv_cache_bytes(make_config(folder)) == 262144 * token_bytes
 
 
 def test_a_tiny_model_runs_on_one_thread(folder):

@@ -8,8 +8,8 @@ import tempfile
 from pathlib import Path
 
 from vime import platform
+from vime.backends.vllm import cpu, server
 from vime.backends.vllm import dialect as dialects
-from vime.backends.vllm import server
 from vime.backends.vllm.client import EngineClient
 from vime.backends.vllm.out_of_memory import engine_remedy
 from vime.backends.vllm.process import GuardedProcess, free_port
@@ -46,7 +46,7 @@ class VLLMEngine:
 
         url  of an engine whose place it takes; None: a free port
         """
-        if notice := server.cpu_notice(self.cfg):
+        if notice := cpu.memory_notice(self.cfg):
             log.warning(notice)
         for attempt in range(PORT_ATTEMPTS):
             try:

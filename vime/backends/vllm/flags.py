@@ -1,7 +1,7 @@
-"""Every --vllm-* flag of the installed vLLM is accepted, and checked before any model loads.
+"""Every flag of the installed vLLM is accepted as --vllm-*, and checked before any model loads.
 
-vLLM's own parser judges, in a process of its own, because importing it takes some 14 s on 2 cores.
-Its verdicts are cached per version; the few flags that recipes use all the time need no parser.
+vLLM's own parser checks it in another process, because importing the parser takes some 14 s on 2
+cores. Its answers are cached per version. The few flags of most recipes need no parser.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vime import platform
 from vime.backends.vllm import dialect as dialects
 from vime.backends.vllm import plugin_flags
+from vime.backends.vllm.cpu import head_size_problems
+from vime.backends.vllm.spelling import whole_number, words_of
 from vime.config import Config
-from vime.config.hf_config import hf_config
 from vime.files import write_text
 
 PARSER_TIMEOUT_S = 300.0
-CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
-OWNED = {  # set by vime: who to ask instead
+OWNED = {  # flags that vime sets: the flag to use instead
     "model": "--hf-checkpoint",
     "tokenizer": "--hf-checkpoint",
     "served_model_name": "nothing: requests name no model",
@@ -45,18 +44,6 @@ OWNED = {  # set by vime: who to ask instead
 }
 
 
-def whole_number(text: Any) -> int | None:
-    """vLLM's notation: "8192", "8k" (thousands), "8K" (1024s). None when it is not one."""
-    scale = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
-    text = str(text)
-    try:
-        if text[-1:] in scale:
-            return int(float(text[:-1]) * scale[text[-1]])
-        return int(text)
-    except ValueError:
-        return None
-
-
 def _positive(value: Any) -> str | None:
     number = whole_number(value)
     return None if number is not None and number > 0 else "a whole number above 0, such as 8192"
@@ -73,7 +60,7 @@ def _switch(value: Any) -> str | None:
     return None if value is True else "no value"
 
 
-COMMON: dict[str, Callable[[Any], str | None]] = {  # what it must be, when it is not
+COMMON: dict[str, Callable[[Any], str | None]] = {  # None, or the values that are allowed
     "gpu_memory_utilization": _share,
     "max_model_len": lambda v: None if v in ("auto", "-1") else _positive(v),
     "max_num_seqs": _positive,
@@ -83,7 +70,7 @@ COMMON: dict[str, Callable[[Any], str | None]] = {  # what it must be, when it i
 
 
 def check_vllm_flags(cfg: Config) -> list[str]:
-    """The problems of `cfg.engine.vllm_args`, in the user's words; [] when vLLM takes them all."""
+    """The problems of `cfg.engine.vllm_args`, for the user; [] if vLLM accepts all of them."""
     given = cfg.engine.vllm_args
     if cfg.debug.no_engines:
         return []
@@ -97,20 +84,8 @@ def check_vllm_flags(cfg: Config) -> list[str]:
                 problems.append(f"{_spelled(name, value)} is not usable: give {wanted}.")
         else:
             rest[name] = value
-    problems += _head_size(cfg)
+    problems += head_size_problems(cfg)
     return problems + (_ask_vllm(rest) if rest else [])
-
-
-def _head_size(cfg: Config) -> list[str]:
-    """vLLM starts with any head size on CPU, and dies at the first request with most of them."""
-    size = hf_config(cfg).get("head_dim")
-    if platform.current().is_cuda or size is None or size in CPU_HEAD_SIZES:
-        return []
-    fitting = ", ".join(map(str, CPU_HEAD_SIZES))
-    return [
-        f"--hf-checkpoint {cfg.model.hf_checkpoint}: head_dim {size} in its config.json; vLLM on "
-        f"CPU attends with {fitting} only. Use a model that has one of these, or a GPU."
-    ]
 
 
 def _spelled(name: str, value: Any) -> str:
@@ -123,19 +98,21 @@ def _ask_vllm(given: dict[str, Any]) -> list[str]:
     if version is None:
         return [f"{_spelled(*next(iter(given.items())))}: vLLM is not installed to check it."]
     cache = Cache(version)
-    unknown = [n for n in given if cache.names and n.split(".")[0] not in cache.names]
-    asked = {n: v for n, v in given.items() if n not in unknown and not cache.accepted(n, v)}
+    asked = {
+        name: value
+        for name, value in given.items()
+        if (cache.has(name) or not cache.names) and not cache.accepted(name, value)
+    }
     refused: dict[str, str] = {}
     if asked:
         answer = _run_parser(asked)
         cache.names = set(answer["names"])
-        refused = answer["refused"]
-        unknown += [n for n in asked if n.split(".")[0] not in cache.names]
-        cache.accept({n: v for n, v in asked.items() if n not in unknown and n not in refused})
-    return [_unknown(n, given[n], cache.names, version) for n in unknown] + [
-        f"{_spelled(n, given[n])}: vLLM {version} refuses it: {why}"
-        for n, why in refused.items()
-        if n not in unknown
+        refused = {name: why for name, why in answer["refused"].items() if cache.has(name)}
+        cache.accept({n: v for n, v in asked.items() if cache.has(n) and n not in refused})
+    unknown = [name for name in given if not cache.has(name)]
+    return [_unknown(name, given[name], cache.names, version) for name in unknown] + [
+        f"{_spelled(name, given[name])}: vLLM {version} refuses it: {why}"
+        for name, why in refused.items()
     ]
 
 
@@ -146,10 +123,10 @@ def _unknown(name: str, value: Any, names: set[str], version: str) -> str:
 
 
 def _run_parser(given: dict[str, Any]) -> dict[str, Any]:
-    """{"names": every flag, "refused": {flag: why}}, from vLLM's parser in a process of its own."""
+    """{"names": every flag, "refused": {flag: why}}, from vLLM's parser in another process."""
     done = subprocess.run(
         [sys.executable, plugin_flags.__file__],
-        input=json.dumps(given),
+        input=json.dumps({name: words_of(name, value) for name, value in given.items()}),
         capture_output=True,
         text=True,
         timeout=PARSER_TIMEOUT_S,
@@ -161,7 +138,7 @@ def _run_parser(given: dict[str, Any]) -> dict[str, Any]:
 
 
 class Cache:
-    """What a version's parser said before: {"names": [...], "accepted": [[flag, value], ...]}."""
+    """Earlier answers of a version's parser: {"names": [...], "accepted": [[flag, value], ...]}."""
 
     def __init__(self, version: str) -> None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -173,6 +150,9 @@ class Cache:
         self.names: set[str] = set(held.get("names", ()))
         self.known: list[list[Any]] = held.get("accepted", [])
 
+    def has(self, name: str) -> bool:
+        return name.split(".")[0] in self.names
+
     def accepted(self, name: str, value: Any) -> bool:
         return [name, value] in self.known
 
@@ -181,5 +161,5 @@ class Cache:
         try:
             content = {"names": sorted(self.names), "accepted": self.known}
             write_text(self.file, json.dumps(content))
-        except OSError:  # a home that cannot be written only costs time
+        except OSError:  # without a cache the next check takes longer
             return

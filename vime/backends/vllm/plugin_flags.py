@@ -1,18 +1,13 @@
-"""vLLM's own verdict on its flags. A script: {flag: value} in, {"names", "refused"} out (JSON)."""
+"""A script that asks vLLM's own parser: {flag: its words} in, {"names", "refused"} out (JSON).
+
+It imports nothing of vime.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from typing import Any
-
-
-def words_of(name: str, value: Any) -> list[str]:
-    """("max_num_seqs", "8") -> ["--max-num-seqs", "8"]; True is a bare flag, False nothing."""
-    flag = "--" + name.replace("_", "-")
-    if value is True or value is False:
-        return [flag] if value else []
-    return [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
 
 
 def serve_parser() -> Any:
@@ -28,8 +23,8 @@ def serve_parser() -> Any:
     return make_arg_parser(FlexibleArgumentParser())
 
 
-def judge(parser: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Parse each flag alone, so that every mistake is reported."""
+def judge(parser: Any, given: dict[str, list[str]]) -> dict[str, Any]:
+    """Parse each flag alone, so that every wrong one is reported."""
 
     def refuse(message: str) -> None:
         raise ValueError(message)
@@ -37,9 +32,9 @@ def judge(parser: Any, given: dict[str, Any]) -> dict[str, Any]:
     parser.error = refuse
     names = {o.lstrip("-").replace("-", "_") for a in parser._actions for o in a.option_strings}
     refused = {}
-    for name, value in given.items():
+    for name, words in given.items():
         try:
-            parser.parse_args(words_of(name, value))
+            parser.parse_args(words)
         except (ValueError, SystemExit) as error:
             refused[name] = str(error)
     return {"names": sorted(names), "refused": refused}

@@ -9,8 +9,8 @@ from pathlib import Path
 import requests
 
 from vime.backends.vllm.engine import logs_dir
-from vime.backends.vllm.plugin_flags import words_of
 from vime.backends.vllm.process import GuardedProcess, free_port
+from vime.backends.vllm.spelling import words_of
 from vime.config import Config
 
 START_TIMEOUT_S = 60.0

@@ -1,0 +1,41 @@
+"""The context length of an engine: as long as this run's sequences need, within the model's own."""
+
+from __future__ import annotations
+
+from vime.config import Config, rules
+from vime.config.evaluation import eval_datasets
+
+
+def text_config(cfg: Config) -> dict:
+    """The language model's part of config.json."""
+    found = rules.hf_config(cfg)
+    return found.get("text_config", found)
+
+
+def model_positions(cfg: Config) -> int | None:
+    """Positions that the model was made for."""
+    return text_config(cfg).get("max_position_embeddings")
+
+
+def needed_model_len(cfg: Config) -> int | None:
+    """--max-model-len for the lengths of rollouts and evaluations; None: vLLM reads the model's.
+
+    A prompt has no known bound unless --rollout-max-prompt-len or -context-len gives one.
+    """
+    if "max_model_len" in cfg.engine.vllm_args:
+        return None
+    r = cfg.rollout
+    lengths = [_length(r.max_context_len, r.max_prompt_len, r.max_response_len)]
+    for d in eval_datasets(cfg) if cfg.eval.interval is not None else ():
+        lengths.append(_length(d.max_context_len, d.max_prompt_len, d.max_response_len))
+    if None in lengths:
+        return None
+    cap = model_positions(cfg)
+    needed = max(lengths)
+    return min(needed, cap) if cap else needed
+
+
+def _length(context: int | None, prompt: int | None, response: int) -> int | None:
+    if context is not None:
+        return context
+    return None if prompt is None else prompt + response

@@ -2,8 +2,8 @@
 
 from vime.cli import parse_config
 from vime.config import Config
+from vime.ray.launch import launch, run_or_exit
 from vime.ray.preflight import CHECKS
-from vime.ray.run import launch, run_or_exit
 
 
 def train(cfg: Config) -> None:

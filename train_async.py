@@ -1,13 +1,13 @@
 """Asynchronous RL: the next rollout is generated while this one is trained on.
 
-A batch is therefore one update older than the weights that train on it; every sample records the
-versions that made its tokens.
+So a batch comes from weights that are one update older than the weights that train on it. Every
+sample records the version of the weights that made each of its tokens.
 """
 
 from vime.cli import parse_config
 from vime.config import Config
+from vime.ray.launch import launch, run_or_exit
 from vime.ray.preflight import CHECKS, check_decoupled
-from vime.ray.run import launch, run_or_exit
 
 
 def train_async(cfg: Config) -> None:
@@ -21,9 +21,9 @@ def train_async(cfg: Config) -> None:
             if step + 1 < run.num_rollouts:
                 upcoming = run.start_generating(step + 1)
             run.train(batch)
-            upcoming = run.finish(upcoming)  # its weights must not change under way
+            upcoming = run.finish(upcoming)  # weights must not change during a rollout
             if run.due(cfg.checkpoint.save_interval, step):
-                run.save(step)  # with the upcoming rollout: a run that resumes trains on it
+                run.save(step)  # with the upcoming rollout, on which a resumed run trains
             if run.due(cfg.engine.update_weights_interval, step):
                 run.sync_weights()
             if run.due(cfg.eval.interval, step):

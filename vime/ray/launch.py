@@ -1,0 +1,77 @@
+"""From a configuration to a run that is ready for its loop, and back to a quiet machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from vime.config import Config
+from vime.config.view import resolved
+from vime.errors import ConfigError
+from vime.observe import RunLog
+from vime.platform import current
+from vime.ray.placement_group import local_slots, place
+from vime.ray.run import Run
+
+
+@contextmanager
+def launch(cfg: Config) -> Iterator[Run]:
+    """Start Ray (or join the cluster of RAY_ADDRESS), trainer and engines; stop all of them after.
+
+    SIGTERM ends a run as Ctrl-C does, so no process is left behind when a scheduler stops the run.
+    """
+    flags = {name: value for name, value in resolved(cfg).items() if name != "vllm_api_key"}
+    with RunLog(cfg.log, fallback_dir=cfg.checkpoint.save, config=flags) as log, _ray(cfg):
+        cfg = replace(cfg, log=replace(cfg.log, run_dir=str(log.run_dir)))
+        run = Run(cfg, place(cfg), log)
+        try:
+            yield run
+        except BaseException:
+            # A signal to the whole process group may have ended the actors and engines already.
+            with suppress(Exception):
+                run.stop()
+            raise
+        run.stop()
+
+
+@contextmanager
+def _ray(cfg: Config) -> Iterator[None]:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    joining = "RAY_ADDRESS" in os.environ
+    # Without RAY_ADDRESS: a cluster of our own, even if another one runs on this machine.
+    local: dict[str, Any] = {} if joining else {"address": "local", "include_dashboard": False}
+    if not joining and not current().is_cuda:
+        local["num_cpus"] = local_slots(cfg.cluster)
+    ray.init(logging_level="ERROR", **local)
+    signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which sets a handler of its own
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def run_or_exit(loop: Callable[[Config], None], cfg: Config) -> None:
+    """Run a loop. An error that the user can act on becomes a message and an exit code.
+
+    The codes are 2 for a setting that cannot work and 130 for an interrupt. Other errors are raised.
+    """
+    try:
+        loop(cfg)
+    except ConfigError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: every process of this run has been stopped", file=sys.stderr)
+        sys.exit(130)

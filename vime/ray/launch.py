@@ -65,7 +65,7 @@ def _interrupt(signum: int, frame: Any) -> None:
 def run_or_exit(loop: Callable[[Config], None], cfg: Config) -> None:
     """Run a loop. An error that the user can act on becomes a message and an exit code.
 
-    The codes are 2 for a setting that cannot work and 130 for an interrupt. Other errors are raised.
+    The code is 2 for a setting that cannot work and 130 for an interrupt. Other errors are raised.
     """
     try:
         loop(cfg)

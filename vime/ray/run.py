@@ -1,4 +1,4 @@
-"""One run: the object that the loops in `train.py` and `train_async.py` use. Ray stays behind it."""
+"""One run, as the loops in `train.py` and `train_async.py` see it. Ray stays behind it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Run:
     def _start(self, placement: Placement) -> None:
         """Engines and trainer start at the same time: each takes the better part of a minute.
 
-        If they share GPUs, the engines start first, because they measure the memory of an empty GPU.
+        On shared GPUs the engines start first, because they measure the memory of an empty GPU.
         """
         cfg = self.cfg
         engines = self.manager.start.remote(None if cfg.debug.no_engines else placement)

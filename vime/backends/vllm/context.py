@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from vime.config import Config, rules
+from vime.config import Config
 from vime.config.evaluation import eval_datasets
+from vime.config.hf_config import hf_config
 
 
 def text_config(cfg: Config) -> dict:
     """The language model's part of config.json."""
-    found = rules.hf_config(cfg)
+    found = hf_config(cfg)
     return found.get("text_config", found)
 
 

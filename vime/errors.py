@@ -16,6 +16,10 @@ class PluginError(TypeError):
     """A user's function could not be loaded, has the wrong signature or broke its contract."""
 
 
+class ReturnError(PluginError):
+    """A user's function returned what its hook does not allow."""
+
+
 class EngineError(RuntimeError):
     """A vLLM engine or the router died, refused or did not answer in time."""
 

@@ -21,6 +21,7 @@ HEIGHT = {
     "types": 1,
     "platform": 1,
     "observe": 2,
+    "plugins": 2,
     "algorithms": 2,
     "rollout.rm_hub": 2,
     "config": 3,

@@ -86,6 +86,8 @@ def _sentence(entry: Entry) -> str:
         return ""
     if entry.is_switch and not entry.switch_value:
         return f"turn {entry.spec.name} off"
+    if entry.spec.hook:
+        return f"{entry.spec.help}: {entry.spec.hook.shape}"
     return entry.spec.help
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
 from typing import Any
 
 from vime.errors import ConfigError
+from vime.plugins.hook import Hook, Plugin
 
 Path = str  # as given on the command line
 
@@ -23,6 +25,8 @@ class Flag:
     negated  the flag that sets the field to False ("--no-offload-train"); the flag itself sets True
     type     a parser for one value where the annotation alone does not say (JSON, "1e-6", ...)
     at_least, above, at_most  bounds of a number; above is exclusive
+    hook     what the function must be whose dotted path is the value
+    hook_if  {field: another hook}, which applies while that field of the section is true
     """
 
     name: str
@@ -35,6 +39,8 @@ class Flag:
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
+    hook: Hook | None = None
+    hook_if: dict[str, Hook] | None = None
 
     @property
     def dest(self) -> str:
@@ -68,6 +74,7 @@ def flag_of(f: Field) -> Flag | None:
     return f.metadata.get("flag")
 
 
+@cache
 def flags_in(section: type) -> dict[str, Flag]:
     """{field name: Flag} of a section, in the order of its declaration."""
     return {f.name: spec for f in fields(section) if (spec := flag_of(f))}
@@ -82,6 +89,23 @@ class Section:
         own = (spec.problem(getattr(self, name)) for name, spec in flags_in(type(self)).items())
         if problems := [*filter(None, own), *self.problems()]:
             raise ConfigError(*problems)
+
+    def plugin(self, name: str) -> Plugin | None:
+        """The user's function that the field `name` holds the path of; None where it is unset."""
+        return next(iter(self.plugins(name)), None)
+
+    def plugins(self, name: str) -> list[Plugin]:
+        """The same for a field that may hold several paths."""
+        spec, value = flags_in(type(self))[name], getattr(self, name)
+        assert spec.hook is not None, name
+        asked = [hook for other, hook in (spec.hook_if or {}).items() if getattr(self, other)]
+        paths = value if isinstance(value, list) else [value] if value else []
+        return [Plugin(spec.name, path, asked[0] if asked else spec.hook) for path in paths]
+
+    def all_plugins(self) -> list[Plugin]:
+        """Every function that this section names."""
+        hooks = [name for name, spec in flags_in(type(self)).items() if spec.hook]
+        return [plugin for name in hooks for plugin in self.plugins(name)]
 
     def problems(self) -> Iterator[str]:
         """Values of this section that do not fit each other."""

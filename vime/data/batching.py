@@ -69,7 +69,8 @@ def build_train_batch(
             shaped = _less_overlong(values, [samples[i] for i in usable], cfg)
             normalised = score_samples(shaped, [group_ids[i] for i in usable], cfg.algorithm)
         else:
-            values, normalised = _post_processed(post_process, [samples[i] for i in usable])
+            made = post_process([samples[i] for i in usable])
+            values, normalised = ([float(value) for value in column] for column in made)
         for i, value, score in zip(usable, values, normalised, strict=True):
             raw[i], scores[i] = value, score
 
@@ -103,7 +104,10 @@ def plan_batch(
         if weigh is None:
             weights = token_weights(masks, per_token=per_token, constant=constant)
         else:
-            weights = _users_weights(weigh, masks, per_token)
+            weights = [  # what the mask leaves out stays out
+                np.asarray(w, dtype=np.float32) * (m > 0)
+                for w, m in zip(weigh(masks, per_token), masks, strict=True)
+            ]
         first = len(sequences)
         sequences += [replace(s, weight=w) for s, w in zip(members, weights, strict=True)]
         positions = range(first, len(sequences))
@@ -144,23 +148,6 @@ def token_weights(
         (m / (max(s, 1.0) * len(masks))).astype(np.float32)
         for m, s in zip(masks, sums, strict=True)
     ]
-
-
-def _users_weights(weigh: Weigh, masks: list[np.ndarray], per_token: bool) -> list[np.ndarray]:
-    name = "--custom-pg-loss-reducer-function-path"
-    try:
-        weights = [np.asarray(w, dtype=np.float32) for w in weigh(masks, per_token)]
-    except (TypeError, ValueError) as e:
-        raise PluginError(f"{name} must return weights [R], a list of arrays: {e}") from e
-    if [w.shape for w in weights] != [m.shape for m in masks]:
-        raise PluginError(
-            f"{name} returned weights of shapes {[w.shape for w in weights]}; the masks have "
-            f"{[m.shape for m in masks]}."
-        )
-    if not all(np.isfinite(w).all() for w in weights):
-        raise PluginError(f"{name} returned a weight that is not finite; return finite numbers.")
-    # what the mask leaves out stays out
-    return [w * (m > 0) for w, m in zip(weights, masks, strict=True)]
 
 
 def _newest_version(samples: Sequence[Sample], sequences: Sequence[TrainSequence]) -> int | None:
@@ -229,28 +216,6 @@ def _reward(sample: Sample, cfg: Config) -> float:
             "or None for an answer that it cannot judge: such a sample is left out and counted."
         )
     return value
-
-
-def _post_processed(
-    post_process: PostProcess, samples: list[Sample]
-) -> tuple[list[float], list[float]]:
-    """The user's (raw rewards, scores), as numbers. Raises PluginError on anything else."""
-    name = "--custom-reward-post-process-path"
-    try:
-        raw, scores = post_process(samples)
-        raw, scores = [float(r) for r in raw], [float(s) for s in scores]
-    except (TypeError, ValueError) as e:
-        raise PluginError(
-            f"{name} must return (raw rewards, scores), two lists of numbers: {e}"
-        ) from e
-    if len(raw) != len(samples) or len(scores) != len(samples):
-        raise PluginError(
-            f"{name} returned {len(raw)} raw rewards and {len(scores)} scores for "
-            f"{len(samples)} samples; return one of each a sample."
-        )
-    if bad := [x for x in raw + scores if not math.isfinite(x)]:
-        raise PluginError(f"{name} returned {bad[0]}; return finite numbers.")
-    return raw, scores
 
 
 def _steps(num_samples: int, kept: Sequence[int], num_steps: int) -> list[list[int]]:

@@ -4,13 +4,12 @@ from vime.backends.megatron.checkpoints.start import check_start
 from vime.backends.megatron.hf.check import check_training
 from vime.backends.vllm.flags import check_vllm_flags
 from vime.config import Config
+from vime.config.plugins import check_plugins
 from vime.data.checks import check_chat_template
 from vime.observe.trackers import missing_packages
 from vime.ray.placement_group import check_slots
 from vime.rollout.grading import check_rewards
-from vime.rollout.plugins import check_hooks
 from vime.rollout.teacher import check_teacher
-from vime.rollout.training_hooks import check_training_hooks
 
 
 def check_trackers(cfg: Config) -> list[str]:
@@ -33,8 +32,7 @@ CHECKS = (
     check_chat_template,
     check_vllm_flags,
     check_slots,
-    check_hooks,
-    check_training_hooks,
+    check_plugins,
     check_rewards,
     check_teacher,
     check_trackers,

@@ -20,7 +20,6 @@ from vime.ray.placement_group import Placement
 from vime.ray.wait import stacks_if_longer_than, wait, wait_all
 from vime.rollout import debug_data
 from vime.rollout.ahead import Ahead, load_ahead, save_ahead
-from vime.rollout.plugins import load_function
 from vime.rollout.train_data import eval_metrics, make_train_batch, rollout_metrics
 from vime.types import RolloutFnEvalOutput, RolloutFnTrainOutput, TrainBatch
 
@@ -61,11 +60,11 @@ class RolloutManager:
             runtime |= {"vllm_api_key": api_key(self.cfg)}
         self.runtime = runtime
         self.args = ArgsView(self.cfg, **runtime)
-        self.data_source = load_function(self.cfg.data.data_source_path)(self.args)
-        self.rollout_fn = load_function(self.cfg.rollout.function_path)
-        if self.cfg.debug.load_rollout_data:
-            self.rollout_fn = debug_data.generate_rollout
-        self.eval_fn = load_function(self.cfg.eval.function_path or self.cfg.rollout.function_path)
+        rollout_fn = self.cfg.rollout.plugin("function_path")
+        self.data_source = self.cfg.data.plugin("data_source_path")(self.args)
+        self.eval_fn = self.cfg.eval.plugin("function_path") or rollout_fn
+        loads = self.cfg.debug.load_rollout_data
+        self.rollout_fn = debug_data.generate_rollout if loads else rollout_fn
         return urls
 
     def load(self, rollout_id: int) -> None:

@@ -40,14 +40,11 @@ class TrainerRank:
         """Builds the trainer and loads its checkpoint. Returns the rollout to start with."""
         from vime.backends.megatron.memory.in_use import memory_remedy
         from vime.backends.megatron.trainer import MegatronTrainer
-        from vime.rollout.training_hooks import training_hooks
 
         self._keep_log(cfg)
         with stacks_if_longer_than(timeout_s), memory_remedy(cfg):
             # Ray shows each actor its own GPU only, so the local rank is always 0.
-            self.trainer = MegatronTrainer(
-                cfg, self.rank, world_size, 0, address, port, hooks=training_hooks(cfg)
-            )
+            self.trainer = MegatronTrainer(cfg, self.rank, world_size, 0, address, port)
         return self.trainer.start_rollout_id
 
     def _keep_log(self, cfg: Config) -> None:

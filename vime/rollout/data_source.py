@@ -16,7 +16,6 @@ from vime.data.datasets import DataKeys, PromptDataset, Row
 from vime.errors import CheckpointError, ConfigError, PluginError
 from vime.files import written_whole
 from vime.rollout.plain import plain
-from vime.rollout.plugins import BUFFER_FILTER, load_function
 from vime.types import Group, Sample, Status
 
 logger = logging.getLogger(__name__)
@@ -57,9 +56,7 @@ class RolloutDataSourceWithBuffer:
         self.num_long_prompts = 0  # dropped for --rollout-max-prompt-len, since the run began
         self.num_stale_groups = 0  # started over for --rollout-max-staleness
         self._order: np.ndarray | None = None
-        self._filter = load_function(
-            self.cfg.rollout.buffer_filter_path or "vime.rollout.buffer.pop_first", BUFFER_FILTER
-        )
+        self._filter = self.cfg.rollout.plugin("buffer_filter_path")
 
     def __len__(self) -> int:
         """Prompts in one epoch; 0 without a dataset."""
@@ -82,11 +79,6 @@ class RolloutDataSourceWithBuffer:
         if not self.buffer:
             return []
         groups = self._filter(self.args, self.rollout_id, self.buffer, num_samples)
-        if len(groups) > num_samples:
-            raise PluginError(
-                f"--buffer-filter-path returned {len(groups)} groups where at most {num_samples} "
-                "were asked for; return fewer and leave the rest in the buffer."
-            )
         cap = self.cfg.rollout.max_staleness
         if cap is not None:
             for group in groups:

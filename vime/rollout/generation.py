@@ -17,9 +17,10 @@ from typing import Any
 from vime.config import Config
 from vime.data import chat
 from vime.errors import PluginError
+from vime.plugins.hook import Plugin
+from vime.plugins.rollout import GENERATE
 from vime.rollout import grading
 from vime.rollout.client import GenerateClient
-from vime.rollout.plugins import GENERATE, SAMPLE_HOOK, call, load_function, takes
 from vime.rollout.posting import RequestFailed
 from vime.rollout.teacher import TeacherClient
 from vime.rollout.wire import UNKNOWN_VERSION
@@ -115,13 +116,8 @@ async def finish_group(rollout: Rollout, group: Group) -> Group:
 
 async def _run_sample_hooks(rollout: Rollout, sample: Sample) -> Sample:
     """Calls every --rollout-sample-hook-path in the order given; each may replace the sample."""
-    for path in rollout.cfg.rollout.sample_hook_paths or ():
-        answer = await call(load_function(path, SAMPLE_HOOK), rollout.args, sample)
-        if answer is not None and not isinstance(answer, Sample):
-            raise PluginError(
-                f"--rollout-sample-hook-path {path} returned {type(answer).__name__}; "
-                "return the Sample, or None to keep the one it got."
-            )
+    for hook in rollout.cfg.rollout.plugins("sample_hook_paths"):
+        answer = await hook.call(rollout.args, sample)
         sample = sample if answer is None else answer
     return sample
 
@@ -133,15 +129,15 @@ async def _finish_sample(rollout: Rollout, sample: Sample) -> list[Sample]:
         sample.loss_mask = [0] * sample.response_length
     if sample.status not in (Status.PENDING, Status.ABORTED):
         return [sample]
-    path = sample.generate_function_path or cfg.rollout.custom_generate_path
+    own = cfg.rollout.plugin("custom_generate_path")
+    if path := sample.generate_function_path:
+        own = Plugin("Sample.generate_function_path", path, GENERATE)
     params = sampling_params(rollout, sample)
     try:
-        if path is None:
+        if own is None:
             result = await generate(rollout.args, sample, params)
         else:
-            function = load_function(path, GENERATE)
-            also = {"evaluation": rollout.evaluation} if takes(function, "evaluation") else {}
-            result = await call(function, rollout.args, sample, params, **also)
+            result = await own.call(rollout.args, sample, params, evaluation=rollout.evaluation)
     except RequestFailed as error:
         sample.status, sample.failure = Status.FAILED, str(error)
         return [sample]

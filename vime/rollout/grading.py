@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import inspect
 import logging
-import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -18,8 +16,9 @@ from typing import Any
 from vime.config import Config
 from vime.config.evaluation import eval_datasets
 from vime.config.rules import DATA_SOURCE, VLLM_ROLLOUT
-from vime.errors import PluginError
-from vime.rollout.plugins import GROUP_REWARD, REWARD, load_function
+from vime.errors import PluginError, ReturnError
+from vime.plugins.hook import Plugin
+from vime.plugins.rollout import REWARD, reward_problem
 from vime.rollout.rm_hub.answers import last_boxed
 from vime.rollout.rm_hub.grader import Grader, GradingFailed, GradingTimeout
 from vime.rollout.rm_hub.pool import shared_pool
@@ -39,18 +38,22 @@ async def grade_group(args: Any, group: Group) -> None:
     todo = [s for s in group if s.reward is None and s.status in FINISHED]
     if not todo:
         return
-    path = args.config.reward.custom_rm_path
-    if args.config.reward.group_rm and path:
-        await _grade_together(args, todo, path)
+    grader = args.config.reward.plugin("custom_rm_path")
+    if args.config.reward.group_rm and grader:
+        await _grade_together(args, todo, grader)
     else:
         await asyncio.gather(*(_grade_or_fail(args, sample) for sample in todo))
 
 
 async def grade(args: Any, sample: Sample, **kwargs: Any) -> float | dict[str, Any]:
     """The reward of one sample. Raises GradingFailed."""
-    path = sample.custom_rm_path or args.config.reward.custom_rm_path
-    if path:
-        return await _custom(args, load_function(path, REWARD), sample)
+    own = sample.custom_rm_path
+    grader = Plugin("Sample.custom_rm_path", own, REWARD) if own else None
+    if grader := grader or args.config.reward.plugin("custom_rm_path"):
+        try:
+            return await _in_time(args, grader, sample)
+        except ReturnError as error:
+            raise GradingFailed(str(error)) from error
     rm_type = sample.metadata.get("rm_type") or args.config.reward.rm_type
     if not rm_type:
         raise PluginError(
@@ -90,58 +93,38 @@ def without_end_mark(response: str) -> str:
 
 async def _grade_or_fail(args: Any, sample: Sample) -> None:
     try:
-        _set_reward(sample, await grade(args, sample))
+        _set_reward(sample, await grade(args, sample), "the grader")
     except GradingFailed as error:
         _fail(sample, error)
 
 
-async def _grade_together(args: Any, samples: list[Sample], path: str) -> None:
+async def _grade_together(args: Any, samples: list[Sample], grader: Plugin) -> None:
     try:
-        rewards = await _custom(args, load_function(path, GROUP_REWARD), samples)
+        rewards = await _in_time(args, grader, samples)
     except GradingFailed as error:
         for sample in samples:
             _fail(sample, error)
         return
-    if not isinstance(rewards, (list, tuple)) or len(rewards) != len(samples):
-        raise PluginError(
-            f"--custom-rm-path {path} under --group-rm must return a list of {len(samples)} "
-            f"rewards, one a sample; it returned {rewards!r}."
-        )
     for sample, reward in zip(samples, rewards, strict=True):
-        _set_reward(sample, reward)
+        _set_reward(sample, reward, f"{grader.named_by} {grader.path}")
 
 
-async def _custom(args: Any, function: Any, subject: Any) -> Any:
-    """A user's grader: an async one on the loop, a plain one in a thread; both with a deadline."""
+async def _in_time(args: Any, grader: Plugin, subject: Any) -> Any:
+    """What a user's grader returns. Raises GradingTimeout, and PluginError on what is no reward."""
     limit_s = args.config.engine.request_timeout_s
-    if inspect.iscoroutinefunction(function):
-        work = function(args, subject)
-    else:
-        work = asyncio.to_thread(function, args, subject)
     try:
-        reward = await asyncio.wait_for(work, limit_s)
-        if inspect.isawaitable(reward):  # a plain function that returns a coroutine
-            reward = await asyncio.wait_for(reward, limit_s)
+        return await asyncio.wait_for(grader.call(args, subject), limit_s)
     except TimeoutError:
         raise GradingTimeout(
             f"the custom grader took longer than {limit_s:g} s (--router-request-timeout-secs)"
         ) from None
-    return reward
 
 
-def _set_reward(sample: Sample, reward: Any) -> None:
-    value = reward if isinstance(reward, dict) else _to_float(reward)
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        _fail(sample, GradingFailed(f"the grader gave {reward!r}, which is no reward"))
+def _set_reward(sample: Sample, reward: Any, who: str) -> None:
+    if problem := reward_problem(reward):
+        _fail(sample, GradingFailed(f"{who} {problem}"))
     else:
-        sample.reward = value
-
-
-def _to_float(reward: Any) -> float | None:
-    try:
-        return float(reward)
-    except (TypeError, ValueError):
-        return None
+        sample.reward = reward if isinstance(reward, dict) else float(reward)
 
 
 def _fail(sample: Sample, error: GradingFailed) -> None:

@@ -43,7 +43,7 @@ async def sample_groups(
     batch: int,
     take: Callable[[int], list[Group]],
     finish: Callable[[Group], Awaitable[Group]],
-    judge: Callable[[Group], DynamicFilterOutput],
+    judge: Callable[[Group], Awaitable[DynamicFilterOutput]],
     abort: Callable[[asyncio.Event], Awaitable[None]],
 ) -> Sampled:
     """Takes `batch` groups whenever kept and pending ones cannot reach `target`.
@@ -58,8 +58,6 @@ async def sample_groups(
     failed_in_a_row = 0
 
     def submit(groups: list[Group]) -> None:
-        if not groups:
-            raise PluginError(f"the data source gave no group where {batch} were asked for.")
         result.num_taken += len(groups)
         for group in groups:
             task = asyncio.ensure_future(finish(group))
@@ -73,7 +71,7 @@ async def sample_groups(
             task = await finished.get()
             del pending[task]
             group = task.result()
-            verdict = judge(group)
+            verdict = await judge(group)
             if verdict.keep:
                 result.kept.append(group)
             else:

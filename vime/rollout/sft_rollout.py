@@ -32,10 +32,13 @@ def generate_rollout(
     tokenizer = chat.load_tokenizer(cfg.model.hf_checkpoint)
     if hasattr(data_source, "rollout_id"):
         data_source.rollout_id = rollout_id
+    source = cfg.data.plugin("data_source_path")
+    assert source is not None
     groups: list[Group] = []
     num_skipped = 0
     while len(groups) < cfg.batch.prompts:
-        for group in data_source.get_samples(cfg.batch.prompts - len(groups)):
+        wanted = cfg.batch.prompts - len(groups)
+        for group in source.call_method(data_source, "get_samples", wanted):
             for sample in group:
                 to_demonstration(cfg, tokenizer, sample)
                 sample.rollout_id = rollout_id

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from vime.data.batching import build_train_batch
 from vime.data.columns import as_train_batch
-from vime.errors import PluginError
-from vime.rollout.plugins import (
-    CONVERT,
-    DATA_POSTPROCESS,
-    EVAL_LOG,
-    LOG,
-    POST_PROCESS,
-    load_function,
-)
-from vime.rollout.training_hooks import REDUCER
+from vime.plugins.hook import Plugin
 from vime.types import Group, RolloutFnEvalOutput, TrainBatch
 
 
@@ -28,25 +20,21 @@ def make_train_batch(args: Any, groups: list[Group], rollout_id: int) -> TrainBa
     has the last word. Raises PluginError on a hook that breaks its contract.
     """
     cfg = args.config
-    path = cfg.algorithm.custom_reducer_path
-    weigh = partial(load_function(path, REDUCER), args) if path else None
-    if path := cfg.rollout.convert_path:
-        samples = [sample for group in groups for sample in group]
-        made = load_function(path, CONVERT)(args, samples)
+    weigh = _with_args(cfg.algorithm.plugin("custom_reducer_path"), args)
+    if convert := cfg.rollout.plugin("convert_path"):
+        made = convert(args, [sample for group in groups for sample in group])
         batch = as_train_batch(made, cfg, rollout_id, weigh=weigh)
     else:
-        path = cfg.reward.post_process_path
-        post_process = partial(load_function(path, POST_PROCESS), args) if path else None
+        post_process = _with_args(cfg.reward.plugin("post_process_path"), args)
         batch = build_train_batch(groups, cfg, rollout_id, post_process=post_process, weigh=weigh)
-    if path := cfg.rollout.data_postprocess_path:
-        changed = load_function(path, DATA_POSTPROCESS)(args, rollout_id, batch)
-        if changed is not None and not isinstance(changed, TrainBatch):
-            raise PluginError(
-                f"--rollout-data-postprocess-path {path} returned {type(changed).__name__}; return "
-                "a TrainBatch (dataclasses.replace makes one), or None to keep the one it got."
-            )
+    if change := cfg.rollout.plugin("data_postprocess_path"):
+        changed = change(args, rollout_id, batch)
         batch = batch if changed is None else changed
     return batch
+
+
+def _with_args(plugin: Plugin | None, args: Any) -> Callable[..., Any] | None:
+    return partial(plugin, args) if plugin else None
 
 
 def rollout_metrics(
@@ -54,19 +42,17 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """What is logged of a rollout. --custom-rollout-log-function-path may change `metrics` in
     place, or return True to log nothing of it."""
-    path = args.config.rollout.log_path
-    if path is None:
+    log = args.config.rollout.plugin("log_path")
+    if log is None:
         return metrics
     samples = [sample for group in groups for sample in group]
-    skips = load_function(path, LOG)(rollout_id, args, samples, metrics, rollout_s)
-    return {} if skips else metrics
+    return {} if log(rollout_id, args, samples, metrics, rollout_s) else metrics
 
 
 def eval_metrics(args: Any, output: RolloutFnEvalOutput, rollout_id: int) -> dict[str, float]:
     """The same for an evaluation, by --custom-eval-rollout-log-function-path."""
-    path = args.config.eval.log_path
+    log = args.config.eval.plugin("log_path")
     metrics = dict(output.metrics)
-    if path is None:
+    if log is None:
         return metrics
-    skips = load_function(path, EVAL_LOG)(rollout_id, args, output.data, metrics)
-    return {} if skips else metrics
+    return {} if log(rollout_id, args, output.data, metrics) else metrics

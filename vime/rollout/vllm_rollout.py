@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 from vime.config import Config
@@ -13,7 +14,6 @@ from vime.rollout import grading, metrics
 from vime.rollout.evaluation import evaluate
 from vime.rollout.filter_hub.dynamic_sampling_filters import as_verdict
 from vime.rollout.generation import Rollout, finish_group, make_client
-from vime.rollout.plugins import ALL_SAMPLES, DYNAMIC_FILTER, SAMPLE_FILTER, load_function
 from vime.rollout.sampling import FAILED, Sampled, sample_groups
 from vime.rollout.teacher import teacher_of
 from vime.types import (
@@ -54,17 +54,19 @@ async def _generate_rollout(args: Any, rollout_id: int, data_source: Any) -> Rol
     if hasattr(data_source, "rollout_id"):
         data_source.rollout_id = rollout_id  # the buffer filter judges age by it
     tokenizer = chat.load_tokenizer(cfg.model.hf_checkpoint)
+    source = cfg.data.plugin("data_source_path")
+    assert source is not None
     async with make_client(args) as client, teacher_of(cfg) as teacher:
         rollout = Rollout(args, rollout_id, client, tokenizer, teacher=teacher)
         sampled = await sample_groups(
             target=cfg.batch.prompts,
             batch=cfg.rollout.over_sampling or cfg.batch.prompts,
-            take=data_source.get_samples,
+            take=partial(source.call_method, data_source, "get_samples"),
             finish=lambda group: finish_group(rollout, group),
             judge=lambda group: judge(args, group),
             abort=rollout.abort,
         )
-    _run_hooks(args, data_source, sampled)
+    await _run_hooks(args, data_source, sampled)
     num_kept_for_later = _return_leftovers(rollout, data_source, sampled)
     samples = [sample for group in sampled.kept for sample in group]
     grading.warn_of_missing_marks(args, samples)
@@ -75,7 +77,7 @@ async def _generate_rollout(args: Any, rollout_id: int, data_source: Any) -> Rol
     return RolloutFnTrainOutput(sampled.kept, values)
 
 
-def judge(args: Any, group: Group) -> DynamicFilterOutput:
+async def judge(args: Any, group: Group) -> DynamicFilterOutput:
     """Whether to train on a group. A group without any reward is dropped.
 
     --dynamic-sampling-filter-path decides on the others; it sees the samples that have a reward.
@@ -83,21 +85,21 @@ def judge(args: Any, group: Group) -> DynamicFilterOutput:
     usable = [s for s in group if s.status is not Status.FAILED and s.reward is not None]
     if not usable:
         return DynamicFilterOutput(False, FAILED)
-    path = args.config.rollout.dynamic_filter_path
-    if path is None:
+    keeps = args.config.rollout.plugin("dynamic_filter_path")
+    if keeps is None:
         return DynamicFilterOutput(True)
-    return as_verdict(load_function(path, DYNAMIC_FILTER)(args, usable), usable, args)
+    return as_verdict(await keeps.call(args, usable), usable, args)
 
 
-def _run_hooks(args: Any, data_source: Any, sampled: Sampled) -> None:
+async def _run_hooks(args: Any, data_source: Any, sampled: Sampled) -> None:
     """Calls the sample filter with the groups to train on, then the hook that sees all samples."""
     cfg = args.config.rollout
-    if cfg.sample_filter_path:
-        load_function(cfg.sample_filter_path, SAMPLE_FILTER)(args, sampled.kept)
-    if cfg.all_samples_path:
+    if sample_filter := cfg.plugin("sample_filter_path"):
+        await sample_filter.call(args, sampled.kept)
+    if sees_all := cfg.plugin("all_samples_path"):
         groups = sampled.kept + sampled.dropped + sampled.surplus + sampled.unfinished
         samples = [sample for group in groups for sample in group]
-        load_function(cfg.all_samples_path, ALL_SAMPLES)(args, samples, data_source)
+        await sees_all.call(args, samples, data_source)
 
 
 def _return_leftovers(rollout: Rollout, data_source: Any, sampled: Sampled) -> int:

@@ -9,6 +9,16 @@ from vime.algorithms.advantages import ESTIMATORS, Estimator, estimators_where
 from vime.algorithms.kl import KL_TYPES
 from vime.algorithms.off_policy import LEVELS, MODES
 from vime.config.fields import Section, flag
+from vime.plugins.batch import REDUCER
+from vime.plugins.trainer import (
+    ADVANTAGE,
+    BEFORE_LOG_PROBS,
+    BEFORE_TRAIN_STEP,
+    INIT,
+    LOSS,
+    MODEL,
+    TIS,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,43 +161,48 @@ class AlgorithmConfig(Section):
     )
     custom_tis_path: str | None = flag(
         "--custom-tis-function-path",
-        "f(args, *, pg_loss, train_log_probs, rollout_log_probs, sequence_sum) -> (pg_loss, stats), in place of the --tis-* weights",
+        "weighs the loss in place of the --tis-* flags",
         default=None,
+        hook=TIS,
     )
     custom_loss_path: str | None = flag(
-        "--custom-loss-function-path",
-        "f(args, logp_T, *, ...) -> (loss per token, stats), in place of the whole policy loss",
-        default=None,
+        "--custom-loss-function-path", "the whole policy loss", default=None, hook=LOSS
     )
     custom_advantage_path: str | None = flag(
         "--custom-advantage-function-path",
-        "f(args, sequences, old_logp, ref_logp) -> an advantage per token, in place of the estimator's",
+        "advantages in place of those of --advantage-estimator",
         default=None,
+        hook=ADVANTAGE,
     )
     custom_reducer_path: str | None = flag(
         "--custom-pg-loss-reducer-function-path",
-        "f(args, loss_masks, per_token) -> each token's weight in its step's loss",
+        "each token's weight in the loss of its step",
         default=None,
+        hook=REDUCER,
     )
     megatron_init_path: str | None = flag(
         "--custom-megatron-init-path",
-        "f(args): runs in every trainer rank once it is connected, before the model is built",
+        "runs in every trainer rank after the ranks are connected and before the model is built",
         default=None,
+        hook=INIT,
     )
     model_provider_path: str | None = flag(
         "--custom-model-provider-path",
-        "f(args, model) -> the chunk of Megatron's model to train: changed, or another with the same weights' names",
+        "changes a chunk of Megatron's model, or returns another with the same names of weights",
         default=None,
+        hook=MODEL,
     )
     before_log_probs_path: str | None = flag(
         "--custom-megatron-before-log-prob-hook-path",
-        "f(args, model, store_prefix): before a pass for log-probabilities; the prefix is 'ref_' for the reference's, 'teacher_' for the teacher's",
+        "runs before a pass for log-probabilities; store_prefix is 'ref_' for the reference, 'teacher_' for the teacher",
         default=None,
+        hook=BEFORE_LOG_PROBS,
     )
     before_train_step_path: str | None = flag(
         "--custom-megatron-before-train-step-hook-path",
-        "f(args, rollout_id, step_id, model, optimizer, opt_param_scheduler): before every optimizer step",
+        "runs before every optimizer step",
         default=None,
+        hook=BEFORE_TRAIN_STEP,
     )
     ref_update_interval: int | None = flag(
         "--ref-update-interval",

@@ -9,6 +9,19 @@ from dataclasses import dataclass
 from vime.config.evaluation import read_eval_config
 from vime.config.fields import Path, Section, flag
 from vime.errors import ConfigError
+from vime.plugins.batch import CONVERT, DATA_POSTPROCESS, EVAL_LOG, LOG, POST_PROCESS
+from vime.plugins.rollout import (
+    ALL_SAMPLES,
+    BUFFER_FILTER,
+    DATA_SOURCE,
+    DYNAMIC_FILTER,
+    GENERATE,
+    GROUP_REWARD,
+    REWARD,
+    ROLLOUT,
+    SAMPLE_FILTER,
+    SAMPLE_HOOK,
+)
 from vime.rollout.rm_hub.registry import GRADERS, problems_of
 
 
@@ -50,6 +63,7 @@ class DataConfig(Section):
         "--data-source-path",
         "class that hands out prompts",
         default="vime.rollout.data_source.RolloutDataSourceWithBuffer",
+        hook=DATA_SOURCE,
     )
 
 
@@ -175,6 +189,7 @@ class RolloutConfig(Section):
         "--rollout-function-path",
         "generates one rollout",
         default="vime.rollout.vllm_rollout.generate_rollout",
+        hook=ROLLOUT,
     )
     temperature: float = flag("--rollout-temperature", default=1.0, at_least=0)
     top_p: float = flag("--rollout-top-p", default=1.0, above=0, at_most=1)
@@ -207,7 +222,10 @@ class RolloutConfig(Section):
         at_least=1,
     )
     dynamic_filter_path: str | None = flag(
-        "--dynamic-sampling-filter-path", "keeps or drops a finished group", default=None
+        "--dynamic-sampling-filter-path",
+        "keeps or drops a finished group",
+        default=None,
+        hook=DYNAMIC_FILTER,
     )
     partial: bool = flag(
         "--partial-rollout",
@@ -224,20 +242,23 @@ class RolloutConfig(Section):
         "buffered groups begun more rollouts ago start over (default: never)",
         default=None,
     )
-    buffer_filter_path: str | None = flag(
+    buffer_filter_path: str = flag(
         "--buffer-filter-path",
-        "takes groups out of the buffer (default: first in, first out)",
-        default=None,
+        "takes groups out of the buffer of unfinished ones",
+        default="vime.rollout.buffer.pop_first",
+        hook=BUFFER_FILTER,
     )
     sample_filter_path: str | None = flag(
         "--rollout-sample-filter-path",
-        "f(args, groups): sets remove_sample on samples that get no loss",
+        "sets remove_sample on samples that get no loss",
         default=None,
+        hook=SAMPLE_FILTER,
     )
     all_samples_path: str | None = flag(
         "--rollout-all-samples-process-path",
-        "f(args, samples, data_source): sees every group that was taken, dropped ones too",
+        "sees every sample that was taken, also of dropped groups",
         default=None,
+        hook=ALL_SAMPLES,
     )
     deterministic: bool = flag(
         "--vllm-enable-deterministic-inference",
@@ -245,31 +266,33 @@ class RolloutConfig(Section):
         default=False,
     )
     custom_generate_path: str | None = flag(
-        "--custom-generate-function-path",
-        "async f(args, sample, sampling_params): generates one sample",
-        default=None,
+        "--custom-generate-function-path", "generates one sample", default=None, hook=GENERATE
     )
     sample_hook_paths: list | None = flag(
         "--rollout-sample-hook-path",
-        "f(args, sample): sees each finished sample, may replace it; give several, or repeat the flag",
+        "sees each finished sample and may replace it; takes several paths, or repeat the flag",
         default=None,
         nargs="+",
         repeats=True,
+        hook=SAMPLE_HOOK,
     )
     log_path: str | None = flag(
         "--custom-rollout-log-function-path",
-        "f(rollout_id, args, samples, metrics, rollout_time): True skips the default metrics",
+        "changes what is logged of a rollout",
         default=None,
+        hook=LOG,
     )
     convert_path: str | None = flag(
         "--custom-convert-samples-to-train-data-path",
-        "f(args, samples): a TrainBatch, or a dict of columns",
+        "makes the training data from the samples",
         default=None,
+        hook=CONVERT,
     )
     data_postprocess_path: str | None = flag(
         "--rollout-data-postprocess-path",
-        "f(args, rollout_id, batch): changes the TrainBatch, or returns another",
+        "changes or replaces the TrainBatch",
         default=None,
+        hook=DATA_POSTPROCESS,
     )
     custom_config_path: str | None = flag(
         "--custom-config-path",
@@ -302,15 +325,22 @@ class RewardConfig(Section):
         default=None,
     )
     custom_rm_path: str | None = flag(
-        "--custom-rm-path", "async f(args, sample) -> reward", default=None
+        "--custom-rm-path",
+        "grades a sample",
+        default=None,
+        hook=REWARD,
+        hook_if={"group_rm": GROUP_REWARD},
     )
     post_process_path: str | None = flag(
         "--custom-reward-post-process-path",
-        "f(args, samples) -> (raw rewards, scores), in place of the estimator's normalisation",
+        "computes rewards and scores in place of the normalisation of --advantage-estimator",
         default=None,
+        hook=POST_PROCESS,
     )
     group_rm: bool = flag(
-        "--group-rm", "grade a group at a time: f(args, samples) -> list", default=False
+        "--group-rm",
+        f"--custom-rm-path grades a group at a time: {GROUP_REWARD.shape}",
+        default=False,
     )
     rm_url: str | None = flag("--rm-url", "server of --rm-type remote_rm", default=None)
     reward_key: str | None = flag(
@@ -361,11 +391,13 @@ class EvalConfig(Section):
         "--eval-function-path",
         "default: --rollout-function-path with evaluation=True",
         default=None,
+        hook=ROLLOUT,
     )
     log_path: str | None = flag(
         "--custom-eval-rollout-log-function-path",
-        "f(rollout_id, args, data, metrics): True skips the default metrics",
+        "changes what is logged of an evaluation",
         default=None,
+        hook=EVAL_LOG,
     )
     reward_key: str | None = flag("--eval-reward-key", default=None)
     skip_before_train: bool = flag("--skip-eval-before-train", default=False)

@@ -216,7 +216,6 @@ class Pass:
         port = int(os.environ.get("MASTER_PORT", 0))  # torchrun's
         initialize_parallel(cfg, rank, ranks, rank, master_port=port)
         self.device = platform.current().device(rank)
-        from vime.algorithms.hooks import TrainingHooks
         from vime.backends.megatron.kernels import chosen
         from vime.backends.megatron.model.build import build_model
         from vime.backends.megatron.training.losses import objective_of
@@ -231,7 +230,7 @@ class Pass:
             for p in self.chunks[0].parameters():
                 p.fill_(1.0) if p.dim() == 1 else p.normal_(0, 0.02)
         self.optimizer = build_optimizer(cfg, self.chunks)[0] if with_optimizer else None
-        self.objective = objective_of(cfg.algorithm, TrainingHooks())
+        self.objective = objective_of(cfg)
 
     def inputs(self, packs: Sequence[Sequence[int]]) -> tuple[list, Any]:
         """Micro-batches of sequences of these lengths, a prompt of a tenth each."""

@@ -139,27 +139,31 @@ def test_a_sequences_ratio_does_not_care_which_ranks_hold_it(folder: Path, train
                 assert 0 < metrics["train/pg_clipfrac"] < 1
 
 
+def loss(args: Any, logp_T: Any, *, old_logp_T: Any, adv_T: Any, **known: Any) -> Any:
+    ratio_T = (logp_T - old_logp_T).exp()
+    mean_T = known["sequence_sum"](ratio_T) / known["sequence_sum"](torch.ones_like(ratio_T))
+    return -ratio_T * adv_T, {"mean_ratio": mean_T}
+
+
+def advantage(args: Any, sequences: Any, old_logp: Any, ref_logp: Any) -> list:
+    assert all(float(x.max()) < 0 for x in old_logp)  # whole, whatever this rank holds
+    return [torch.full((s.response_length,), s.reward) for s in sequences]
+
+
 def train_with_hooks(rank: int, world: int, folder: Path) -> list[tuple]:
     """The plain run on two ranks, then users' functions that should not change it."""
-    from vime.algorithms.hooks import TrainingHooks
     from vime.backends.megatron.trainer import MegatronTrainer
 
-    def loss(args: Any, logp_T: Any, *, old_logp_T: Any, adv_T: Any, **known: Any) -> Any:
-        ratio_T = (logp_T - old_logp_T).exp()
-        mean_T = known["sequence_sum"](ratio_T) / known["sequence_sum"](torch.ones_like(ratio_T))
-        return -ratio_T * adv_T, {"mean_ratio": mean_T}
-
-    def advantage(args: Any, sequences: Any, old_logp: Any, ref_logp: Any) -> list:
-        assert all(float(x.max()) < 0 for x in old_logp)  # whole, whatever this rank holds
-        return [torch.full((s.response_length,), s.reward) for s in sequences]
-
-    hooks = TrainingHooks(loss=loss, advantage=advantage)
+    hooks = {
+        "custom_loss_path": f"{__name__}.loss",
+        "custom_advantage_path": f"{__name__}.advantage",
+    }
     results = []
-    turns = (({}, None), ({"cp": 2}, hooks), ({"pp": 2}, hooks))
+    turns = (({}, {}), ({"cp": 2}, hooks), ({"pp": 2}, hooks))
     for number, (parallel, own) in enumerate(turns):
         own_port = agree_on_port(folder, f"turn {number} with hooks", rank)
-        cfg = config(folder, parallel, {})
-        trainer = MegatronTrainer(cfg, rank, world, rank, "127.0.0.1", own_port, hooks=own)
+        cfg = config(folder, parallel, own)
+        trainer = MegatronTrainer(cfg, rank, world, rank, "127.0.0.1", own_port)
         metrics = trainer.train(build_train_batch(groups_of(folder), cfg, 0))
         results.append((metrics, named_gradients(trainer.actor)))
         trainer.close()

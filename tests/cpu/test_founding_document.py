@@ -18,8 +18,9 @@ from tests.unit.command_lines import words
 from tests.unit.fake_engine import write_prompts
 from vime.cli import parse_config
 from vime.data.batching import build_train_batch
+from vime.plugins.hook import Plugin
+from vime.plugins.rollout import BUFFER_FILTER
 from vime.rollout.generation import generate
-from vime.rollout.plugins import BUFFER_FILTER, load_function
 from vime.rollout.vllm_rollout import generate_rollout
 from vime.types import DynamicFilterOutput, Sample, Status
 
@@ -81,7 +82,7 @@ def pop_first_and_note(args, rollout_id, buffer, num_samples):
 
 
 def test_b_pop_first_works_as_the_document_has_it_and_gets_the_rollout_id(setting):
-    assert load_function(f"{HERE}.pop_first", BUFFER_FILTER) is not None
+    assert Plugin("--buffer-filter-path", f"{HERE}.pop_first", BUFFER_FILTER).problem() is None
     path = f"{HERE}.pop_first_and_note"
     args, source = setting(
         rollout={"max_response_len": 2, "buffer_filter_path": path},

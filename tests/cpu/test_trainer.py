@@ -17,7 +17,6 @@ from ranks import run_ranks
 from tiny import make_config, write_tiny_hf
 from training import hf_model, named_weights, samples_of
 
-from vime.algorithms.hooks import TrainingHooks
 from vime.data.batching import build_train_batch
 from vime.errors import ConfigError
 
@@ -45,11 +44,11 @@ def every_case(rank: int, world: int, port: int, folder: Path, out: str) -> None
 
     from vime.backends.megatron.trainer import MegatronTrainer
 
-    def trainer(hooks: TrainingHooks | None = None, **sections: Any) -> MegatronTrainer:
+    def trainer(**sections: Any) -> MegatronTrainer:
         sections = {"batch": BATCH, "optimizer": {"lr": 1e-3}} | sections
         model = {"hf_checkpoint": str(folder), "dtype": sections.pop("dtype", "auto")}
         cfg = make_config(folder, model=model, **sections)
-        return MegatronTrainer(cfg, master_port=free_port(), hooks=hooks)
+        return MegatronTrainer(cfg, master_port=free_port())
 
     for case in (
         grpo_raises_what_was_rewarded,
@@ -369,23 +368,29 @@ def a_teacher_judges_each_token_under_every_estimator(trainer: Any, out: Path) -
     t.close()
 
 
+def vanilla(args: Any, logp_T: Any, *, old_logp_T: Any, adv_T: Any, **known: Any) -> Any:
+    ratio_T = (logp_T - old_logp_T).exp()
+    return -ratio_T * adv_T, {"pg_loss": -ratio_T * adv_T, "ratio": ratio_T}
+
+
+def spread(args: Any, sequences: Any, old_logp: Any, ref_logp: Any) -> list:
+    assert all(len(x) == s.response_length for x, s in zip(old_logp, sequences, strict=True))
+    assert all(float(x.max()) < 0 for x in old_logp)
+    return [torch.full((s.response_length,), s.reward) for s in sequences]
+
+
 def users_functions_take_part(trainer: Any, out: Path) -> None:
     """A loss and advantages written out by a user train as vime's own do."""
-
-    def vanilla(args: Any, logp_T: Any, *, old_logp_T: Any, adv_T: Any, **known: Any) -> Any:
-        ratio_T = (logp_T - old_logp_T).exp()
-        return -ratio_T * adv_T, {"pg_loss": -ratio_T * adv_T, "ratio": ratio_T}
-
-    def spread(args: Any, sequences: Any, old_logp: Any, ref_logp: Any) -> list:
-        assert all(len(x) == s.response_length for x, s in zip(old_logp, sequences, strict=True))
-        assert all(float(x.max()) < 0 for x in old_logp)
-        return [torch.full((s.response_length,), s.reward) for s in sequences]
-
     t = trainer()
     metrics = t.train(batch_of(t))
     expected = named_weights(t.actor)
     t.close()
-    t = trainer(hooks=TrainingHooks(loss=vanilla, advantage=spread))
+    t = trainer(
+        algorithm={
+            "custom_loss_path": f"{__name__}.vanilla",
+            "custom_advantage_path": f"{__name__}.spread",
+        }
+    )
     found = t.train(batch_of(t))
     assert found["train/ratio"] == pytest.approx(1.0, abs=1e-5)
     assert found["train/pg_loss"] == pytest.approx(metrics["train/pg_loss"], abs=1e-5)
@@ -394,26 +399,40 @@ def users_functions_take_part(trainer: Any, out: Path) -> None:
     t.close()
 
 
+SEEN: list[tuple] = []  # what the functions below were called with
+
+
+def see_init(args: Any) -> None:
+    SEEN.append(("init", torch.distributed.get_world_size()))
+
+
+def see_model(args: Any, model: Any) -> Any:
+    SEEN.append(("model", model.pre_process))
+    return model
+
+
+def see_pass(args: Any, model: Any, store_prefix: str) -> None:
+    SEEN.append(("pass", store_prefix))
+
+
+def see_step(
+    args: Any, rollout_id: int, step_id: int, model: Any, optimizer: Any, scheduler: Any
+) -> None:
+    SEEN.append(("step", rollout_id, step_id, len(model)))
+    for group in optimizer.param_groups:
+        group["lr"] /= 2
+
+
 def users_functions_are_called_at_their_moments(trainer: Any, out: Path) -> None:
-    seen: list[tuple] = []
-
-    def halved(
-        args: Any, rollout_id: int, step_id: int, model: Any, optimizer: Any, _: Any
-    ) -> None:
-        seen.append(("step", rollout_id, step_id, len(model)))
-        for group in optimizer.param_groups:
-            group["lr"] /= 2
-
-    hooks = TrainingHooks(
-        init=lambda args: seen.append(("init", torch.distributed.get_world_size())),
-        model=lambda args, model: seen.append(("model", model.pre_process)) or model,
-        before_log_probs=lambda args, model, prefix: seen.append(("pass", prefix)),
-        before_train_step=halved,
-    )
-    two_steps = {"batch": BATCH | {"steps_asked": 2}, "algorithm": {"use_kl_loss": True}}
-    t = trainer(hooks=hooks, **two_steps)
+    hooks = {
+        "megatron_init_path": f"{__name__}.see_init",
+        "model_provider_path": f"{__name__}.see_model",
+        "before_log_probs_path": f"{__name__}.see_pass",
+        "before_train_step_path": f"{__name__}.see_step",
+    }
+    t = trainer(batch=BATCH | {"steps_asked": 2}, algorithm={"use_kl_loss": True, **hooks})
     metrics = t.train(batch_of(t))
-    assert seen == [
+    assert SEEN == [
         ("init", 1),
         ("model", True),
         ("pass", ""),

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from tests.cpu.tiny import make_config
-from vime.algorithms.hooks import TrainingHooks
 from vime.backends.megatron.training.losses import objective_of
 from vime.data.batching import build_train_batch
 from vime.types import Sample, Status
@@ -199,7 +198,7 @@ def vime_loss(data: Padded, algorithm: dict[str, Any]) -> Tensor:
         values_T = values_T.detach()
         return values_T.new_zeros(SEQUENCES).index_add(0, rows, values_T)[rows]
 
-    objective = objective_of(cfg.algorithm, TrainingHooks())
+    objective = objective_of(cfg)
     made = objective(
         data.logp[rows, columns],
         old_logp_T=data.old[rows, columns],

@@ -275,12 +275,6 @@ def test_a_users_weights_take_the_place_of_the_mean_and_respect_the_mask():
     assert batch.sequences[0].weight.tolist() == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("made", [None, [np.ones(2)], [np.full(r, np.nan) for r in (2, 4, 3, 1)]])
-def test_a_users_weights_that_do_not_fit_are_refused(made):
-    with pytest.raises(PluginError, match="--custom-pg-loss-reducer-function-path"):
-        build_train_batch(two_groups(), make_config(), 0, weigh=lambda masks, per_token: made)
-
-
 @pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf")])
 def test_a_reward_that_is_not_finite_is_refused_with_the_samples_index(reward):
     groups = two_groups(s2={"reward": reward, "index": 77})

@@ -7,11 +7,11 @@ import pytest
 from tests.unit.fake_engine import FakeEngine, ids_of, make_config, write_prompts
 from vime.cli import parse_config
 from vime.config.evaluation import eval_datasets, read_eval_config
+from vime.config.plugins import check_plugins
 from vime.data.checks import data_problems
 from vime.errors import ConfigError
 from vime.rollout import metrics
 from vime.rollout.grading import check_rewards
-from vime.rollout.plugins import check_hooks
 from vime.rollout.vllm_rollout import generate_rollout
 from vime.types import Sample, Status
 
@@ -121,7 +121,7 @@ async def always_half(args, sample, **kwargs):
 
 
 def problems_of(cfg):
-    return [*data_problems(cfg), *check_hooks(cfg), *check_rewards(cfg)]
+    return [*data_problems(cfg), *check_plugins(cfg), *check_rewards(cfg)]
 
 
 def test_every_dataset_is_generated_and_graded_by_its_own_rules(hf, tmp_path, capsys):

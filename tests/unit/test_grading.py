@@ -193,7 +193,7 @@ def test_group_rm_grades_the_group_at_once_and_must_answer_for_each():
     args = make_args(group_rm=True, custom_rm_path=f"{__name__}.by_rank")
     assert grade(args, *samples) == [0.0, 1.0, 2.0]
     args = make_args(group_rm=True, custom_rm_path=f"{__name__}.too_few")
-    with pytest.raises(PluginError, match="list of 3"):
+    with pytest.raises(PluginError, match="returned 1 rewards for 3 samples"):
         grade(args, *[finished("x", "y", index=i) for i in range(3)])
 
 

@@ -1,7 +1,7 @@
 """Every path flag: loaded once, refused with the expected signature, called as documented."""
 
+import dataclasses
 import inspect
-import math
 
 import numpy as np
 import pytest
@@ -9,10 +9,12 @@ import pytest
 import examples.hooks.hooks as examples
 from tests.unit.fake_engine import FakeEngine, ids_of, make_config, write_prompts
 from vime.cli import parse_config
+from vime.cli.flags import section_types
+from vime.config import Config
+from vime.config.fields import flags_in
+from vime.config.plugins import check_plugins, plugins_named_in
 from vime.errors import PluginError
-from vime.rollout import plugins
 from vime.rollout.data_source import RolloutDataSourceWithBuffer
-from vime.rollout.plugins import check_hooks, hooks_in, load_function
 from vime.rollout.train_data import eval_metrics, make_train_batch, rollout_metrics
 from vime.rollout.vllm_rollout import generate_rollout
 from vime.types import RolloutFnEvalOutput, Sample, Status
@@ -52,8 +54,19 @@ def naming(section, field, path, **more):
 def test_each_example_can_be_named_by_its_flag(where, name):
     more = {"group_rm": True} if name == "shortest_wins" else {}
     cfg = naming(*where, f"{EXAMPLES}.{name}", **more)
-    assert check_hooks(cfg) == []
-    assert f"{EXAMPLES}.{name}" in [path for _, path, _ in hooks_in(cfg)]
+    assert check_plugins(cfg) == []
+    assert f"{EXAMPLES}.{name}" in [plugin.path for plugin in plugins_named_in(cfg)]
+
+
+def test_every_flag_of_a_hook_has_an_example():
+    """`test_training_hooks.py` has those of the trainer."""
+    named = {
+        (section.name, name)
+        for section in dataclasses.fields(Config)
+        for name, spec in flags_in(section_types()[section.name]).items()
+        if spec.hook and section.name != "algorithm"
+    }
+    assert named == set(FIELDS)
 
 
 def test_every_function_of_the_examples_is_an_example_of_a_flag():
@@ -73,7 +86,7 @@ def no_parameters():
 
 @pytest.mark.parametrize("where", FIELDS, ids=lambda where: ".".join(where))
 def test_a_wrong_signature_is_refused_with_the_flag_and_the_right_one(where):
-    (problem,) = check_hooks(naming(*where, f"{HERE}.no_parameters"))
+    (problem,) = check_plugins(naming(*where, f"{HERE}.no_parameters"))
     flag, path, *_ = problem.split()
     assert flag.startswith("--")
     assert path == f"{HERE}.no_parameters"
@@ -81,7 +94,7 @@ def test_a_wrong_signature_is_refused_with_the_flag_and_the_right_one(where):
 
 
 def test_a_data_source_without_its_methods_is_refused():
-    (problem,) = check_hooks(naming("data", "data_source_path", f"{HERE}.Sourceless"))
+    (problem,) = check_plugins(naming("data", "data_source_path", f"{HERE}.Sourceless"))
     assert "lacks add_samples, save, load, __len__" in problem
 
 
@@ -91,13 +104,6 @@ class Sourceless:
 
     def get_samples(self, num_samples):
         return []
-
-
-def test_a_hook_is_loaded_once(tmp_path, monkeypatch):
-    (tmp_path / "counted_hook.py").write_text("loads = []\ndef f(args, sample): loads.append(1)\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    first = load_function("counted_hook.f", plugins.SAMPLE_HOOK)
-    assert load_function("counted_hook.f", plugins.SAMPLE_HOOK) is first
 
 
 def sample_of(i, reward, size=2, **kw):
@@ -131,28 +137,6 @@ def test_reward_post_processing_takes_the_place_of_normalisation():
     assert batch.metrics["rollout/rewards"] == 0.0
 
 
-def one_too_few(args, samples):
-    return [0.0] * 4, [0.0] * 3
-
-
-def not_finite(args, samples):
-    return [0.0] * 4, [math.nan] * 4
-
-
-def no_pair(args, samples):
-    return 3.0
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [("one_too_few", "3 scores for 4"), ("not_finite", "finite"), ("no_pair", "two lists")],
-)
-def test_reward_post_processing_must_keep_its_contract(name, words):
-    args = view_of(reward={"post_process_path": f"{HERE}.{name}"})
-    with pytest.raises(PluginError, match=words):
-        make_train_batch(args, groups(), 4)
-
-
 def test_converted_columns_become_a_batch_with_weights_and_steps():
     args = view_of(
         rollout={"convert_path": f"{EXAMPLES}.as_columns"},
@@ -172,41 +156,6 @@ def test_a_converted_batch_is_taken_as_it_is():
     assert [s.index for s in batch.sequences] == [0, 1]
 
 
-def misspelt(args, samples):
-    return {"tokens": [[1, 2]], "response_length": [1], "rewards": [0.0]}
-
-
-def ragged(args, samples):
-    return {"tokens": [[1, 2]], "response_lengths": [1, 1], "rewards": [0.0]}
-
-
-def all_response(args, samples):
-    return {"tokens": [[1, 2]], "response_lengths": [2], "rewards": [0.0]}
-
-
-def short_mask(args, samples):
-    return {"tokens": [[1, 2, 3]], "response_lengths": [2], "rewards": [0], "loss_masks": [[1]]}
-
-
-def no_dict(args, samples):
-    return samples
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("misspelt", "lacks response_lengths and has unknown columns response_length"),
-        ("ragged", "equally long"),
-        ("all_response", "row 0 has response_length 2 for 2 tokens"),
-        ("short_mask", "row 0: loss_mask has 1 entries for a response of 2"),
-        ("no_dict", "returned list"),
-    ],
-)
-def test_converted_data_is_checked_column_by_column(name, words):
-    with pytest.raises(PluginError, match=words):
-        make_train_batch(view_of(rollout={"convert_path": f"{HERE}.{name}"}), groups(), 4)
-
-
 def double(args, samples):
     raw = [2.0] * len(samples)
     return raw, raw
@@ -219,7 +168,7 @@ def test_the_postprocess_hook_has_the_last_word():
     )
     assert [s.reward for s in make_train_batch(args, groups(), 4).sequences] == [1.0] * 4
     args = view_of(rollout={"data_postprocess_path": f"{HERE}.wrong_type"})
-    with pytest.raises(PluginError, match="returned int"):
+    with pytest.raises(PluginError, match=f"{HERE}.wrong_type returned 3"):
         make_train_batch(args, groups(), 4)
 
 
@@ -262,8 +211,8 @@ def answer(prompt, params):
 
 def run(engine, cfg, source=None, rollout_id=0):
     args = engine.args(cfg)
-    source = source or load_function(cfg.data.data_source_path)(args)
-    return load_function(cfg.rollout.function_path)(args, rollout_id, source), source
+    source = source or cfg.data.plugin("data_source_path")(args)
+    return cfg.rollout.plugin("function_path")(args, rollout_id, source, evaluation=False), source
 
 
 def test_the_examples_work_together_in_a_rollout(config, capsys):
@@ -333,7 +282,7 @@ def test_sample_hooks_run_in_order_and_may_replace_a_sample(config):
         output, _ = run(engine, config(rollout={"sample_hook_paths": hooks}, reward=reward))
         assert {s.reward for group in output.samples for s in group} == {20.0}
         cfg = config(rollout={"sample_hook_paths": [f"{HERE}.spoil"]}, reward=reward)
-        with pytest.raises(PluginError, match="returned dict"):
+        with pytest.raises(PluginError, match="returned a dict"):
             run(engine, cfg)
 
 

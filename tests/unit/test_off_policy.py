@@ -5,14 +5,15 @@ import math
 import pytest
 import torch
 
-from vime.algorithms.hooks import TrainingHooks, user_advantages, user_correction, user_loss
+from tests.unit.fake_engine import make_config
 from vime.algorithms.kl import unbiased_kl
 from vime.algorithms.objective import PolicyObjective
 from vime.algorithms.off_policy import LEVELS, MODES, Mismatch, stale_and_bad
 from vime.algorithms.policy import cispo_loss, one_sequence, sequence_ratio
+from vime.backends.megatron.training.losses import objective_of
 from vime.config import AlgorithmConfig
 from vime.config.fields import flags_in
-from vime.errors import ConfigError, PluginError
+from vime.errors import ConfigError
 
 SEQUENCES = torch.tensor([0, 0, 1])  # two tokens of one sequence, one of another
 
@@ -164,44 +165,31 @@ def test_the_objective_takes_the_unbiased_kl():
     close(out.value_T.detach(), [2 * (math.log(2) - 1), -1.0, -1.0])
 
 
+KNOWN = {"entropy_T": None, "ref_logp_T": None, "rollout_logp_T": None}
+
+
 def reinforce(args, logp_T, *, adv_T, **known):
-    return -adv_T * logp_T, {"seen": logp_T * args}
+    return -adv_T * logp_T, {"seen": logp_T * args.rollout_batch_size}
 
 
 def test_a_users_loss_takes_the_place_of_the_objective():
-    out, grad = run(user_loss(TrainingHooks(args=2, loss=reinforce)), [-1.0, -2.0, -3.0])
+    cfg = make_config("none", algorithm={"custom_loss_path": f"{__name__}.reinforce"})
+    out, grad = run(objective_of(cfg), [-1.0, -2.0, -3.0], **KNOWN)
     close(grad, [-1.0, -1.0, -1.0])
     close(out.stats["seen"], [-2.0, -4.0, -6.0])
     assert not out.stats["seen"].requires_grad
 
 
-@pytest.mark.parametrize(
-    "made", [lambda x: x.sum(), lambda x: (x.sum(), {}), lambda x: (x, {"a": 1})]
-)
-def test_a_users_loss_that_is_reduced_is_refused(made):
-    objective = user_loss(TrainingHooks(loss=lambda args, logp_T, **known: made(logp_T)))
-    with pytest.raises(PluginError, match="--custom-loss-function-path"):
-        run(objective, [0.0, 0.0, 0.0])
+def halve(args, *, pg_loss, train_log_probs, rollout_log_probs, sequence_sum):
+    return pg_loss / 2, {"apart": train_log_probs - rollout_log_probs}
 
 
 def test_a_users_correction_sees_both_policies():
-    def halve(args, *, pg_loss, train_log_probs, rollout_log_probs, sequence_sum):
-        return pg_loss / 2, {"apart": train_log_probs - rollout_log_probs}
-
-    hooks = TrainingHooks(correct=halve)
-    objective = PolicyObjective(correct=user_correction(hooks))
-    out, grad = run(objective, [0.0, 0.0, 0.0], rollout_logp_T=torch.ones(3))
+    algorithm = {"custom_tis_path": f"{__name__}.halve", "use_tis": True, "clip_high_asked": 9.0}
+    known = KNOWN | {"rollout_logp_T": torch.ones(3), "entropy_T": torch.zeros(3)}
+    out, grad = run(objective_of(make_config("none", algorithm=algorithm)), [0.0] * 3, **known)
     close(grad, [-0.5, -0.5, -0.5])
     close(out.stats["apart"], [-1.0, -1.0, -1.0])
-
-
-def test_a_users_advantages_must_fit_the_responses():
-    class Two:
-        response_length = 2
-
-    hooks = TrainingHooks(advantage=lambda args, sequences, old, ref: [torch.ones(3)])
-    with pytest.raises(PluginError, match=r"shapes \[\(3,\)\]; expected \[\(2,\)\]"):
-        user_advantages(hooks, [Two()], [torch.zeros(2)], None)
 
 
 def test_the_flags_offer_every_level_and_mode():

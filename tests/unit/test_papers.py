@@ -17,7 +17,6 @@ from torch import Tensor
 
 from tests.unit.fake_engine import make_config
 from vime.algorithms.advantages import ESTIMATORS, whiten
-from vime.algorithms.hooks import TrainingHooks
 from vime.algorithms.kl import KL_TYPES, kl_estimate, unbiased_kl
 from vime.algorithms.objective import sft_loss
 from vime.backends.megatron.training.losses import objective_of
@@ -106,7 +105,7 @@ def vime_loss(answers: Sequence[Answer], algorithm: dict[str, Any]) -> Tensor:
         values_T = values_T.detach()
         return values_T.new_zeros(len(answers)).index_add(0, numbers_T, values_T)[numbers_T]
 
-    made = objective_of(cfg.algorithm, TrainingHooks())(
+    made = objective_of(cfg)(
         flat("logp"),
         old_logp_T=flat("old"),
         adv_T=vime_advantages(answers, [s.reward for s in sequences], cfg.algorithm)[kept],

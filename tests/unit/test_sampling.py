@@ -53,7 +53,7 @@ class Simulation:
                 sample.status, sample.failure = Status.FAILED, "by chance"
         return group
 
-    def judge(self, group):
+    async def judge(self, group):
         if all(s.status is Status.FAILED for s in group):
             self.num_dropped += 1
             return DynamicFilterOutput(False, FAILED)
@@ -122,7 +122,7 @@ def test_with_32_wanted_of_64_the_33rd_drop_asks_for_64_more():
         simulation = Simulation(0)
         verdicts = iter([DynamicFilterOutput(False, "dull")] * num_drops)
 
-        def judge(group, simulation=simulation, verdicts=verdicts):
+        async def judge(group, simulation=simulation, verdicts=verdicts):
             verdict = next(verdicts, DynamicFilterOutput(True))
             simulation.num_dropped += not verdict.keep
             return verdict

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from tests.unit.fake_engine import make_config
 from vime.algorithms.advantages import Estimator
-from vime.algorithms.hooks import TrainingHooks, user_advantages, user_loss
 from vime.algorithms.policy import one_sequence
+from vime.backends.megatron.training.losses import objective_of
+from vime.config import AlgorithmConfig
+from vime.config.fields import flags_in
+from vime.config.plugins import check_plugins
 from vime.config.view import ArgsView
 from vime.rollout.train_data import make_train_batch
-from vime.rollout.training_hooks import check_training_hooks, training_hooks
 from vime.types import Sample, Status
 
 HERE = __name__
@@ -45,39 +47,29 @@ def named(**fields):
     return make_config("none", algorithm=fields)
 
 
-def test_functions_that_fit_are_loaded():
-    cfg = named(
-        custom_loss_path=f"{HERE}.loss",
-        custom_advantage_path=f"{HERE}.advantage",
-        custom_reducer_path=f"{HERE}.sum_of_tokens",
-    )
-    assert check_training_hooks(cfg) == []
-    hooks = training_hooks(cfg)
-    assert (hooks.loss.__name__, hooks.advantage.__name__) == ("loss", "advantage")
-    assert hooks.correct is None
-    assert hooks.args.config is cfg
+def test_functions_that_fit_are_accepted():
+    paths = {"custom_loss_path": "loss", "custom_advantage_path": "advantage"}
+    cfg = named(**{field: f"{HERE}.{name}" for field, name in paths.items()})
+    assert check_plugins(cfg) == []
+    assert cfg.algorithm.plugin("custom_loss_path").function is loss
+    assert cfg.algorithm.plugin("custom_tis_path") is None
     cfg = named(custom_tis_path=f"{HERE}.correct", use_tis=True)
-    assert check_training_hooks(cfg) == []
-    assert training_hooks(cfg).correct.__name__ == "correct"
+    assert check_plugins(cfg) == []
 
 
-@pytest.mark.parametrize(
-    ("field", "flag"),
-    [
-        ("custom_loss_path", "--custom-loss-function-path"),
-        ("custom_advantage_path", "--custom-advantage-function-path"),
-        ("custom_tis_path", "--custom-tis-function-path"),
-        ("custom_reducer_path", "--custom-pg-loss-reducer-function-path"),
-        ("model_provider_path", "--custom-model-provider-path"),
-        ("before_log_probs_path", "--custom-megatron-before-log-prob-hook-path"),
-        ("before_train_step_path", "--custom-megatron-before-train-step-hook-path"),
-    ],
-)
+FLAGS = {name: spec.name for name, spec in flags_in(AlgorithmConfig).items() if spec.hook}
+
+
+def nothing():
+    return None
+
+
+@pytest.mark.parametrize(("field", "flag"), FLAGS.items())
 def test_a_function_that_does_not_fit_is_refused_with_its_flag(field, flag):
     more = {"use_tis": True} if field == "custom_tis_path" else {}
-    [problem] = check_training_hooks(named(**{field: f"{HERE}.too_short"}, **more))
-    assert problem.startswith(f"{flag} {HERE}.too_short")
-    assert "Expected: f(args, " in problem
+    [problem] = check_plugins(named(**{field: f"{HERE}.nothing"}, **more))
+    assert problem.startswith(f"{flag} {HERE}.nothing")
+    assert "Expected: f(args" in problem
 
 
 def test_every_function_of_the_examples_fits_its_flag():
@@ -90,27 +82,31 @@ def test_every_function_of_the_examples_fits_its_flag():
         "before_train_step_path": "start_gently",
     }
     paths = {field: f"{examples.__name__}.{name}" for field, name in fields.items()}
-    assert check_training_hooks(named(**paths)) == []
+    assert check_plugins(named(**paths)) == []
     assert set(fields.values()) == {
         name for name, value in vars(examples).items() if inspect.isfunction(value)
     }
-    hooks = training_hooks(named(**paths))
     optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}])
-    hooks.before_train_step(SimpleNamespace(lr=1e-3), 1, 0, [], optimizer, None)
+    before = named(**paths).algorithm.plugin("before_train_step_path")
+    before(SimpleNamespace(lr=1e-3), 1, 0, [], optimizer, None)
     assert optimizer.param_groups == [{"lr": 5e-4}]
 
 
-def test_the_documents_examples_work():
+def test_the_documents_examples_work(tmp_path, monkeypatch):
     text = (Path(__file__).parents[2] / "docs/algorithms.md").read_text()
     teacher_code, loss_code, estimator_code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     made: dict = {}
     exec(teacher_code, made)
     samples = [SimpleNamespace(get_reward_value=lambda args: 0.5)] * 2
     assert made["only_the_teacher"](None, samples) == ([0.5, 0.5], [0.0, 0.0])
-    exec(loss_code, made)
+    (tmp_path / "mine_of_docs.py").write_text(loss_code)
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = named(
+        custom_loss_path="mine_of_docs.loss", custom_advantage_path="mine_of_docs.advantage"
+    )
+    assert check_plugins(cfg) == []
     logp = torch.tensor([-1.0, -2.0], requires_grad=True)
-    objective = user_loss(TrainingHooks(loss=made["loss"]))
-    out = objective(
+    out = objective_of(cfg)(
         logp,
         old_logp_T=logp.detach(),
         adv_T=torch.ones(2),
@@ -122,8 +118,8 @@ def test_the_documents_examples_work():
     assert out.value_T.tolist() == [1.0, 2.0]
     sequence = SimpleNamespace(reward=2.0, response_length=2)
     half = [torch.tensor([0.5, 0.25]).log()]
-    hooks = TrainingHooks(advantage=made["advantage"])
-    [adv] = user_advantages(hooks, [sequence], half, None)
+    advantages = cfg.algorithm.plugin("custom_advantage_path")
+    [adv] = advantages(ArgsView(cfg), [sequence], half, None)
     torch.testing.assert_close(adv, torch.tensor([1.0, 1.5]))
     registry: dict = {}
     exec(estimator_code, {"Tensor": Tensor, "Estimator": Estimator, "ESTIMATORS": registry})

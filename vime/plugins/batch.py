@@ -64,7 +64,7 @@ def _batch_problem(batch: TrainBatch) -> str | None:
     count = len(batch.sequences)
     named = [p for step in batch.steps for rank in step.micro_batches for b in rank for p in b]
     if not named or not set(named) <= set(range(count)) or len(set(named)) < len(named):
-        return f"returned a TrainBatch whose steps name other positions than 0 to {count - 1}, or one twice"
+        return f"returned a TrainBatch whose steps do not name positions below {count} once each"
     for s in batch.sequences:
         for name in ("loss_mask", "weight"):
             if (length := len(getattr(s, name))) != s.response_length:
@@ -109,6 +109,8 @@ POST_PROCESS = Hook(
 
 
 def _weights(made: Any, args: Any, masks: list[np.ndarray], per_token: bool) -> str | None:
+    if not isinstance(made, list | tuple):
+        return f"returned {described(made)}"
     try:
         weights = [np.asarray(w, dtype=np.float32) for w in made]
     except (TypeError, ValueError) as error:

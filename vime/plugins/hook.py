@@ -152,8 +152,10 @@ def described(value: Any) -> str:
     kind = type(value).__name__
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)[:80]
+    if isinstance(value, list | tuple | dict) and not value:
+        return f"an empty {kind}"
     if isinstance(value, list | tuple):
-        return f"a {kind} of {type(value[0]).__name__}" if value else f"an empty {kind}"
+        return f"a {kind} of {type(value[0]).__name__}"
     return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
 
 

@@ -58,6 +58,8 @@ async def sample_groups(
     failed_in_a_row = 0
 
     def submit(groups: list[Group]) -> None:
+        if not groups:
+            raise PluginError(f"the data source gave no group where {batch} were asked for.")
         result.num_taken += len(groups)
         for group in groups:
             task = asyncio.ensure_future(finish(group))

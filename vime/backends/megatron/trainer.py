@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vime import platform
-from vime.algorithms.hooks import TrainingHooks
 from vime.backends.megatron.checkpoints.async_save import BackgroundSaves
 from vime.backends.megatron.checkpoints.start import actor_start
 from vime.backends.megatron.memory.in_use import MemoryUse, memory_remedy
@@ -26,6 +25,7 @@ from vime.backends.megatron.memory.offload import (
 from vime.backends.megatron.parallel import initialize_parallel, shutdown_parallel
 from vime.backends.megatron.training.report import Clock, mean_of_steps, samples_of
 from vime.config import Config
+from vime.config.view import ArgsView
 from vime.plan.memory import shape_of
 from vime.types import TrainBatch
 
@@ -46,13 +46,10 @@ class MegatronTrainer:
         local_rank: int = 0,
         master_address: str = "127.0.0.1",
         master_port: int = 0,
-        *,
-        hooks: TrainingHooks | None = None,
     ) -> None:
         initialize_parallel(cfg, rank, world_size, local_rank, master_address, master_port)
-        self.hooks = hooks or TrainingHooks()
-        if self.hooks.init is not None:
-            self.hooks.init(self.hooks.args)
+        if init := cfg.algorithm.plugin("megatron_init_path"):
+            init(ArgsView(cfg))
         # Megatron can be imported only now: the patches come first.
         from vime.backends.megatron.kernels import chosen
         from vime.backends.megatron.training.actor import Actor
@@ -71,7 +68,7 @@ class MegatronTrainer:
 
         start, asked = actor_start(cfg), cfg.batch.start_rollout_id
         self.start_rollout_id = start.rollout_id if asked is None else asked
-        self.actor = Actor(cfg, start, self.start_rollout_id, self.hooks)
+        self.actor = Actor(cfg, start, self.start_rollout_id)
         self.critic = Critic(cfg, start, self.actor.chunks) if cfg.algorithm.needs_critic else None
 
     # -- training ----------------------------------------------------------------------------------
@@ -112,7 +109,7 @@ class MegatronTrainer:
             if critic is not None:
                 with clock.timed("perf/values_time"):
                     columns.value_N = critic.values(columns, forward_plans(batch))
-            columns.set_advantages(self.cfg.algorithm, self.hooks)
+            columns.set_advantages(self.cfg.algorithm, self.actor.args)
         steps = []
         with clock.timed("perf/actor_train_time"):
             for step_id in range(len(batch.steps) if trains_actor else 0):

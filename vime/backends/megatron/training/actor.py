@@ -8,7 +8,6 @@ from functools import partial
 import torch.distributed as dist
 from torch import Tensor
 
-from vime.algorithms.hooks import TrainingHooks
 from vime.backends.megatron.checkpoints.load import load_checkpoint
 from vime.backends.megatron.checkpoints.start import Start, reference_start, teacher_start
 from vime.backends.megatron.memory.weight_copies import SentWeights, WeightCopy
@@ -24,6 +23,7 @@ from vime.backends.megatron.training.rollout_columns import RolloutColumns
 from vime.backends.megatron.training.step import policy_judge, remember_logps, run_pass, sft_judge
 from vime.backends.megatron.training.update import Updates
 from vime.config import Config
+from vime.config.view import ArgsView
 from vime.errors import ConfigError
 from vime.types import StepPlan, TrainBatch
 
@@ -40,11 +40,14 @@ class Actor:
     sent           copies of the weights that engines were given, under --keep-old-actor
     """
 
-    def __init__(self, cfg: Config, start: Start, first_rollout: int, hooks: TrainingHooks) -> None:
-        self.cfg, self.hooks = cfg, hooks
+    def __init__(self, cfg: Config, start: Start, first_rollout: int) -> None:
+        self.cfg, self.args = cfg, ArgsView(cfg)
+        self.before_log_probs = cfg.algorithm.plugin("before_log_probs_path")
+        self.before_train_step = cfg.algorithm.plugin("before_train_step_path")
         self.is_sft = not cfg.algorithm.wants_reward
         self.temperature = 1.0 if self.is_sft else cfg.rollout.temperature or 1.0
-        provider = hooks.model and partial(hooks.model, hooks.args)
+        changed = cfg.algorithm.plugin("model_provider_path")
+        provider = partial(changed, self.args) if changed else None
         self.chunks = wrap_for_training(cfg, build_model(cfg, provider=provider))
         log.info("the model is built; weights come from %s", start.folder)
         self.reference: WeightCopy | None = None
@@ -67,7 +70,7 @@ class Actor:
         self.sent = SentWeights(self.chunks) if cfg.algorithm.keep_old_actor else None
         lr_flag = f"--lr {cfg.optimizer.lr}"
         self.updates = Updates(self.chunks, self.optimizer, self.scheduler, lr_flag)
-        self.objective = objective_of(cfg.algorithm, hooks)
+        self.objective = objective_of(cfg)
 
     def _was_the_reference_updated(self, first_rollout: int) -> bool:
         """Whether the run before this one made the actor its reference when it was saved."""
@@ -134,7 +137,7 @@ class Actor:
     def _first_step_is_on_policy(self) -> bool:
         """Advantages that depend on the old log-probabilities need them before the first step."""
         a = self.cfg.algorithm
-        no_early_use = a.kl_coef == 0.0 and not a.use_opd and self.hooks.advantage is None
+        no_early_use = a.kl_coef == 0.0 and not a.use_opd and a.custom_advantage_path is None
         return no_early_use and not a.use_rollout_logprobs
 
     def logps(self, columns: RolloutColumns, plans: list[StepPlan], prefix: str = "") -> Tensor:
@@ -142,8 +145,8 @@ class Actor:
 
         prefix  tells the user's hook whose they are
         """
-        if self.hooks.before_log_probs is not None:
-            self.hooks.before_log_probs(self.hooks.args, self.chunks, prefix)
+        if self.before_log_probs is not None:
+            self.before_log_probs(self.args, self.chunks, prefix)
         column_N = columns.table.column()
         batches = [b for plan in plans for b in columns.micro_batches(plan)]
         run_pass(
@@ -164,10 +167,9 @@ class Actor:
     ) -> dict[str, float]:
         """One optimizer step; its metrics. `Updates.take` tells what happens to a bad one."""
         plan = batch.steps[step_id]
-        if self.hooks.before_train_step is not None:
-            optimizer, scheduler = self.optimizer, self.scheduler
-            where = (batch.rollout_id, step_id)
-            self.hooks.before_train_step(self.hooks.args, *where, self.chunks, optimizer, scheduler)
+        if self.before_train_step is not None:
+            trained = (self.chunks, self.optimizer, self.scheduler)
+            self.before_train_step(self.args, batch.rollout_id, step_id, *trained)
         self.updates.begin()
         spoilt_N = columns.table.column()
         if self.is_sft:
@@ -193,7 +195,8 @@ class Actor:
             chunk_tokens=self.cfg.batch.log_probs_chunk,
         )
         names = _STEP_SUMS
-        if self.hooks.loss is not None or self.hooks.correct is not None:
+        a = self.cfg.algorithm
+        if a.custom_loss_path is not None or a.custom_tis_path is not None:
             names = _names_on_all_ranks(sums)
         figures = columns.reduce(sums, names)
         weight = figures.pop("weight", 0.0)

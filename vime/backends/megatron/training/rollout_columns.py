@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from vime.algorithms.advantages import same_for_every_token, whiten
 from vime.algorithms.critic import generalized_advantages
-from vime.algorithms.hooks import TrainingHooks, user_advantages
 from vime.algorithms.kl import kl_estimate
 from vime.backends.megatron.training.step import on_last_stage
 from vime.backends.megatron.training.token_table import MicroBatch, lay_out, token_table
 from vime.config import AlgorithmConfig, Config
+from vime.plugins.hook import Plugin
 from vime.types import StepPlan, TrainBatch
 
 _OF_THE_ENGINE = (
@@ -97,7 +98,7 @@ class RolloutColumns:
             ]
         return self.laid_out[id(plan)]
 
-    def set_advantages(self, cfg: AlgorithmConfig, hooks: TrainingHooks | None = None) -> None:
+    def set_advantages(self, cfg: AlgorithmConfig, args: Any = None) -> None:
         """From the scores, less --kl-coef times each token's KL; spread over tokens; whitened.
 
         What --use-opd takes from a token's advantage is that token's alone, whatever the estimator.
@@ -107,8 +108,8 @@ class RolloutColumns:
         if cfg.kl_coef and self.ref_logp_N is not None:
             kl_N = self._whole(kl_estimate(self.old_logp_N, self.ref_logp_N, "k1"))
             penalty_N = cfg.kl_coef * kl_N * table.mask_N
-        if hooks is not None and hooks.advantage is not None:
-            adv_N = self._users_advantages(hooks)
+        if own := cfg.plugin("custom_advantage_path"):
+            adv_N = self._users_advantages(own, args)
         elif estimator.critic:
             adv_N = self._generalized(penalty_N, cfg)
         elif estimator.spread is same_for_every_token:
@@ -121,8 +122,7 @@ class RolloutColumns:
         if self.teacher_logp_N is not None:
             apart_N = self._whole(kl_estimate(self.old_logp_N, self.teacher_logp_N, "k1"))
             adv_N = adv_N - cfg.opd_kl_coef * apart_N * table.mask_N
-        is_users = hooks is not None and hooks.advantage is not None
-        if cfg.normalize_advantages or (estimator.whiten and not is_users):
+        if cfg.normalize_advantages or (estimator.whiten and own is None):
             whole_N = adv_N
             adv_N = table.column()
             for positions in self.steps:
@@ -159,20 +159,20 @@ class RolloutColumns:
             dist.all_reduce(column_N, group=mpu.get_context_parallel_group())
         return column_N
 
-    def _users_advantages(self, hooks: TrainingHooks) -> Tensor:
+    def _users_advantages(self, own: Plugin, args: Any) -> Tensor:
         """Made where they are used, on the last pipeline stage; 0 elsewhere."""
         rows, adv_N = self.table.responses, self.table.column()
         old_N = self._whole(self.old_logp_N)
         ref_N = None if self.ref_logp_N is None else self._whole(self.ref_logp_N)
         if on_last_stage() and rows:
-            made = user_advantages(
-                hooks,
+            made = own(
+                args,
                 [self.batch.sequences[p] for p in rows],
                 [old_N[r] for r in rows.values()],
                 None if ref_N is None else [ref_N[r] for r in rows.values()],
             )
             for r, adv_R in zip(rows.values(), made, strict=True):
-                adv_N[r] = adv_R.to(adv_N)
+                adv_N[r] = torch.as_tensor(adv_R).to(adv_N)
         return adv_N
 
     def _mask_of(self, positions: Sequence[int]) -> Tensor:

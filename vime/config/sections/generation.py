@@ -290,7 +290,7 @@ class RolloutConfig(Section):
     )
     data_postprocess_path: str | None = flag(
         "--rollout-data-postprocess-path",
-        "changes or replaces the TrainBatch",
+        "changes or replaces the batch before training",
         default=None,
         hook=DATA_POSTPROCESS,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from aiohttp import web
 from vime.config import Config
 from vime.config.view import ArgsView
 
+UNTIL_ABORTED = math.inf  # seconds
 VOCAB = ["\n"] + [chr(c) for c in range(32, 127)]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -65,14 +67,18 @@ def write_prompts(path: Path, count: int) -> Path:
 
 @dataclass
 class FakeEngine:
-    """`answer(prompt ids, params) -> (token ids, seconds)` decides what each request gets.
+    """A server whose answers a test decides.
 
-    Like the engine, it gives an aborted request the tokens that are due by then. `log` has every
-    request's body; `faults` are HTTP statuses to answer with first (None: drop the connection).
+    answer   (prompt ids, params) -> (token ids, seconds that they take, or UNTIL_ABORTED). An
+             aborted request gets the first half of its tokens
+    faults   HTTP statuses to answer with first; None drops the connection
+    at_once  number of requests that must have arrived before any is answered
+    log      the body of every request
     """
 
     answer: Callable[[list[int], dict], tuple[list[int], float]]
     faults: list[int | None] = field(default_factory=list)
+    at_once: int = 0
     version: int | None = 7
     log: list[dict] = field(default_factory=list)
     sessions: list[str | None] = field(default_factory=list)
@@ -148,11 +154,11 @@ class FakeEngine:
         tokens = tokens[:limit]
         aborted = asyncio.Event()
         self._abort.add(aborted)
-        started = self._loop.time()
         try:
+            while len(self.log) < self.at_once:
+                await asyncio.sleep(0.001)
             await asyncio.wait_for(aborted.wait(), seconds)
-            share = min(1.0, (self._loop.time() - started) / seconds)
-            tokens, reason = tokens[: int(len(tokens) * share)], "abort"
+            tokens, reason = tokens[: len(tokens) // 2], "abort"
         except TimeoutError:
             pass
         finally:

@@ -70,8 +70,9 @@ def test_a_malformed_line_is_named_with_its_number_and_what_is_wrong(tmp_path, l
     assert len(problems) == 1
     assert problems[0].startswith(f"--prompt-data {path}")
     assert all(word in problems[0] for word in words), problems[0]
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError) as refused:
         PromptDataset(path, KEYS)[1]
+    assert all(word in str(refused.value) for word in words), refused.value
 
 
 def test_rows_with_the_same_problem_are_told_once_with_their_number(tmp_path):

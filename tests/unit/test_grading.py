@@ -23,7 +23,8 @@ from vime.types import Sample, Status
 
 @pytest.fixture(scope="module")
 def pool():
-    pool = GraderPool(1, timeout_s=3.0)
+    """One grader process with more time than any answer of these tests takes."""
+    pool = GraderPool(1, timeout_s=120.0)
     yield pool
     pool.close()
 
@@ -45,7 +46,8 @@ def test_the_last_box_counts_and_its_braces_must_close():
     assert answers.last_boxed(r"\boxed{1} so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
     assert answers.last_boxed(r"\boxed{1} so \boxed{2") is None
     assert answers.last_boxed("42") is None
-    assert answers.last_boxed(r"\boxed{" + "{" * 50_000 + "}" * 50_001) is not None
+    deep = "{" * 50_000 + "}" * 50_000
+    assert answers.last_boxed(rf"\boxed{{{deep}}}") == deep
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_deepscaler_without_algebra(response, label, reward):
 def test_deepscaler_with_algebra_in_a_grader_process(pool, answer, label, reward):
     response = rf"</think>\boxed{{{answer}}}"
     assert deepscaler.quick(response, label, {}) is None
-    assert pool.submit("deepscaler", response, label, {}).result(60) == reward
+    assert pool.submit("deepscaler", response, label, {}).result(240) == reward
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,7 @@ def test_math_asks_math_verify_for_the_rest(pool, answer, label, reward):
     pytest.importorskip("math_verify")
     response = rf"\boxed{{{answer}}}"
     assert math.quick(response, label, {}) is None
-    assert pool.submit("math", response, label, {}).result(60) == reward
+    assert pool.submit("math", response, label, {}).result(240) == reward
 
 
 def test_dapo_reads_the_answer_line_of_the_tail():
@@ -244,34 +246,39 @@ def test_a_reward_that_is_none_fails_the_sample_with_its_reason(name):
     assert "is no reward" in sample.failure
 
 
+@pytest.mark.parametrize("answer", ["x" + "+x" * 400, "{" * 100_000], ids=["long", "unclosed"])
+def test_a_long_expression_is_judged(pool, answer):
+    response = rf"</think>\boxed{{{answer}}}"
+    assert pool.submit("deepscaler", response, r"\sqrt{2}", {}).result(240) == 0.0
+
+
 @pytest.mark.parametrize(
-    ("answer", "error"),
-    [("9^{9^{9^{9}}}", GradingFailed), ("x" + "+x" * 400, None), ("{" * 100_000, None)],
+    ("grader", "answer", "label"),
+    [
+        ("deepscaler", "9^{9^{9^{9}}}", r"\sqrt{2}"),
+        ("math", "9^{9^{9^{2}}}-x", r"x^{9^{9^{9}}}"),
+    ],
 )
-def test_a_hostile_expression_costs_at_most_its_deadline(pool, answer, error):
-    started = time.monotonic()
-    future = pool.submit("deepscaler", rf"</think>\boxed{{{answer}}}", r"\sqrt{2}", {})
-    try:
-        assert future.result(60) == 0.0
-        assert error is None
-    except GradingFailed:
-        pass
-    assert time.monotonic() - started < pool.timeout_s + 5
+def test_a_hostile_expression_costs_its_deadline_and_the_next_answer_is_graded(
+    pool, monkeypatch, grader, answer, label
+):
+    """A timeout, and not a wrong answer: these expressions would keep a grader busy for years."""
+    with monkeypatch.context() as hasty:
+        hasty.setattr(pool, "timeout_s", 1.0)
+        hostile = pool.submit(grader, rf"</think>\boxed{{{answer}}}", label, {})
+        with pytest.raises(GradingTimeout, match="longer than 1 s"):
+            hostile.result(240)
     fine = pool.submit("deepscaler", r"</think>\boxed{\sqrt{8}}", r"2\sqrt{2}", {})
-    assert fine.result(60) == 1.0  # the next answer finds a grader that works
+    assert fine.result(240) == 1.0
 
 
-def test_a_grader_that_hangs_is_a_timeout_and_not_a_wrong_answer(pool):
-    with pytest.raises(GradingTimeout, match="longer than 3 s"):
-        pool.submit("math", r"\boxed{9^{9^{9^{2}}}-x}", r"x^{9^{9^{9}}}", {}).result(60)
-
-
-def test_256_plain_answers_take_well_under_a_tenth_of_a_second():
+def test_256_plain_answers_take_a_tenth_of_a_cpu_second_and_no_grader_process(monkeypatch):
+    monkeypatch.setattr(grading, "shared_pool", None)
     samples = [finished(rf"7+1=8\n\boxed{{{i}}}", str(i % 300), index=i) for i in range(256)]
     args = make_args(rm_type="math")
-    started = time.perf_counter()
+    started = time.process_time()
     grade(args, *samples)
-    assert time.perf_counter() - started < 0.1
+    assert time.process_time() - started < 0.1
     assert {s.reward for s in samples} == {1.0}
 
 

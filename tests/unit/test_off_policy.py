@@ -1,5 +1,6 @@
 """Ratios of sequences, importance weights and masks, against arithmetic that a reader can redo."""
 
+import itertools
 import math
 
 import pytest
@@ -85,17 +86,17 @@ def test_cispo_holds_the_weight_and_never_the_gradient():
     close(logp.grad, [-2.56, 0.8])
 
 
-@pytest.mark.parametrize(
-    ("level", "mode", "expected"),
-    [
-        ("token", "clip", [2.0, 0.6, 0.6]),
-        ("token", "mask", [0.0, 0.0, 0.0]),
-        ("sequence", "clip", [1.5, 1.5, 0.6]),
-        ("sequence", "mask", [1.5, 1.5, 0.0]),
-        ("geometric", "clip", [math.sqrt(1.5)] * 2 + [0.6]),
-        ("geometric", "mask", [math.sqrt(1.5)] * 2 + [0.0]),
-    ],
-)
+WEIGHTS = [
+    ("token", "clip", [2.0, 0.6, 0.6]),
+    ("token", "mask", [0.0, 0.0, 0.0]),
+    ("sequence", "clip", [1.5, 1.5, 0.6]),
+    ("sequence", "mask", [1.5, 1.5, 0.0]),
+    ("geometric", "clip", [math.sqrt(1.5)] * 2 + [0.6]),
+    ("geometric", "mask", [math.sqrt(1.5)] * 2 + [0.0]),
+]
+
+
+@pytest.mark.parametrize(("level", "mode", "expected"), WEIGHTS)
 def test_importance_weights_by_level_and_mode(level, mode, expected):
     # trainer over engine: 3 and 0.5 in the first sequence, 0.25 in the second; bounds 0.6 and 2
     old = torch.tensor([3.0, 0.5, 0.25]).log()
@@ -196,6 +197,7 @@ def test_the_flags_offer_every_level_and_mode():
     flags = flags_in(AlgorithmConfig)
     assert flags["tis_level"].choices == tuple(LEVELS) == ("token", "sequence", "geometric")
     assert flags["tis_mode"].choices == tuple(MODES) == ("clip", "mask")
+    assert [case[:2] for case in WEIGHTS] == list(itertools.product(LEVELS, MODES))
 
 
 def test_a_loss_of_ones_own_is_a_policy_loss_by_either_name():
@@ -210,29 +212,55 @@ def test_a_loss_of_ones_own_is_a_policy_loss_by_either_name():
 
 
 @pytest.mark.parametrize(
-    "asked",
+    ("asked", "flags"),
     [
-        {"unbiased_kl": True},
-        {"use_tis": True, "use_rollout_logprobs": True},
-        {"keep_old_actor": True, "use_rollout_logprobs": True},
-        {"keep_old_actor": True, "loss_type": "sft_loss"},
-        {"use_tis": True, "tis_clip_low": 3.0},
-        {"tis_veto": 1e-4},
-        {"use_tis": True, "tis_veto": 1e-4, "custom_tis_path": "mine.tis"},
-        {"tis_mode": "mask"},
-        {"advantage_estimator": "dr_grpo", "per_token_loss": True},
-        {"advantage_estimator": "dr_grpo", "custom_reducer_path": "a.b"},
-        {"advantage_estimator": "maxrl", "overlong_buffer_len": 8},
-        {"overlong_penalty": 2.0},
-        {"custom_loss_path": "a.b", "loss_type": "sft_loss"},
-        {"custom_loss_path": "a.b", "use_tis": True},
-        {"loss_type": "custom_loss"},
-        {"custom_advantage_path": "a.b", "kl_coef": 0.1},
-        {"custom_tis_path": "a.b"},
-        {"ref_update_interval": 2},
+        ({"unbiased_kl": True}, "--use-unbiased-kl .*--use-kl-loss"),
+        (
+            {"use_tis": True, "use_rollout_logprobs": True},
+            "--use-tis .*--use-rollout-logprobs",
+        ),
+        (
+            {"keep_old_actor": True, "use_rollout_logprobs": True},
+            "--keep-old-actor .*--use-rollout-logprobs",
+        ),
+        ({"keep_old_actor": True, "loss_type": "sft_loss"}, "--keep-old-actor .*--loss-type sft"),
+        ({"use_tis": True, "tis_clip_low": 3.0}, "--tis-clip-low 3.0 .*--tis-clip 2.0"),
+        ({"tis_veto": 1e-4}, "--tis-veto 0.0001 .*--use-tis"),
+        (
+            {"use_tis": True, "tis_veto": 1e-4, "custom_tis_path": "mine.tis"},
+            "--tis-veto 0.0001 .*--custom-tis-function-path",
+        ),
+        ({"tis_mode": "mask"}, "--tis-mode mask .*--use-tis"),
+        (
+            {"advantage_estimator": "dr_grpo", "per_token_loss": True},
+            "--calculate-per-token-loss .*--advantage-estimator dr_grpo",
+        ),
+        (
+            {"advantage_estimator": "dr_grpo", "custom_reducer_path": "a.b"},
+            "--custom-pg-loss-reducer-function-path a.b .*--advantage-estimator dr_grpo",
+        ),
+        (
+            {"advantage_estimator": "maxrl", "overlong_buffer_len": 8},
+            "--overlong-buffer-len 8 .*--advantage-estimator maxrl",
+        ),
+        ({"overlong_penalty": 2.0}, "--overlong-penalty-factor 2.0 .*--overlong-buffer-len"),
+        (
+            {"custom_loss_path": "a.b", "loss_type": "sft_loss"},
+            "--custom-loss-function-path a.b .*--loss-type sft_loss",
+        ),
+        (
+            {"custom_loss_path": "a.b", "use_tis": True},
+            "--custom-loss-function-path a.b .*--use-tis",
+        ),
+        ({"loss_type": "custom_loss"}, "--loss-type custom_loss .*--custom-loss-function-path"),
+        (
+            {"custom_advantage_path": "a.b", "kl_coef": 0.1},
+            "--custom-advantage-function-path a.b .*--kl-coef 0.1",
+        ),
+        ({"custom_tis_path": "a.b"}, "--custom-tis-function-path a.b .*--use-tis"),
+        ({"ref_update_interval": 2}, "--ref-update-interval 2 .*--use-kl-loss or --kl-coef"),
     ],
-    ids=str,
 )
-def test_flags_that_cannot_act_together_are_refused(asked):
-    with pytest.raises(ConfigError):
+def test_flags_that_cannot_act_together_are_refused_by_name(asked, flags):
+    with pytest.raises(ConfigError, match=flags):
         AlgorithmConfig(**asked)

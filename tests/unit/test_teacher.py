@@ -27,15 +27,16 @@ ANSWER = [*ids_of("abc"), 2]
 class Server:
     """Speaks what is asked of vLLM's OpenAI server: a token's figure is -(its place + id / 1000).
 
-    faults   HTTP statuses to answer first
-    seconds  that tokens take
+    faults    HTTP statuses to answer first
+    is_ready  whether the server answers these tokens by now; it looks again and again
+    asked     the tokens of every request
     """
 
     faults: list[int] = field(default_factory=list)
-    seconds: Callable[[list[int]], float] = lambda tokens: 0.0
+    is_ready: Callable[[list[int]], bool] = lambda tokens: True
     tokenize: Callable[[str], list[int]] = ids_of
     room: int = 1000
-    num_asked: int = 0
+    asked: list[list[int]] = field(default_factory=list)
     closing: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self):
@@ -56,12 +57,13 @@ class Server:
                     self.complete(body)
 
             def complete(self, body):
-                server.num_asked += 1
+                server.asked.append(body["prompt"])
                 if server.faults:
                     self.answer({"error": "on purpose"}, server.faults.pop(0))
                     return
                 assert (body["max_tokens"], body["prompt_logprobs"]) == (1, 0)
-                server.closing.wait(server.seconds(body["prompt"]))
+                while not (server.is_ready(body["prompt"]) or server.closing.wait(0.01)):
+                    pass
                 entries = [
                     {str(t): {"logprob": -(i + t / 1000)}} for i, t in enumerate(body["prompt"])
                 ]
@@ -128,7 +130,7 @@ def test_each_token_of_the_response_gets_its_own_figure(config):
         assert sample.teacher_log_probs == pytest.approx(
             [-(i + t / 1000) for i, t in zip(places, ANSWER, strict=True)]
         )
-    assert (len(samples), teacher.num_asked) == (4, 5)  # one was asked for again
+    assert (len(samples), len(teacher.asked)) == (4, 5)  # one was asked for again
 
 
 @pytest.mark.parametrize(
@@ -148,15 +150,13 @@ def test_no_figures_fail_the_sample_and_say_whose(config, status, said):
 
 def test_what_is_wanted_no_more_is_not_waited_for(config):
     wanted = [ids_of(q) + ANSWER for q in ("q0", "q1")]
-    with (
-        Server(seconds=lambda tokens: 0.2 if tokens in wanted else 300.0) as teacher,
-        FakeEngine(answer) as engine,
-    ):
+    with Server() as teacher, FakeEngine(answer) as engine:
+        teacher.is_ready = lambda tokens: tokens in wanted and len(teacher.asked) == 40
         cfg = config(teacher.url, rollout={"max_response_len": 16, "over_sampling": 20})
         output = rollout(engine, cfg)
     assert [group[0].index for group in output.samples] == [0, 2]
     assert output.metrics["rollout/groups_surplus"] == 18
-    assert teacher.num_asked > 4
+    assert len(teacher.asked) == 40
 
 
 def test_an_evaluation_asks_no_teacher(config):
@@ -166,7 +166,7 @@ def test_an_evaluation_asks_no_teacher(config):
         cfg = config(teacher.url, eval=held)
         output = rollout(engine, cfg, evaluation=True)
     assert len(output.data["held"]["samples"]) == 40
-    assert teacher.num_asked == 0
+    assert teacher.asked == []
 
 
 def test_the_server_is_looked_at_before_anything_starts(config):

@@ -8,7 +8,7 @@ import time
 import aiohttp
 import pytest
 
-from tests.unit.fake_engine import FakeEngine, ids_of, make_config, write_prompts
+from tests.unit.fake_engine import UNTIL_ABORTED, FakeEngine, ids_of, make_config, write_prompts
 from vime.data import chat
 from vime.errors import EngineError, PluginError
 from vime.rollout.client import GenerateClient
@@ -137,7 +137,7 @@ def test_an_engine_that_stays_away_fails_the_request_within_its_window():
             with pytest.raises(RequestFailed, match="kept failing"):
                 await client.generate([4], {"max_tokens": 1})
 
-    asyncio.run(asyncio.wait_for(post(), 5))
+    asyncio.run(asyncio.wait_for(post(), 60))
 
 
 def test_a_request_has_a_deadline_that_names_its_flag():
@@ -146,8 +146,8 @@ def test_a_request_has_a_deadline_that_names_its_flag():
             with pytest.raises(RequestFailed, match="--router-request-timeout-secs"):
                 await client.generate([4], {"max_tokens": 1})
 
-    with FakeEngine(lambda prompt, params: ([5], 30.0)) as engine:
-        asyncio.run(asyncio.wait_for(post(engine.url), 5))
+    with FakeEngine(lambda prompt, params: ([5], UNTIL_ABORTED)) as engine:
+        asyncio.run(asyncio.wait_for(post(engine.url), 60))
 
 
 def test_concurrency_is_bounded_per_engine(config):
@@ -156,9 +156,9 @@ def test_concurrency_is_bounded_per_engine(config):
     def answer(prompt, params):
         running.append(1)
         most.append(len(engine._abort) + 1)
-        return boxed("0"), 0.02
+        return boxed("0"), 0.001
 
-    with FakeEngine(answer) as engine:
+    with FakeEngine(answer, at_once=3) as engine:
         run(engine, config(rollout={"concurrency": 3}, batch={"samples_per_prompt": 8}))
     assert len(running) == 16
     assert max(most) == 3
@@ -237,13 +237,14 @@ def test_dull_groups_are_dropped_by_reason_and_refilled(config, path, reason):
 
 
 def slow_after_two(prompt, params):
-    """The first two prompts answer within 50 ms; the others take a second for 1000 tokens."""
-    return (boxed("0"), 0.05) if prompt[1] < ids_of("2")[0] else (ids_of("7" * 1000), 1.0)
+    """Short answers to the first two prompts; 1000 tokens to the others, which an abort cuts."""
+    is_short = prompt[1] < ids_of("2")[0]
+    return (boxed("0"), 0.001) if is_short else (ids_of("7" * 1000), UNTIL_ABORTED)
 
 
 def test_partial_rollout_keeps_tokens_and_log_probabilities_and_continues(config):
     cfg = config(rollout={"partial": True, "over_sampling": 4})
-    engine = FakeEngine(slow_after_two, version=3)
+    engine = FakeEngine(slow_after_two, version=3, at_once=8)
     with engine:
         output, source = run(engine, cfg, rollout_id=4)
         assert [g[0].label for g in output.samples] == ["0", "1"]
@@ -253,7 +254,7 @@ def test_partial_rollout_keeps_tokens_and_log_probabilities_and_continues(config
         assert {s.status for g in waiting for s in g} == {Status.ABORTED}
         parts = {s.index: (s.response_length, list(s.tokens)) for g in waiting for s in g}
 
-        engine.version, engine.log = 4, []
+        engine.version, engine.log, engine.at_once = 4, [], 0
         engine.answer = lambda prompt, params: (ids_of("8" * 1200), 0.002)
         cfg = config(rollout={"partial": True, "max_response_len": 1100, "mask_offpolicy": True})
         source.cfg = cfg
@@ -271,30 +272,45 @@ def test_partial_rollout_keeps_tokens_and_log_probabilities_and_continues(config
             [-t / 1000 for t in sample.tokens[sample.prompt_length :]]
         )
         assert sample.metadata["start_rollout_id"] == 4
-    assert all(0 < old < 1000 for old, _ in parts.values())
+    assert [old for old, _ in parts.values()] == [500] * 4
 
 
 def test_without_partial_rollout_the_rest_is_aborted_and_forgotten(config):
-    with FakeEngine(slow_after_two) as engine:
+    with FakeEngine(slow_after_two, at_once=8) as engine:
         output, source = run(engine, config(rollout={"over_sampling": 4}))
     assert source.buffer == []
     assert output.metrics["rollout/groups_aborted"] == 2
     assert output.metrics["perf/longest_sample_tokens_per_sec"] > 0
 
 
-def test_finished_surplus_is_kept_for_the_next_rollout_and_not_generated_again(config):
-    cfg = config(rollout={"partial": True, "over_sampling": 6})
-    with FakeEngine(lambda prompt, params: (boxed("1"), 0.05)) as engine:
+all_asked: asyncio.Barrier | None = None
+
+
+async def when_all_are_asked(args, sample, **kwargs):
+    """A reward that all twelve samples get in the same turn of the event loop."""
+    await all_asked.wait()
+    return 1.0
+
+
+def test_finished_surplus_is_kept_for_the_next_rollout_and_neither_made_nor_graded_again(
+    config, monkeypatch
+):
+    monkeypatch.setattr(f"{__name__}.all_asked", asyncio.Barrier(12))
+    reward = {"custom_rm_path": f"{__name__}.when_all_are_asked"}
+    with FakeEngine(lambda prompt, params: (boxed("1"), 0.001)) as engine:
+        cfg = config(rollout={"partial": True, "over_sampling": 6}, reward=reward)
         output, source = run(engine, cfg)
-        surplus = output.metrics["rollout/groups_surplus"]
-        assert surplus + output.metrics["rollout/groups_aborted"] == 4 == len(source.buffer)
-        before = len(engine.log)
-        done = [g for g in source.buffer if all(s.reward is not None for s in g)]
-        if len(done) >= 2:
-            source.buffer = done
-            output, _ = run(engine, config(rollout={"partial": True}), 1, source)
-            assert len(engine.log) == before
-            assert [s.metadata["start_rollout_id"] for g in output.samples for s in g] == [0] * 4
+        assert output.metrics["rollout/groups_surplus"] == 4
+        assert output.metrics["rollout/groups_aborted"] == 0
+        assert [[s.reward for s in group] for group in source.buffer] == [[1.0, 1.0]] * 4
+        surplus = [s.index for group in source.buffer[:2] for s in group]
+        monkeypatch.setattr(f"{__name__}.all_asked", None)  # grading a sample again would fail
+        output, _ = run(engine, config(rollout={"partial": True}, reward=reward), 1, source)
+        assert len(engine.log) == 12
+    samples = [s for group in output.samples for s in group]
+    assert [s.index for s in samples] == surplus
+    assert [s.metadata["start_rollout_id"] for s in samples] == [0] * 4
+    assert [s.reward for s in samples] == [1.0] * 4
 
 
 def remove_first(args, groups):
@@ -309,7 +325,7 @@ def note_all(args, all_samples, data_source):
 def test_the_sample_filter_and_the_hook_for_all_samples_run(config):
     hooks = {"sample_filter_path": "remove_first", "all_samples_path": "note_all"}
     rollout = {name: f"{__name__}.{function}" for name, function in hooks.items()}
-    with FakeEngine(slow_after_two) as engine:
+    with FakeEngine(slow_after_two, at_once=8) as engine:
         output, source = run(engine, config(rollout={**rollout, "over_sampling": 4}))
     assert [[s.remove_sample for s in g] for g in output.samples] == [[True, False]] * 2
     assert sorted(source.seen) == list(range(8))

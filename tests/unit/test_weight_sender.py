@@ -116,7 +116,7 @@ def test_engines_resume_whatever_call_fails(call):
 
 def test_a_half_done_update_is_closed_and_its_weights_are_marked():
     broken = Notes(fail_on="update")
-    with pytest.raises(EngineError):
+    with pytest.raises(EngineError, match="no update today"):
         sender(broken).send(iter(WEIGHTS), 7)
     assert broken.calls[-3:] == ["finish", f"version {BROKEN}", "resume"]
 
@@ -129,7 +129,7 @@ def test_an_engine_that_acknowledges_another_version_is_an_error():
 def test_the_export_is_read_to_its_end_when_an_engine_fails():
     exported = []
     weights = ((exported.append(n) or n, t) for n, t in WEIGHTS)
-    with pytest.raises(EngineError):
+    with pytest.raises(EngineError, match="no update today"):
         sender(Notes(fail_on="update")).send(weights, 7)
     assert len(exported) == len(WEIGHTS)
 
@@ -232,7 +232,7 @@ def test_debug_train_only_sends_nothing(tmp_path):
 def test_no_file_stays_in_shared_memory(tmp_path, monkeypatch):
     # a folder of the test's own: another run on this machine may be sending weights just now
     monkeypatch.setattr(transports, "SHARED_MEMORY", tmp_path)
-    with pytest.raises(EngineError):
+    with pytest.raises(EngineError, match="no update today"):
         sender(Notes(fail_on="update")).send(iter(WEIGHTS), 7)
     sender(Notes()).send(iter(WEIGHTS), 8)
     assert list(tmp_path.iterdir()) == []

@@ -172,6 +172,8 @@ def train_with_hooks(rank: int, world: int, folder: Path) -> list[tuple]:
 
 def test_users_functions_see_whole_sequences_in_every_layout(trained: list) -> None:
     for _, ((_, wanted), *others) in trained:
+        assert wanted
+        assert len(others) == 2
         for metrics, gradients in others:
             assert metrics["train/mean_ratio"] == pytest.approx(1.0, abs=1e-5)
             for name, gradient in wanted.items():

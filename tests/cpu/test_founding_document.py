@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -284,11 +283,11 @@ def test_h_the_target_aborts_the_rest_which_goes_on_in_the_next_rollout(setting)
         assert sample.metadata["start_rollout_id"] == 3
 
     args, _ = setting(rollout=rollout | {"over_sampling": 2}, batch=batch)
-    started = time.monotonic()
     second = generate_rollout(args, 4, source)
-    assert time.monotonic() - started < 60
     assert [g[0].group_index for g in second.samples] == [2, 3]
-    for sample in (s for group in second.samples for s in group):
+    samples = [s for group in second.samples for s in group]
+    assert begun.keys() & {s.index for s in samples}
+    for sample in samples:
         assert sample.response_length == len(sample.rollout_log_probs) == 400
         assert sample.rollout_id == 4
         if part := begun.get(sample.index):

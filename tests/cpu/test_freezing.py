@@ -99,6 +99,7 @@ def test_only_the_chosen_weights_train(tmp_path: Path) -> None:
         assert all("norm" in n for n in norms)
         for words in ("--freeze-params-name-list no_such matches no weight", "word_embeddings"):
             assert words in said[0]
+        assert len(said) == len(CASES) + 1
         trained = "its optimizer trained with --only-train-params-name-list norm"
         assert (
             f"{trained}, this run has no weight frozen. Give the same flag, or --no-load"

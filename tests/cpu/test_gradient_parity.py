@@ -47,7 +47,10 @@ def test_loss_gradient_and_weights_are_those_of_plain_autograd(
     for number, case in enumerate(CASES[world]):
         found = largest([apart(rank[number], expected[case.task]) for rank in ranks])
         assert found.loss < MAX_LOSS, (case, found)
-        assert found.gradient is None or found.gradient < MAX_GRADIENT, (case, found)
+        if case.parallel.get("use_distributed_optimizer"):
+            assert found.gradient is None, case  # sharded: only weights can be compared
+        else:
+            assert found.gradient < MAX_GRADIENT, (case, found)
         assert found.weights < MAX_GRADIENT, (case, found)
         for rank in ranks:
             m = rank[number]["metrics"]

@@ -36,8 +36,11 @@ def test_the_plugin_registers_its_transports():
 
     plugin.register()
     plugin.register()  # vLLM may call it more than once
-    for transport in plugin.RECEIVERS:
-        engine = factory._registry[plugin.vllm_name(transport)]()
+    names = [plugin.vllm_name(transport) for transport in plugin.RECEIVERS]
+    assert sorted(names) == sorted(n for n in factory._registry if n.startswith("vime_"))
+    assert len(names) == 4
+    for name in names:
+        engine = factory._registry[name]()
         assert not engine.__abstractmethods__
         assert callable(engine.trainer_send_weights), "abstract in vLLM 0.25"
 
@@ -90,7 +93,9 @@ def test_the_packed_route_finds_what_it_uses():
     assert prompt["prompt_token_ids"] == [1, 2]
     assert params.top_k == 3
     assert params.output_kind is RequestOutputKind.FINAL_ONLY
-    assert all(issubclass(error, Exception) for error in client_errors())
+    errors = client_errors()
+    assert errors
+    assert all(issubclass(error, Exception) for error in errors)
 
 
 def test_layerwise_reload_and_the_cpu_repack_are_there():

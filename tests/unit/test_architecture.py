@@ -111,6 +111,7 @@ def test_a_library_has_one_home(library):
         for path in sources()
         if any(module.split(".")[0] == library for module in imported(path))
     ]
+    assert users
     assert [user for user in users if not user.startswith(ONLY_HOME[library])] == []
 
 

@@ -1,14 +1,23 @@
 """`--dry-run` says what a configuration means and starts nothing. Its figures can be redone."""
 
+from pathlib import Path
+
 import pytest
 
-from tests.unit.command_lines import refused, words
+from tests.unit.command_lines import Flags, refused, words
 from vime.cli import parse_config
+
+
+def plan(capsys: pytest.CaptureFixture, folder: Path, changes: Flags) -> str:
+    """The text that `--dry-run` prints before it exits with code 0."""
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(words(folder, changes | {"--dry-run": None}))
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
 
 
 def test_it_prints_and_exits_with_0(capsys, tmp_path):
     changes = {
-        "--dry-run": None,
         "--colocate": None,
         "--num-steps-per-rollout": "2",
         "--tensor-model-parallel-size": "2",
@@ -18,10 +27,7 @@ def test_it_prints_and_exits_with_0(capsys, tmp_path):
         "--vllm-enforce-eager": None,
         "--num-layers": "3",
     }
-    with pytest.raises(SystemExit) as stopped:
-        parse_config(words(tmp_path, changes))
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
+    text = plan(capsys, tmp_path, changes)
     for line in (
         "--eps-clip-high 0.3",
         "--colocate on",
@@ -50,22 +56,17 @@ def test_an_unusual_architecture_is_shown_without_memory(capsys, tmp_path):
     folder = tmp_path / "other"
     folder.mkdir()
     (folder / "config.json").write_text('{"d_model": 64}')
-    with pytest.raises(SystemExit):
-        parse_config(words(tmp_path, {"--dry-run": None, "--hf-checkpoint": str(folder)}))
-    assert f"unknown: {folder}/config.json does not name the usual sizes" in capsys.readouterr().out
+    text = plan(capsys, tmp_path, {"--hf-checkpoint": str(folder)})
+    assert f"unknown: {folder}/config.json does not name the usual sizes" in text
 
 
 def test_a_plan_may_be_for_gpus_that_are_not_here(capsys, tmp_path):
     changes = {
-        "--dry-run": None,
         "--plan-gpu-memory": "80",
         "--colocate": None,
         "--vllm-gpu-memory-utilization": "0.5",
     }
-    with pytest.raises(SystemExit) as stopped:
-        parse_config(words(tmp_path, changes))
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
+    text = plan(capsys, tmp_path, changes)
     for line in (
         "together: 8 GPUs (cuda)",
         "parameters, bfloat16",
@@ -77,9 +78,7 @@ def test_a_plan_may_be_for_gpus_that_are_not_here(capsys, tmp_path):
 
 
 def test_a_plan_that_does_not_fit_says_by_how_much(capsys, tmp_path):
-    with pytest.raises(SystemExit):
-        parse_config(words(tmp_path, {"--dry-run": None, "--plan-gpu-memory": "0.01"}))
-    assert "(1.0 GiB), lacks 1." in capsys.readouterr().out
+    assert "(1.0 GiB), lacks 1." in plan(capsys, tmp_path, {"--plan-gpu-memory": "0.01"})
 
 
 def test_planning_is_not_running(capsys, tmp_path):
@@ -89,7 +88,5 @@ def test_planning_is_not_running(capsys, tmp_path):
 
 
 def test_a_trainer_that_stays_is_told(capsys, tmp_path):
-    changes = {"--dry-run": None, "--colocate": None, "--no-offload-train": None}
-    with pytest.raises(SystemExit):
-        parse_config(words(tmp_path, changes))
-    assert "While engines generate, the trainer keeps " in capsys.readouterr().out
+    changes = {"--colocate": None, "--no-offload-train": None}
+    assert "While engines generate, the trainer keeps " in plan(capsys, tmp_path, changes)

@@ -173,6 +173,7 @@ eval:
 """
     config = read_eval_config(write(tmp_path, text))
     problems = problems_of(make_config("none", eval={"interval": 1, "config": config}))
+    assert len(problems) == 4
     assert any("--eval-config, a: rm_type maths is unknown" in p for p in problems)
     assert any("no key 'input'" in p for p in problems)
     assert any(p.startswith("--eval-config, c: rm_type math compares") for p in problems)

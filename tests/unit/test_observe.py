@@ -172,8 +172,8 @@ def test_timers_add_up_and_start_anew_after_being_taken():
     timers = Timers(clock=lambda: next(clock))
     with timers("rollout"):
         pass
-    with pytest.raises(RuntimeError), timers("rollout"):
-        raise RuntimeError
+    with pytest.raises(RuntimeError, match="of the rollout"), timers("rollout"):
+        raise RuntimeError("of the rollout")
     assert timers.take() == {"perf/rollout_time": 3.0}
     with timers("actor_train"):
         pass
@@ -293,6 +293,9 @@ def test_a_run_log_writes_into_run_dir_or_else_the_fallback(tmp_path):
 
 def test_a_run_log_that_never_started_leaves_old_metrics_alone(tmp_path):
     log_steps(tmp_path, range(0, 3))
-    with RunLog(settings(run_dir=str(tmp_path))) as log, pytest.raises(RuntimeError):
+    with (
+        RunLog(settings(run_dir=str(tmp_path))) as log,
+        pytest.raises(RuntimeError, match="before RunLog.start"),
+    ):
         log.step(1, {})
     assert steps_in(tmp_path) == [0, 1, 2]

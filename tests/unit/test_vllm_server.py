@@ -132,12 +132,14 @@ def test_packed_answers_do_not_go_around_a_key(folder, monkeypatch):
     assert (server.api_key(cfg), server.api_key(with_flag)) == ("k3", "k1")
 
 
-def test_a_gpu_recipes_memory_share_is_left_out_on_cpu_and_a_notice_says_so(folder):
+def test_a_gpu_recipes_memory_share_is_left_out_on_cpu_and_a_notice_says_so(folder, monkeypatch):
     cfg = make_config(folder, engine={"vllm_args": {"gpu_memory_utilization": "0.7"}})
     assert "--gpu-memory-utilization" not in argv(cfg)
     assert value(argv(cfg, on=platform.CUDA), "--gpu-memory-utilization") == "0.7"
-    if not platform.current().is_cuda:
-        assert "--vllm-kv-cache-memory-bytes" in cpu.memory_notice(cfg)
+    monkeypatch.setattr(platform, "current", lambda: platform.CPU)
+    assert "--vllm-kv-cache-memory-bytes" in cpu.memory_notice(cfg)
+    monkeypatch.setattr(platform, "current", lambda: platform.CUDA)
+    assert cpu.memory_notice(cfg) is None
 
 
 def test_the_kv_cache_on_cpu_holds_one_full_sequence_at_least(folder):
@@ -197,10 +199,13 @@ def test_what_vime_sets_itself_is_refused_with_the_flag_to_use(folder):
     assert "--rollout-num-gpus-per-engine" in problem
 
 
-def test_a_head_size_that_kills_vllm_on_cpu_is_refused_before_the_start(folder):
+def test_a_head_size_that_kills_vllm_on_cpu_is_refused_before_the_start(folder, monkeypatch):
     (folder / "config.json").write_text(json.dumps(SHAPE | {"head_dim": 16}))
-    problems = check(folder)
-    assert platform.current().is_cuda or "head_dim 16" in problems[0]
+    monkeypatch.setattr(platform, "current", lambda: platform.CPU)
+    (problem,) = check(folder)
+    assert "head_dim 16" in problem
+    monkeypatch.setattr(platform, "current", lambda: platform.CUDA)
+    assert check(folder) == []
 
 
 def test_whole_numbers_are_read_as_vllm_reads_them():
@@ -211,8 +216,8 @@ def test_whole_numbers_are_read_as_vllm_reads_them():
 # -- processes -----------------------------------------------------------------------------------
 
 
-def gone(pgid: int, within_s: float) -> bool:
-    deadline = time.monotonic() + within_s
+def gone(pgid: int) -> bool:
+    deadline = time.monotonic() + 60
     while group_members(pgid) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not group_members(pgid)
@@ -220,10 +225,10 @@ def gone(pgid: int, within_s: float) -> bool:
 
 PARENT_OF_A_STUBBORN_CHILD = """
 import signal, subprocess, sys, time
-child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 subprocess.Popen([sys.executable, "-c", child])
 print("up", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -234,25 +239,25 @@ def guarded(tmp_path: Path, source: str) -> GuardedProcess:
 
 def test_stopping_ends_the_whole_group(tmp_path):
     process = guarded(tmp_path, PARENT_OF_A_STUBBORN_CHILD)
-    process.wait_until(lambda: "up" in process.tail(), 20, "--flag")
+    process.wait_until(lambda: "up" in process.tail(), 120, "--flag")
     pgid = process.guard.pid
     assert len(group_members(pgid)) == 3
     process.stop()
-    assert gone(pgid, 1)
+    assert gone(pgid)
     process.stop()
 
 
 def test_a_server_that_dies_is_an_error_with_its_last_words(tmp_path):
     process = guarded(tmp_path, "import sys; print('out of memory'); sys.exit(3)")
     with pytest.raises(EngineError, match=r"(?s)code 3.*server\.log.*out of memory"):
-        process.wait_until(lambda: False, 20, "--flag")
+        process.wait_until(lambda: False, 120, "--flag")
 
 
 def test_a_server_that_never_gets_healthy_is_stopped_and_names_the_flag(tmp_path):
-    process = guarded(tmp_path, "import time; time.sleep(60)")
+    process = guarded(tmp_path, "import time; time.sleep(600)")
     with pytest.raises(EngineError, match="--vllm-start-timeout-sec"):
         process.wait_until(lambda: False, 0.3, "--vllm-start-timeout-sec")
-    assert gone(process.guard.pid, 1)
+    assert gone(process.guard.pid)
 
 
 def test_a_server_dies_with_its_killed_owner(tmp_path):
@@ -266,9 +271,9 @@ def test_a_server_dies_with_its_killed_owner(tmp_path):
             from vime.backends.vllm.process import GuardedProcess
             command = [sys.executable, "-c", {PARENT_OF_A_STUBBORN_CHILD!r}]
             p = GuardedProcess("server", command, dict(os.environ), Path({str(tmp_path)!r}) / "log")
-            p.wait_until(lambda: "up" in p.tail(), 20, "--flag")
+            p.wait_until(lambda: "up" in p.tail(), 120, "--flag")
             print(p.guard.pid, flush=True)
-            time.sleep(60)
+            time.sleep(600)
             """),
         ],
         stdout=subprocess.PIPE,
@@ -278,14 +283,14 @@ def test_a_server_dies_with_its_killed_owner(tmp_path):
     assert len(group_members(pgid)) == 3
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    assert gone(pgid, 10)
+    assert gone(pgid)
 
 
 def test_a_server_dies_with_its_killed_guard(tmp_path):
-    process = guarded(tmp_path, "import time; print('up', flush=True); time.sleep(60)")
-    process.wait_until(lambda: "up" in process.tail(), 20, "--flag")
+    process = guarded(tmp_path, "import time; print('up', flush=True); time.sleep(600)")
+    process.wait_until(lambda: "up" in process.tail(), 120, "--flag")
     process.guard.kill()
-    assert gone(process.guard.pid, 10)
+    assert gone(process.guard.pid)
 
 
 def test_an_engine_that_is_not_there_is_an_error_that_names_both_sides():

@@ -155,7 +155,8 @@ class FakeEngine:
         aborted = asyncio.Event()
         self._abort.add(aborted)
         try:
-            while len(self.log) < self.at_once:
+            patience = self._loop.time() + 20
+            while len(self.log) < self.at_once and self._loop.time() < patience:
                 await asyncio.sleep(0.001)
             await asyncio.wait_for(aborted.wait(), seconds)
             tokens, reason = tokens[: len(tokens) // 2], "abort"

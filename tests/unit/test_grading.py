@@ -15,7 +15,7 @@ from vime.config.view import ArgsView
 from vime.errors import ConfigError, PluginError
 from vime.rollout import grading
 from vime.rollout.rm_hub import answers, dapo, deepscaler, f1, gpqa, ifeval, math, registry
-from vime.rollout.rm_hub.grader import GradingFailed, GradingTimeout
+from vime.rollout.rm_hub.grader import GradingTimeout
 from vime.rollout.rm_hub.pool import GraderPool
 from vime.rollout.rm_hub.registry import GRADERS
 from vime.types import Sample, Status

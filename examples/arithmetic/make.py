@@ -1,7 +1,7 @@
 """The example's prompts: `python -m examples.arithmetic.make FOLDER`.
 
-Sums and differences of two- and of three-digit numbers. Every prompt holds two worked examples
-of its kind as earlier turns of the chat, so that the model knows the form of the work:
+The problems are sums and differences of numbers with two or three digits. Every prompt shows two
+worked examples of its kind as earlier turns of the chat, so the model knows the form of a solution:
 
     What is 478 + 356?
     478 + 300 = 778
@@ -9,11 +9,10 @@ of its kind as earlier turns of the chat, so that the model knows the form of th
     828 + 6 = 834
     Answer: 834
 
-The second number is added, or taken away, one digit at a time from the left: a line changes one
-number by one digit.
+The second number is added or subtracted one digit at a time, from the left, one line for each digit.
 
-A training prompt may end after any digit of the work, already written so far: what the last lines
-teach does not wait for the first to be right (a reverse curriculum, arXiv:2402.05808).
+A training prompt may contain the beginning of the solution, up to any digit. So the model learns
+the last lines before it gets the first lines right (a reverse curriculum, arXiv:2402.05808).
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from typing import Any
 
 from scripts.quickstart.data import write_jsonl
 
-NUM_TRAIN = 6400  # 100 rollouts of 64 before one comes again
-NUM_EVAL = 256  # of two digits, and of three
+NUM_TRAIN = 6400  # 100 rollouts of 64 before a prompt repeats
+NUM_EVAL = 256  # problems of two digits, and as many of three
 SYSTEM = "Solve step by step."
 
 
@@ -76,8 +75,10 @@ def main() -> None:
 def problems(
     purpose: str, fewest: int, most: int, besides: Iterable[Problem] = ()
 ) -> Iterator[Problem]:
-    """Problems of `fewest` to `most` digits without repeats, the examples and those in `besides`
-    left out; a sequence of its own for each purpose. No difference is below 0."""
+    """Problems of `fewest` to `most` digits, without repeats and without negative differences.
+
+    The examples and the problems in `besides` are left out. Each purpose has its own sequence.
+    """
     rng = random.Random(purpose)
     seen = set(besides).union(*EXAMPLES.values())
     while True:
@@ -94,16 +95,18 @@ def draw(rng: random.Random, num_digits: int) -> Problem:
 
 
 def beginnings(text: str) -> list[int]:
-    """How many characters of the work a prompt may hold: none, or up to any digit before the last
-    line, whose answer must be the model's own."""
+    """How many characters of the solution a prompt may contain.
+
+    Either none, or all up to some digit before the last line. The model itself writes the answer.
+    """
     lines, _ = text.rsplit("\n", 1)
     return [0, *(i for i, character in enumerate(lines, 1) if character.isdigit())]
 
 
 def prompt(problem: Problem, num_given: int = 0) -> dict[str, Any]:
-    """{"prompt": messages, "label": "834", "metadata": {"work": what earns all credit}}
+    """{"prompt": messages, "label": "834", "metadata": {"work": the correct continuation}}
 
-    The first `num_given` characters of the work are the assistant's already; its turn goes on.
+    The first `num_given` characters of the solution start the assistant's turn.
     """
     messages = [{"role": "system", "content": SYSTEM}]
     for example in EXAMPLES[problem.sign, problem.num_digits]:

@@ -1,10 +1,10 @@
-"""The example's reward, and which token earned it: a teacher stops reading at the first mistake.
+"""The example's reward, and the advantage of each token up to the first mistake.
 
-The model starts with hardly an answer right: the samples of a problem are wrong alike, and
-comparing them teaches nothing. But each has right tokens before its first mistake. GRPO with
-process supervision (arXiv:2402.03300, section 4.1.3) rewards steps; here a token is one: 1 if
-right, 0 if the first mistake, and the rest is not read. A problem's samples that are the same up to
-a token choose it from the same place, and are a group there.
+At the start hardly any answer is right. All samples of a problem are wrong, so comparing answers
+teaches nothing. But each sample has right tokens before its first mistake. GRPO with process
+supervision (arXiv:2402.03300, section 4.1.3) rewards steps. Here each token is a step: a right
+token earns 1, the first mistake earns 0, and later tokens are ignored. Samples of a problem that
+are equal up to a token form a group at that token.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ ANSWER = re.compile(r"(?:^|\n)Answer: (-?\d+)\s*(?:<\|im_end\|>)?$")
 
 
 async def grade(args: Any, sample: Sample, **kwargs: Any) -> float:
-    """1 when the response ends by itself and its last line is `Answer: LABEL`, however it got
-    there; else 0."""
+    """1 if the response ends by itself with the line `Answer: LABEL`, whatever the lines before
+    it say; otherwise 0."""
     last = ANSWER.search(sample.response)
     ended = sample.status is Status.COMPLETED
     return float(ended and last is not None and last[1] == sample.label)
@@ -35,8 +35,8 @@ async def grade(args: Any, sample: Sample, **kwargs: Any) -> float:
 def compare_tokens(args: Any, samples: list[Sample]) -> tuple[list[float], list[float]]:
     """--custom-reward-post-process-path: each sample's reward, and its mean advantage.
 
-    Groups are whole here, and no longer on the trainer's ranks: `token_advantages` finds there what
-    this leaves in `train_metadata`. What is not read has no loss.
+    Groups are complete here, but spread over ranks in the trainer. Therefore the advantages are
+    computed here and travel in `train_metadata` to `token_advantages`. Ignored tokens have no loss.
     """
     cfg = args.config
     tokenizer = chat.load_tokenizer(cfg.model.hf_checkpoint)
@@ -56,7 +56,7 @@ def compare_tokens(args: Any, samples: list[Sample]) -> tuple[list[float], list[
 
 
 def steps_of(sample: Sample, work: list[int]) -> list[int]:
-    """A 1 for each right token, and a 0 for the first mistake; a right answer has none."""
+    """A 1 for each right token and a 0 for the first mistake. A right answer has no mistake."""
     response = sample.tokens[sample.prompt_length :]
     num_right = len(os.path.commonprefix([response, work]))
     if sample.reward == 1.0 or num_right == len(response):
@@ -67,8 +67,8 @@ def steps_of(sample: Sample, work: list[int]) -> list[int]:
 def compare(
     responses: list[tuple[int, ...]], steps: list[list[int]], cfg: AlgorithmConfig
 ) -> list[list[float]]:
-    """The advantage of every step, by --advantage-estimator, among all that `responses` took from
-    the same place."""
+    """The advantage of every step, by --advantage-estimator, among the steps that `responses` took
+    after the same beginning."""
     places = [r[:t] for r, read in zip(responses, steps, strict=True) for t in range(len(read))]
     scores = iter(score_samples(list(chain.from_iterable(steps)), places, cfg))
     return [list(islice(scores, len(read))) for read in steps]

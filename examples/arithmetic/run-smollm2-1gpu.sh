@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# SmolLM2-135M-Instruct learns arithmetic with worked steps by GRPO: one GPU, a quarter of an hour.
+# SmolLM2-135M-Instruct learns arithmetic step by step with GRPO: one GPU, a quarter of an hour.
 #
 #   HF_CHECKPOINT=/root/SmolLM2-135M-Instruct bash examples/arithmetic/run-smollm2-1gpu.sh
-#   bash examples/arithmetic/run-smollm2-1gpu.sh --dry-run    what these flags mean; starts nothing
+#   bash examples/arithmetic/run-smollm2-1gpu.sh --dry-run    explains the flags; starts nothing
 #
-# Flags given to the script come last and win. Ctrl-C ends this run and nothing else; started again,
-# it continues from its last checkpoint.
+# Flags given to the script come last, so they override its own. Ctrl-C ends this run and nothing
+# else. The same command continues the run from its last checkpoint.
 set -euo pipefail
 
 HERE="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &>/dev/null && pwd)"
@@ -27,7 +27,7 @@ if [[ ! -f "${DATA}/train.jsonl" ]]; then
 fi
 
 CKPT_ARGS=(
-   # weights and tokenizer; there is no reference model, since nothing here asks for its KL
+   # weights and tokenizer; without a KL term there is no reference model
    --hf-checkpoint "${HF_CHECKPOINT}"
    --load "${LOAD}"
    --save "${SAVE}"
@@ -44,24 +44,23 @@ ROLLOUT_ARGS=(
    --metadata-key metadata
    --custom-rm-path examples.arithmetic.reward.grade
    --num-rollout 130
-   # 64 prompts x 16 responses = 1024 samples a rollout: at the start the next right digit is
-   # rare, and a group learns it only where one of its samples finds it
+   # 64 prompts x 16 responses = 1024 samples in a rollout. At the start a right digit is rare,
+   # and a group learns it only if one of its samples finds it.
    --rollout-batch-size 64
    --n-samples-per-prompt 16
-   # four optimizer steps a rollout: generating costs as much as training here, and the clip range
-   # bounds how far the last step's policy is from the one that made the samples
+   # four optimizer steps for each rollout, because generation costs as much as training here; the
+   # clip range limits how far the last step's policy is from the policy that made the samples
    --num-steps-per-rollout 4
    --rollout-max-response-len 96
-   # above 1: once samples are alike they teach nothing
+   # above 1, because equal samples teach nothing
    --rollout-temperature 1.2
    --balance-data
 )
 
 EVAL_ARGS=(
-   # 256 problems each that are not among the prompts, worked once, greedily; right or wrong
-   --eval-interval 10
-   --eval-prompt-data two_digits "${DATA}/two_digits.jsonl" three_digits "${DATA}/three_digits.jsonl"
-   --eval-temperature 0
+   # 256 held-out problems in each file, solved once, greedily
+   --eval-interval 10 --eval-prompt-data two_digits "${DATA}/two_digits.jsonl" three_digits
+   "${DATA}/three_digits.jsonl" --eval-temperature 0
 )
 
 PERF_ARGS=(
@@ -71,9 +70,9 @@ PERF_ARGS=(
 )
 
 GRPO_ARGS=(
-   # a right token counts the more the rarer it is (MaxRL, arXiv:2602.02710)
+   # the rarer a right token, the more it counts (MaxRL, arXiv:2602.02710)
    --advantage-estimator maxrl
-   # every token up to a sample's first mistake is judged, among those with the same beginning
+   # each token up to a sample's first mistake is compared with tokens after the same beginning
    --custom-reward-post-process-path examples.arithmetic.reward.compare_tokens
    --custom-advantage-function-path examples.arithmetic.reward.token_advantages
    --calculate-per-token-loss
@@ -84,8 +83,9 @@ GRPO_ARGS=(
 )
 
 OPTIMIZER_ARGS=(
-   # a small model bears larger steps than the 1e-6 of one of 4B; twice these make samples alike
-   # before the model is right; falling to 0 they end higher (docs/performance.md)
+   # A small model tolerates a higher rate than the 1e-6 of a 4B model. Twice this rate makes the
+   # samples equal before the model is right. A rate that falls to 0 gives better results
+   # (docs/performance.md).
    --optimizer adam
    --lr 2.5e-5
    --lr-decay-style linear
@@ -107,10 +107,10 @@ CLUSTER_ARGS=(
    --actor-num-nodes 1
    --actor-num-gpus-per-node 1
    --colocate
-   # the trainer's 2 GB stay where they are while the engine works
+   # the trainer's 2 GB stay on the GPU while the engine works
    --no-offload-train
 )
 
 launch train.py \
-   "${CLUSTER_ARGS[@]}" "${MODEL_ARGS[@]}" "${CKPT_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${EVAL_ARGS[@]}" \
-   "${PERF_ARGS[@]}" "${GRPO_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${VLLM_ARGS[@]}" "$@"
+   "${CLUSTER_ARGS[@]}" "${MODEL_ARGS[@]}" "${CKPT_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${EVAL_ARGS[@]}"
+   \ "${PERF_ARGS[@]}" "${GRPO_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${VLLM_ARGS[@]}" "$@"

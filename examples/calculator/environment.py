@@ -1,10 +1,10 @@
-"""A multi-turn environment: the model may write `calc: 37*46`, and reads the result in a tool turn.
+"""A multi-turn environment: the model may write `calc: 37*46` and reads the result in a tool turn.
 
     --custom-generate-function-path examples.calculator.environment.generate_with_calculator
 
-Tokens are only ever appended: what the engine sampled stays as it was sampled, the tool's turn is
-encoded once and carries no loss. All state is in the sample, so that one that was aborted in the
-middle goes on from there under --partial-rollout.
+Tokens are only appended. Sampled tokens stay as the engine sampled them; the tool's turn is
+tokenised once and carries no loss. All state is in the sample, so --partial-rollout can continue a
+sample that was aborted in the middle.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ atexit.register(calculator.close)
 async def generate_with_calculator(
     args: Any, sample: Sample, sampling_params: dict[str, Any]
 ) -> Sample:
-    """Generates, runs what the model asks for, and generates again, until it asks no more."""
+    """Alternates between generating and calculating until the model calls nothing more."""
     while True:
         sample = await generate(args, sample, sampling_params)
         expression, calls = find_call(sample), sample.response.count(TOOL)
@@ -46,7 +46,7 @@ async def generate_with_calculator(
 
 
 def find_call(sample: Sample) -> str | None:
-    """The expression of the turn that the model has just ended; None where it calls nothing."""
+    """The expression in the turn that the model has just ended; None if it calls nothing."""
     if sample.status is not Status.COMPLETED:
         return None
     found = CALL.fullmatch(sample.response.rsplit(TURN, 1)[-1])
@@ -54,6 +54,6 @@ def find_call(sample: Sample) -> str | None:
 
 
 async def reward(args: Any, sample: Sample, **kwargs: Any) -> float:
-    """1 for the right answer in a box in the last turn, else 0."""
+    """1 if the last turn has the right answer in a box, otherwise 0."""
     last = sample.response.rsplit(TURN, 1)[-1]
     return float(f"\\boxed{{{sample.label}}}" in last)

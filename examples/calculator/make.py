@@ -1,8 +1,8 @@
 """The example's model, prompts and demonstrations: `python -m examples.calculator.make FOLDER`.
 
-The demonstrations multiply two numbers as somebody careless would: in three of ten the answer is
-guessed without the calculator, and in two of ten calls an operand is miscopied. A model that
-imitates them is right about half the time; using the tool, and copying well, pays.
+The demonstrations multiply two numbers carelessly. Three of ten guess the answer without the
+calculator, and two of ten calls miscopy an operand. A model that imitates them is right about half
+the time. Using the tool and copying correctly earns more.
 """
 
 from __future__ import annotations

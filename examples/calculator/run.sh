@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A tiny model learns to use a calculator, on a machine without a GPU: some minutes.
+# A tiny model learns to use a calculator. It takes some minutes and needs no GPU.
 #
-#   bash examples/calculator/run.sh                     runs/calculator
+#   bash examples/calculator/run.sh                     writes to runs/calculator
 #   RUN_DIR=/tmp/calc NUM_ROLLOUT=5 bash examples/calculator/run.sh
 #
-# Flags given to the script go to the GRPO run and win.
+# Flags given to the script go to the GRPO run and override its own.
 set -euo pipefail
 
 HERE="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &>/dev/null && pwd)"

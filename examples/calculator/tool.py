@@ -1,4 +1,4 @@
-"""A calculator that a model may use: in a process of its own, with limits."""
+"""A calculator for a model, in its own process and with limits."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ LONGEST_RESULT = 64  # characters that go back to the model
 
 
 class Calculator:
-    """Starts its process when first asked, and anew after one that broke a limit.
+    """Starts its process at the first expression, and a new one after an expression broke a limit.
 
-    timeout_s  wall clock of one expression; the process may use as much CPU, in whole seconds
-    memory     bytes of address space
+    timeout_s  wall-clock limit of one expression; also its CPU limit, rounded to whole seconds
+    memory     limit of the address space, bytes
     """
 
     def __init__(self, timeout_s: float = 1.0, memory: int = 256 << 20) -> None:
         self.timeout_s, self.memory = timeout_s, memory
-        self._lock = threading.Lock()  # calls come from the threads of many samples
+        self._lock = threading.Lock()  # many samples call from their own threads
         self._process: subprocess.Popen | None = None
 
     def run(self, expression: str) -> str:
-        """What the model gets to see: a number, or "error: " and the reason. Never raises."""
+        """The text for the model: a number, or "error: " and the reason. Never raises."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self.close()
@@ -64,7 +64,7 @@ class Calculator:
         )
 
     def _line(self) -> bytes:
-        """The answer; b"" when the time is up or the process has died."""
+        """The process's answer; b"" after the time limit or the death of the process."""
         out, read = self._process.stdout, b""
         deadline = time.monotonic() + self.timeout_s
         while not read.endswith(b"\n"):

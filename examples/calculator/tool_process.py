@@ -1,7 +1,8 @@
 """The calculator's own process: `python -I -S tool_process.py CPU_SECONDS MEMORY_BYTES`.
 
-One expression a line in, one JSON line out. It imports nothing of vime and evaluates a syntax tree
-of numbers and operators itself: a name, a call or an attribute is an error, not an action.
+It reads one expression from each line and answers with one JSON line. It imports nothing from vime.
+It evaluates only numbers and operators of the syntax tree, so names, calls and attributes are
+errors.
 """
 
 import ast
@@ -39,7 +40,7 @@ def answer(expression: str) -> dict:
     try:
         result = value(ast.parse(expression.strip(), mode="eval"))
         return {"result": str(result)}
-    except Exception as error:  # whatever a model may write
+    except Exception as error:  # a model may write anything
         return {"error": f"{type(error).__name__}: {error}"}
 
 

@@ -1,8 +1,7 @@
-# How a recipe starts: `launch ENTRY FLAGS ...`, after sourcing this. Starts one process and ends
-# nothing else.
+# Recipes source this file and call `launch ENTRY FLAGS ...`, which starts one process and ends none.
 #
-#   LAUNCH=python    the entry itself, which starts and stops its own Ray (the default)
-#   LAUNCH=ray-job   as a job of the Ray cluster at RAY_ADDRESS; Ctrl-C stops that job
+#   LAUNCH=python    (default) runs the entry, which starts and stops its own Ray
+#   LAUNCH=ray-job   submits a job to the Ray cluster at RAY_ADDRESS; Ctrl-C stops that job
 launch() {
    local entry="$1"
    shift
@@ -22,7 +21,7 @@ launch() {
          ray job submit --submission-id "${job}" -- "${train[@]}"
          ;;
       *)
-         echo "LAUNCH=${LAUNCH} is neither python nor ray-job" >&2
+         echo "LAUNCH=${LAUNCH} is unknown. Use python or ray-job." >&2
          exit 2
          ;;
    esac

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# GRPO on Qwen3-0.6B, one GPU of 80 GB shared by training and generation.
+# GRPO on Qwen3-0.6B. Training and generation share one GPU of 80 GB.
 #
 #   bash scripts/run-qwen3-0.6B-1gpu.sh                  train.py starts and stops its own Ray
-#   LAUNCH=ray-job bash scripts/run-qwen3-0.6B-1gpu.sh   as a job of the Ray cluster at RAY_ADDRESS
-#   bash scripts/run-qwen3-0.6B-1gpu.sh --dry-run        what these flags mean; starts nothing
+#   LAUNCH=ray-job bash scripts/run-qwen3-0.6B-1gpu.sh   a job of the Ray cluster at RAY_ADDRESS
+#   bash scripts/run-qwen3-0.6B-1gpu.sh --dry-run        explains the flags; starts nothing
 #
-# Flags given to the script come last and win. Ctrl-C ends this run and nothing else.
+# Flags given to the script override its own. Ctrl-C ends this run and nothing else.
 set -euo pipefail
 
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &>/dev/null && pwd)"
@@ -19,16 +19,16 @@ LOAD="${LOAD:-${SAVE}}"
 PROMPT_DATA="${PROMPT_DATA:-${ROOT}/dapo-math-17k/dapo-math-17k.jsonl}"
 EVAL_DATA="${EVAL_DATA:-${ROOT}/aime-2024/aime-2024.jsonl}"
 
-# The architecture. Optional: it is compared with the checkpoint's config.json.
+# The architecture. It is optional, and is compared with the checkpoint's config.json.
 source "${SCRIPT_DIR}/models/qwen3-0.6B.sh"
 source "${SCRIPT_DIR}/launch.sh"
 
 CKPT_ARGS=(
-   # what vLLM starts from; the tokenizer is read from here too
+   # vLLM starts from this folder; the tokenizer comes from it too
    --hf-checkpoint "${HF_CHECKPOINT}"
-   # the reference model, and where a new run starts
+   # the reference model; a new run starts from it too
    --ref-load "${REF_LOAD}"
-   # where a stopped run continues, if there is a checkpoint
+   # a stopped run continues from its checkpoint here, if there is one
    --load "${LOAD}"
    --save "${SAVE}"
    --save-interval 20
@@ -42,7 +42,7 @@ ROLLOUT_ARGS=(
    --rollout-shuffle
    --rm-type deepscaler
    --num-rollout 3000
-   # 32 prompts x 8 responses = 256 samples a rollout, in one optimizer step
+   # 32 prompts x 8 responses = 256 samples in a rollout, trained in one optimizer step
    --rollout-batch-size 32
    --n-samples-per-prompt 8
    --num-steps-per-rollout 1
@@ -52,7 +52,7 @@ ROLLOUT_ARGS=(
 )
 
 EVAL_ARGS=(
-   # whatever is not set here is inherited from ROLLOUT_ARGS
+   # settings that are missing here come from ROLLOUT_ARGS
    --eval-interval 5
    --eval-prompt-data aime "${EVAL_DATA}"
    --n-samples-per-eval-prompt 16
@@ -65,7 +65,7 @@ PERF_ARGS=(
    --pipeline-model-parallel-size 1
    --context-parallel-size 1
 
-   # packs of up to so many tokens; changes speed and memory, never the loss
+   # packs of up to this many tokens; affects speed and memory, never the loss
    --use-dynamic-batch-size
    --max-tokens-per-gpu 16384
 )

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# GRPO on Qwen3-0.6B, two GPUs: one trains, one generates; weights travel over NCCL.
+# GRPO on Qwen3-0.6B, two GPUs: one trains and one generates. Weights travel over NCCL.
 #
 #   bash scripts/run-qwen3-0.6B-2gpu.sh                  they take turns (train.py)
-#   MODE=async bash scripts/run-qwen3-0.6B-2gpu.sh       they work at once (train_async.py)
-#   LAUNCH=ray-job bash scripts/run-qwen3-0.6B-2gpu.sh   as a job of the Ray cluster at RAY_ADDRESS
-#   bash scripts/run-qwen3-0.6B-2gpu.sh --dry-run        what these flags mean; starts nothing
+#   MODE=async bash scripts/run-qwen3-0.6B-2gpu.sh       they work in parallel (train_async.py)
+#   LAUNCH=ray-job bash scripts/run-qwen3-0.6B-2gpu.sh   a job of the Ray cluster at RAY_ADDRESS
+#   bash scripts/run-qwen3-0.6B-2gpu.sh --dry-run        explains the flags; starts nothing
 #
-# Flags given to the script come last and win. Ctrl-C ends this run and nothing else.
+# Flags given to the script override its own. Ctrl-C ends this run and nothing else.
 set -euo pipefail
 
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &>/dev/null && pwd)"
@@ -21,16 +21,16 @@ PROMPT_DATA="${PROMPT_DATA:-${ROOT}/dapo-math-17k/dapo-math-17k.jsonl}"
 EVAL_DATA="${EVAL_DATA:-${ROOT}/aime-2024/aime-2024.jsonl}"
 MODE="${MODE:-sync}"
 
-# The architecture. Optional: it is compared with the checkpoint's config.json.
+# The architecture. It is optional, and is compared with the checkpoint's config.json.
 source "${SCRIPT_DIR}/models/qwen3-0.6B.sh"
 source "${SCRIPT_DIR}/launch.sh"
 
 CKPT_ARGS=(
-   # what vLLM starts from; the tokenizer is read from here too
+   # vLLM starts from this folder; the tokenizer comes from it too
    --hf-checkpoint "${HF_CHECKPOINT}"
-   # the reference model, and where a new run starts
+   # the reference model; a new run starts from it too
    --ref-load "${REF_LOAD}"
-   # where a stopped run continues, if there is a checkpoint
+   # a stopped run continues from its checkpoint here, if there is one
    --load "${LOAD}"
    --save "${SAVE}"
    --save-interval 20
@@ -44,7 +44,7 @@ ROLLOUT_ARGS=(
    --rollout-shuffle
    --rm-type deepscaler
    --num-rollout 3000
-   # 32 prompts x 8 responses = 256 samples a rollout, in one optimizer step
+   # 32 prompts x 8 responses = 256 samples in a rollout, trained in one optimizer step
    --rollout-batch-size 32
    --n-samples-per-prompt 8
    --num-steps-per-rollout 1
@@ -54,7 +54,7 @@ ROLLOUT_ARGS=(
 )
 
 EVAL_ARGS=(
-   # whatever is not set here is inherited from ROLLOUT_ARGS
+   # settings that are missing here come from ROLLOUT_ARGS
    --eval-interval 5
    --eval-prompt-data aime "${EVAL_DATA}"
    --n-samples-per-eval-prompt 16
@@ -67,7 +67,7 @@ PERF_ARGS=(
    --pipeline-model-parallel-size 1
    --context-parallel-size 1
 
-   # packs of up to so many tokens; changes speed and memory, never the loss
+   # packs of up to this many tokens; affects speed and memory, never the loss
    --use-dynamic-batch-size
    --max-tokens-per-gpu 16384
 )
@@ -108,11 +108,11 @@ case "${MODE}" in
       ;;
    async)
       ENTRY=train_async.py
-      # a batch is one update older than the weights that train on it
+      # the samples come from weights that are one update older than the trainer's
       GRPO_ARGS+=(--use-rollout-logprobs)
       ;;
    *)
-      echo "MODE=${MODE} is neither sync nor async" >&2
+      echo "MODE=${MODE} is unknown. Use sync or async." >&2
       exit 2
       ;;
 esac

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # GRPO on Qwen3-4B, one node of 8 GPUs.
 #
-#   bash scripts/run-qwen3-4B.sh                        all 8 train and generate, in turn (train.py)
-#   MODE=decoupled bash scripts/run-qwen3-4B.sh         2 train, 6 generate, in turn
-#   MODE=async bash scripts/run-qwen3-4B.sh             they work at once (train_async.py)
-#   LAUNCH=ray-job bash scripts/run-qwen3-4B.sh         as a job of the Ray cluster at RAY_ADDRESS
-#   bash scripts/run-qwen3-4B.sh --dry-run              what these flags mean; starts nothing
+#   bash scripts/run-qwen3-4B.sh                        all 8 train and generate in turn (train.py)
+#   MODE=decoupled bash scripts/run-qwen3-4B.sh         2 train, 6 generate, they take turns
+#   MODE=async bash scripts/run-qwen3-4B.sh             the same, in parallel (train_async.py)
+#   LAUNCH=ray-job bash scripts/run-qwen3-4B.sh         a job of the Ray cluster at RAY_ADDRESS
+#   bash scripts/run-qwen3-4B.sh --dry-run              explains the flags; starts nothing
 #
-# Flags given to the script come last and win. Ctrl-C ends this run and nothing else.
+# Flags given to the script override its own. Ctrl-C ends this run and nothing else.
 set -euo pipefail
 
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &>/dev/null && pwd)"
@@ -23,19 +23,19 @@ EVAL_DATA="${EVAL_DATA:-${ROOT}/aime-2024/aime-2024.jsonl}"
 MODE="${MODE:-colocated}"
 NUM_NODES="${NUM_NODES:-1}"
 GPUS_PER_NODE="${GPUS_PER_NODE:-8}"
-TRAIN_GPUS="${TRAIN_GPUS:-2}"     # of them, where they are not shared
+TRAIN_GPUS="${TRAIN_GPUS:-2}"     # these two apply if GPUs are not shared
 ROLLOUT_GPUS="${ROLLOUT_GPUS:-6}"
 
-# The architecture. Optional: it is compared with the checkpoint's config.json.
+# The architecture. It is optional, and is compared with the checkpoint's config.json.
 source "${SCRIPT_DIR}/models/qwen3-4B.sh"
 source "${SCRIPT_DIR}/launch.sh"
 
 CKPT_ARGS=(
-   # what vLLM starts from; the tokenizer is read from here too
+   # vLLM starts from this folder; the tokenizer comes from it too
    --hf-checkpoint "${HF_CHECKPOINT}"
-   # the reference model, and where a new run starts
+   # the reference model; a new run starts from it too
    --ref-load "${REF_LOAD}"
-   # where a stopped run continues, if there is a checkpoint
+   # a stopped run continues from its checkpoint here, if there is one
    --load "${LOAD}"
    --save "${SAVE}"
    --save-interval 20
@@ -49,7 +49,7 @@ ROLLOUT_ARGS=(
    --rollout-shuffle
    --rm-type deepscaler
    --num-rollout 3000
-   # 32 prompts x 8 responses = 256 samples a rollout, in one optimizer step
+   # 32 prompts x 8 responses = 256 samples in a rollout, trained in one optimizer step
    --rollout-batch-size 32
    --n-samples-per-prompt 8
    --num-steps-per-rollout 1
@@ -59,7 +59,7 @@ ROLLOUT_ARGS=(
 )
 
 EVAL_ARGS=(
-   # whatever is not set here is inherited from ROLLOUT_ARGS
+   # settings that are missing here come from ROLLOUT_ARGS
    --eval-interval 5
    --eval-prompt-data aime "${EVAL_DATA}"
    --n-samples-per-eval-prompt 16
@@ -79,7 +79,7 @@ PERF_ARGS=(
    --recompute-method uniform
    --recompute-num-layers 1
 
-   # packs of up to so many tokens; changes speed and memory, never the loss
+   # packs of up to this many tokens; affects speed and memory, never the loss
    --use-dynamic-batch-size
    --max-tokens-per-gpu 9216
 )
@@ -118,13 +118,13 @@ case "${MODE}" in
       CLUSTER_ARGS+=(--actor-num-gpus-per-node "${TRAIN_GPUS}" --rollout-num-gpus "${ROLLOUT_GPUS}")
       ;;
    *)
-      echo "MODE=${MODE} is none of colocated, decoupled and async" >&2
+      echo "MODE=${MODE} is unknown. Use colocated, decoupled or async." >&2
       exit 2
       ;;
 esac
 if [[ "${MODE}" == async ]]; then
    ENTRY=train_async.py
-   # a batch is one update older than the weights that train on it
+   # the samples come from weights that are one update older than the trainer's
    GRPO_ARGS+=(--use-rollout-logprobs)
 fi
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The quickstart's GRPO: a tiny Qwen3 learns addition on a machine without a GPU.
+# The GRPO of the quickstart: a tiny Qwen3 learns addition on a machine without a GPU.
 #
 #   bash scripts/run-tiny-cpu.sh                 trainer and engine take turns (train.py)
-#   MODE=async bash scripts/run-tiny-cpu.sh      they work at once, on a slot each (train_async.py)
-#   bash scripts/run-tiny-cpu.sh --dry-run       what these flags mean; starts nothing
+#   MODE=async bash scripts/run-tiny-cpu.sh      they work in parallel (train_async.py)
+#   bash scripts/run-tiny-cpu.sh --dry-run       explains the flags; starts nothing
 #
-# Flags given to the script come last and win. Ctrl-C ends this run and nothing else.
+# Flags given to the script override its own. Ctrl-C ends this run and nothing else.
 set -euo pipefail
 
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &>/dev/null && pwd)"
@@ -43,7 +43,7 @@ ROLLOUT_ARGS=(
    --rollout-seed "${SEED}"
    --rm-type math
    --num-rollout "${NUM_ROLLOUT}"
-   # 32 prompts x 8 responses = 256 samples a rollout, in one optimizer step
+   # 32 prompts x 8 responses = 256 samples in a rollout, trained in one optimizer step
    --rollout-batch-size 32
    --n-samples-per-prompt 8
    --num-steps-per-rollout 1
@@ -92,7 +92,7 @@ VLLM_ARGS=(
    --rollout-num-gpus-per-engine 1
 )
 
-# On a machine without a GPU one CPU slot stands for one GPU.
+# Without GPUs, one CPU slot stands for one GPU.
 case "${MODE}" in
    sync)
       ENTRY=train.py
@@ -101,11 +101,11 @@ case "${MODE}" in
    async)
       ENTRY=train_async.py
       CLUSTER_ARGS=(--actor-num-nodes 1 --actor-num-gpus-per-node 1 --rollout-num-gpus 1)
-      # a batch is one update older than the weights that train on it
+      # the samples come from weights that are one update older than the trainer's
       GRPO_ARGS+=(--use-rollout-logprobs)
       ;;
    *)
-      echo "MODE=${MODE} is neither sync nor async" >&2
+      echo "MODE=${MODE} is unknown. Use sync or async." >&2
       exit 2
       ;;
 esac

@@ -4,8 +4,8 @@
 #   HF_CHECKPOINT=/root/SmolLM2-135M-Instruct bash examples/arithmetic/run-smollm2-1gpu.sh
 #   bash examples/arithmetic/run-smollm2-1gpu.sh --dry-run    explains the flags; starts nothing
 #
-# Flags given to the script come last, so they override its own. Ctrl-C ends this run and nothing
-# else. The same command continues the run from its last checkpoint.
+# Flags given to the script override its own. Ctrl-C ends this run and nothing else. The same command
+# continues the run from its last checkpoint.
 set -euo pipefail
 
 HERE="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &>/dev/null && pwd)"

@@ -1,4 +1,4 @@
-"""A checkpoint's work on a few problems, by Hugging Face's own code."""
+"""The answers of a checkpoint to a few problems, by Hugging Face's own code."""
 
 from __future__ import annotations
 

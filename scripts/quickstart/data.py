@@ -1,4 +1,4 @@
-"""The JSONL files: prompts with labels to train and to evaluate on, demonstrations to imitate."""
+"""The JSONL files: labelled prompts for training and evaluation, and demonstrations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from scripts.quickstart.task import Problem, draw_problem, solve
 
 NUM_EVAL = 256
-NUM_TRAIN = 6400  # 200 rollouts of 32 before one comes again
+NUM_TRAIN = 6400  # 200 rollouts of 32 before a prompt repeats
 NUM_SFT = 12800  # 400 steps of 32
 
 
@@ -31,7 +31,7 @@ def write_data(folder: Path, seed: int) -> None:
 
 
 def problems(seed: int, purpose: str, besides: Iterable[Problem] = ()) -> Iterator[Problem]:
-    """Problems without repeats, a sequence of its own for each seed and purpose."""
+    """Problems without repeats. Each seed and purpose has its own sequence."""
     rng = random.Random(f"{seed}-{purpose}")
     seen = set(besides)
     while True:

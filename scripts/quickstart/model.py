@@ -19,9 +19,9 @@ CONTEXT = 512
 
 
 def make_tokenizer():
-    """Byte-level BPE with every digit a token of its own and ChatML turns.
+    """Byte-level BPE with ChatML turns, in which every digit is its own token.
 
-    The same for every seed: sums must not depend on how numbers happen to be cut into tokens.
+    It is the same for every seed, so the task does not depend on a chance split of numbers.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -85,7 +85,7 @@ def make_model(seed: int, eos_token_id: int, pad_token_id: int):
 def write_checkpoint(folder: Path, seed: int) -> None:
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # of one small file
+    logging.disable_progress_bar()  # one small file needs none
     tokenizer = make_tokenizer()
     model = make_model(seed, tokenizer.eos_token_id, tokenizer.pad_token_id)
     model.save_pretrained(folder)

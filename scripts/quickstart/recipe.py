@@ -1,4 +1,4 @@
-"""The stages of the quickstart: where their files lie and which commands they run."""
+"""The stages of the quickstart: their files and commands."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ GRPO_SCRIPT = ROOT / "scripts/run-tiny-cpu.sh"
 EVAL_NAME = "addition"
 NUM_ROLLOUT = 60
 SFT_STEPS = 400
-STOP_TIMEOUT_S = 120.0  # for a command to end its own processes after Ctrl-C
+STOP_TIMEOUT_S = 120.0  # a command has this long to end its own processes after Ctrl-C
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM reached this process alone; Ctrl-C reaches the commands it started as well."""
+    """SIGTERM, which reached this process only. Ctrl-C also reaches the commands it started."""
 
 
 class StageFailed(RuntimeError):
-    """A command of a stage ended with an error; the message holds the end of its log."""
+    """A command of a stage failed; the message has the end of its log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Recipe:
             ),
             Stage(
                 "convert",
-                "convert the HF checkpoint to Megatron's torch_dist",
+                "convert the Hugging Face checkpoint to Megatron's torch_dist",
                 lambda: self.call("convert", self.convert_command()),
                 (self.warm_torch_dist,),
                 (MODEL_ARGS_SCRIPT.read_text(),),
@@ -139,7 +139,7 @@ class Recipe:
         shutil.move(latest_export(self.sft / "hf"), self.warm_model)
 
     def convert_command(self) -> list[str]:
-        # As the founding document has it: MODEL_ARGS come out of a script in scripts/models/.
+        # As for every model, MODEL_ARGS come from a script in scripts/models/.
         script = (
             'source "$1"; shift; '
             'exec "$0" tools/convert_hf_to_torch_dist.py "${MODEL_ARGS[@]}" "$@"'
@@ -154,7 +154,7 @@ class Recipe:
         return ["bash", str(GRPO_SCRIPT.relative_to(ROOT)), "--save-hf", exports]
 
     def grpo_variables(self, num_rollout: int | None = None) -> dict[str, str]:
-        """What scripts/run-tiny-cpu.sh takes from the environment; it derives the other paths."""
+        """The environment of scripts/run-tiny-cpu.sh, which derives the other paths."""
         return {
             "RUN_DIR": str(self.run_dir),
             "SEED": str(self.seed),
@@ -162,13 +162,13 @@ class Recipe:
         }
 
     def continue_command(self, num_trained: int) -> str:
-        """A shell line that trains twice as long, from the last checkpoint on."""
+        """A shell command that continues from the last checkpoint and trains twice as long."""
         variables = self.grpo_variables(2 * num_trained)
         words = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
         return " ".join([*words, *map(shlex.quote, self.grpo_command())])
 
     def call(self, name: str, command: list[str], variables: dict[str, str] | None = None) -> None:
-        """Run a command of a stage: its progress to the terminal, its log lines to a file."""
+        """Run a command of a stage; progress goes to the terminal, log lines go to a file."""
         log = self.run_dir / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         bin_dir = str(Path(sys.executable).parent)
@@ -194,7 +194,7 @@ class Recipe:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Let an interrupted command end what it started; Ctrl-C reached it too."""
+    """Wait until an interrupted command has ended its own processes; Ctrl-C reached it too."""
     try:
         process.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
@@ -203,8 +203,8 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def latest_export(folder: Path) -> Path:
-    """The HF export of the highest rollout in `folder`. Raises FileNotFoundError without one."""
+    """The export of the highest rollout in `folder`. Raises FileNotFoundError without one."""
     exports = [p for p in folder.glob("*") if p.name.isdigit()] if folder.exists() else []
     if not exports:
-        raise FileNotFoundError(f"no HF export in {folder}")
+        raise FileNotFoundError(f"no Hugging Face export in {folder}")
     return max(exports, key=lambda p: int(p.name))

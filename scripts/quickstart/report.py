@@ -1,4 +1,4 @@
-"""How the quickstart ends: a table, a plot, a worked sample, where the model is, how to go on."""
+"""The quickstart's last stage: a table, a plot, a solved problem, how to continue."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TABLE_ROWS = 10
 
 
 def report(recipe: Recipe, timings: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Write summary.json and learning.png, and print all that a person wants to see."""
+    """Write summary.json and learning.png, and print the results."""
     records = read_metrics(recipe.metrics)
     model = latest_export(recipe.hf_exports)
     summary = summarize(records) | timings | {"seed": recipe.seed, "model": str(model)}
@@ -42,17 +42,19 @@ def report(recipe: Recipe, timings: dict[str, Any], console: Console) -> dict[st
         f"plot      {plot}\n"
         f"metrics   {recipe.metrics}\n"
         f"model     {model}  (Hugging Face format)\n"
-        f"go on     {recipe.continue_command(summary['num_rollout'])}"
+        f"continue  {recipe.continue_command(summary['num_rollout'])}"
     )
     return summary
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """{"eval_before", "eval_after", "num_rollout"}: the first evaluation, which must come before
-    training, and the last one. Raises ValueError when there is none."""
+    """{"eval_before", "eval_after", "num_rollout"}: the evaluation before training, and the last.
+
+    Raises ValueError without an evaluation before training.
+    """
     curve = learning_curves(records)[1].get(EVAL_NAME, [])
     if not curve or curve[0][0] != 0:
-        raise ValueError(f"metrics.jsonl holds no eval/{EVAL_NAME} from before the first rollout")
+        raise ValueError(f"metrics.jsonl has no eval/{EVAL_NAME} from before the first rollout")
     return {
         "eval_before": curve[0][1],
         "eval_after": curve[-1][1],
@@ -61,7 +63,7 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def learning_table(records: list[dict[str, Any]]) -> Table:
-    """Some ten evaluations, with the mean reward and the seconds of the rollouts between them."""
+    """About ten evaluations, with the mean reward and seconds of the rollouts between them."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("rollouts", "held-out pass rate", "reward", "response tokens", "s a rollout"):
         table.add_column(name, justify="right")
@@ -91,7 +93,7 @@ def mean(records: list[dict[str, Any]], name: str, form: str) -> str:
 
 
 def show_work(before: Path, after: Path, eval_file: Path, console: Console) -> None:
-    """One held-out problem as the model works it before and after GRPO, greedily."""
+    """Print one held-out problem with the model's greedy answers before and after GRPO."""
     from scripts.quickstart.answers import work_on
 
     rows = [json.loads(line) for line in eval_file.read_text().splitlines()[:32]]

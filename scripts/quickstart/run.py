@@ -1,4 +1,4 @@
-"""`make quickstart`: from nothing to a model that GRPO made better, on a machine without a GPU."""
+"""`make quickstart`: makes a tiny model and improves it with GRPO, on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # run as a file, by any interpreter of .venv
+sys.path.insert(0, str(ROOT))  # this file is run as a script
 
 from rich.console import Console  # noqa: E402
 
@@ -21,12 +21,12 @@ from scripts.quickstart.stages import Done, run_stages  # noqa: E402
 from scripts.quickstart.task import SHARE_RIGHT  # noqa: E402
 
 INTRODUCTION = f"""\
-[bold]vime quickstart[/bold]: a tiny Qwen3 learns three-digit addition, on this machine, in minutes.
-It is first taught by a careless pupil whose work is wrong {1 - SHARE_RIGHT:.0%} of the time, on \
-purpose: who imitates
-the pupil is right about {SHARE_RIGHT:.0%} of the time. GRPO then sees no demonstrations, only \
+[bold]vime quickstart[/bold]: a tiny Qwen3 learns three-digit addition on this machine, in minutes.
+First it imitates a careless pupil, whose work is wrong {1 - SHARE_RIGHT:.0%} of the time on \
+purpose, so imitation
+is right about {SHARE_RIGHT:.0%} of the time at best. GRPO then sees no demonstrations, only \
 whether each answer
-is right. What it gains above {SHARE_RIGHT:.0%}, it learned from the verifier.
+is right. Everything above {SHARE_RIGHT:.0%} comes from the verifier.
 """
 
 
@@ -51,7 +51,7 @@ def main() -> int:
         console.print(str(error), markup=False, style="red")
         return 1
     except KeyboardInterrupt:
-        console.print("interrupted; `make quickstart` goes on with the stage that was cut off")
+        console.print("interrupted; `make quickstart` continues with this stage")
         return 130
     total_s = time.time() - args.started + sum(d.seconds for d in done if d.reused)
     report(recipe, timings(done, installed_s, total_s, recipe.run_dir), console)
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def timings(done: list[Done], installed_s: float, total_s: float, run_dir: Path) -> dict:
-    """Seconds by stage and in all. A run that reused every stage keeps the first run's figures."""
+    """Seconds by stage and in total. If every stage was reused, the first run's."""
     kept = run_dir / "summary.json"
     if kept.exists() and all(d.reused for d in done):
         summary = json.loads(kept.read_text())
@@ -70,11 +70,11 @@ def timings(done: list[Done], installed_s: float, total_s: float, run_dir: Path)
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="seeds data, weights and sampling")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, weights and sampling")
     parser.add_argument("--num-rollout", type=int, default=NUM_ROLLOUT, help="rollouts of GRPO")
-    parser.add_argument("--run-dir", type=Path, help="default: runs/quickstart, -seedN for others")
+    parser.add_argument("--run-dir", type=Path, help="default: runs/quickstart[-seedN]")
     parser.add_argument(
-        "--started", type=float, default=time.time(), help="when the command began, Unix seconds"
+        "--started", type=float, default=time.time(), help="start of the command, Unix seconds"
     )
     args = parser.parse_args()
     if args.run_dir is None:
@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
 
 
 def shown(path: Path) -> Path:
-    """A path below the repository as a short one; the commands run there."""
+    """A path below the repository, relative to it; the commands run there."""
     path = path.resolve()
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 

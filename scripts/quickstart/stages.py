@@ -1,4 +1,4 @@
-"""Stages that are skipped when they are done, and done again when what they came from changed."""
+"""Stages: a finished stage is skipped, and repeated when its inputs changed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from vime.files import write_text
 class Stage:
     """One step of the quickstart.
 
-    name     short, names its stamp
-    words    what a person reads
-    work     does it
-    outputs  files and folders that it makes; deleted before it starts, required after
+    name     short; names the stamp
+    words    title on the terminal
+    work     runs the stage
+    outputs  files and folders that the stage makes; deleted before it, required after it
     inputs   text that decides the outcome: settings, sources
     """
 
@@ -34,14 +34,15 @@ class Stage:
 @dataclass(frozen=True, slots=True)
 class Done:
     stage: Stage
-    seconds: float  # when it was run, now or earlier
+    seconds: float  # of the run now, or of the earlier run
     reused: bool
 
 
 def run_stages(stages: Iterable[Stage], stamps: Path, tell: Callable[[str], None]) -> list[Done]:
-    """Run in order; each stage's key includes the keys before it, so a change redoes what follows.
+    """Run the stages in order.
 
-    A stamp is written when a stage has ended well: a stage that was cut off is done again.
+    A stage's key includes the keys before it, so a change repeats all later stages. The stamp is
+    written after a stage succeeded, so an interrupted stage is repeated.
     """
     stamps.mkdir(parents=True, exist_ok=True)
     stages = list(stages)
@@ -72,7 +73,7 @@ def run_stages(stages: Iterable[Stage], stamps: Path, tell: Callable[[str], None
 
 
 def seconds_if_done(stage: Stage, stamp: Path, key: str) -> float | None:
-    """How long the stage took, when its stamp has this key and its outputs are there."""
+    """How long the stage took, if its stamp has this key and its outputs exist; otherwise None."""
     if not stamp.exists() or not all(path.exists() for path in stage.outputs):
         return None
     try:

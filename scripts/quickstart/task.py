@@ -1,4 +1,4 @@
-"""The task: three-digit addition, written out from the units, as a careless pupil does it.
+"""The task: three-digit addition, written out from the units by a careless pupil.
 
     What is 478+356?
     8+6+0=14
@@ -6,10 +6,11 @@
     4+3+1=8
     \\boxed{834}
 
-The demonstrations are wrong 60% of the time, on purpose: the pupil forgets a carry with
-probability 0.7 and a sum slips by one with 0.05, and the boxed number is what those lines give.
-A model that imitates the pupil is right about 40% of the time at best. The label is the true sum,
-so a verifier can tell good work from bad: what RL adds beyond 40%, it learned from the verifier.
+The demonstrations are wrong 60% of the time, on purpose. The pupil forgets a carry with probability
+0.7, and a column's sum is off by one with probability 0.05. The boxed number follows from these
+lines. A model that imitates the pupil is right about 40% of the time at best. The label is the true
+sum, so a verifier can tell good work from bad: everything that RL adds beyond 40% comes from the
+verifier.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 NUM_DIGITS = 3
 FORGET_CARRY = 0.7  # probability, at each column whose sum has a carry
 SLIP = 0.05  # probability that a column's sum is off by one
-SHARE_RIGHT = 0.40  # what these give for three digits; a test measures it
+SHARE_RIGHT = 0.40  # follows from these for three digits; a test measures it
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def solve(
     forget_carry: float = FORGET_CARRY,
     slip: float = SLIP,
 ) -> str:
-    """The pupil's work, one column a line, then the boxed answer. With both rates 0 it is right."""
+    """The pupil's work: a line for each column, then the boxed answer."""
     lines, carry, answer = [], 0, ""
     for column in range(NUM_DIGITS):
         x, y = problem.a // 10**column % 10, problem.b // 10**column % 10
@@ -64,5 +65,5 @@ def solve(
 
 
 def boxed(work: str) -> str:
-    """The answer that a piece of work ends with."""
+    """The boxed answer at the end of the work."""
     return work.rpartition("\\boxed{")[2].rstrip("}")

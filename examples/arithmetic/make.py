@@ -9,7 +9,7 @@ worked examples of its kind as earlier turns of the chat, so the model knows the
     828 + 6 = 834
     Answer: 834
 
-The second number is added or subtracted one digit at a time, from the left, one line for each digit.
+The second number is added or subtracted one digit at a time from the left, each digit on one line.
 
 A training prompt may contain the beginning of the solution, up to any digit. So the model learns
 the last lines before it gets the first lines right (a reverse curriculum, arXiv:2402.05808).

@@ -1,7 +1,8 @@
-"""Which bundle of a Ray placement group serves whom.
+"""The placement of trainer ranks and engines on the bundles of a Ray placement group.
 
-One bundle is one GPU; on a machine without GPUs, one CPU slot. Bundles are ordered by node and GPU,
-so that neighbours in the order are neighbours on the hardware: the first train, the rest generate.
+One bundle is one GPU, or one CPU slot on a machine without GPUs. Bundles are sorted by node and
+GPU, so neighbours in the order are neighbours on the hardware. The first ones train, the rest
+generate.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from vime.errors import ConfigError
 from vime.platform import Platform, current
 from vime.ray.wait import wait, wait_all
 
-# Trainer and engine share a bundle under --colocate; neither may take all of it.
+# Parts of a bundle that trainer and engine share under --colocate; the sum must stay below 1.
 _SHARE = {"trainer": 0.4, "engine": 0.2}
 _PLACE_TIMEOUT_S = 120.0
 
 
 def local_slots(cluster: ClusterConfig) -> int:
-    """CPU slots that a local Ray offers on a machine without GPUs: --cpu-slots, else the cores."""
+    """CPU slots of a local Ray on a machine without GPUs: --cpu-slots, or the number of cores."""
     return cluster.cpu_slots or len(os.sched_getaffinity(0))
 
 
 def check_slots(cfg: Config) -> list[str]:
-    """The problem, if the run asks for more slots than a Ray started here would have.
+    """A problem if the run needs more slots than a Ray cluster on this machine would have.
 
-    A cluster that exists already is asked after connecting to it (`place`). A plan needs no slots.
+    `place` asks an existing cluster, after the connection. A dry run needs no slots.
     """
     platform = current()
     if os.environ.get("RAY_ADDRESS") or cfg.debug.dry_run:
@@ -67,7 +68,7 @@ def _too_many(cfg: Config, platform: Platform, slots: float) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Bundle indices in hardware order, and the GPU id (on CPU: the slot's number) behind each."""
+    """Bundle indices in hardware order, and the GPU id (on CPU the slot's number) of each."""
 
     group: PlacementGroup
     resource: str
@@ -92,7 +93,7 @@ class Placement:
 
 
 def place(cfg: Config) -> Placement:
-    """Reserves the bundles. ConfigError if Ray has too few, TimeoutError if they stay busy."""
+    """Reserve bundles. Raises ConfigError if Ray has too few, TimeoutError if they stay busy."""
     platform, cluster = current(), cfg.cluster
     have = ray.cluster_resources().get(platform.ray_resource, 0)
     if problems := _too_many(cfg, platform, have):
@@ -119,7 +120,7 @@ def _where_bundles_are(
 ) -> list[tuple[tuple, int]]:
     """(node address, GPU id or slot number) of each bundle."""
     if not platform.is_cuda and len(ray.nodes()) == 1:
-        return [((), i) for i in range(num)]  # nothing tells the bundles apart; probes cost seconds
+        return [((), i) for i in range(num)]  # the bundles are all alike, and probes cost seconds
     probe = ray.remote(_where)
     amount = {"num_cpus": 0, f"num_{platform.ray_resource.lower()}s": 1}
     refs = [

@@ -1,4 +1,4 @@
-"""What is checked before any process starts. Each check lists its problems: flag, value, remedy."""
+"""The checks before any process starts. Each lists its problems: flag, value, remedy."""
 
 from vime.backends.megatron.checkpoints.start import check_start
 from vime.backends.megatron.hf.check import check_training
@@ -17,11 +17,11 @@ def check_trackers(cfg: Config) -> list[str]:
 
 
 def check_decoupled(cfg: Config) -> list[str]:
-    """train_async.py generates while it trains, which a shared GPU cannot."""
+    """train_async.py generates and trains at the same time, which a shared GPU cannot do."""
     if not cfg.cluster.colocate:
         return []
     return [
-        "--colocate: train_async.py trains and generates at once. "
+        "--colocate: train_async.py trains and generates at the same time. "
         "Drop it and set --rollout-num-gpus, or run train.py."
     ]
 

@@ -17,38 +17,38 @@ from vime.ray.wait import stacks_if_longer_than, wait, wait_all
 
 
 class TrainerRank:
-    """One rank. Imports Megatron in its own process only, which keeps the driver light."""
+    """One rank. Only its own process imports Megatron, so the driver stays light."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.trainer: Any = None
 
     def address(self) -> tuple[str, int]:
-        """Where rank 0 can be met: this node's address and a free port."""
+        """This node's address and a free port, for the ranks to meet if this is rank 0."""
         with socket.socket() as s:
             s.bind(("", 0))
             return ray.util.get_node_ip_address(), s.getsockname()[1]
 
     def prepare(self) -> None:
-        """Imports Megatron, which takes a while and no GPU: engines may still be starting."""
+        """Import Megatron. It takes a while but no GPU, so engines may still be starting."""
         from vime.backends.megatron import compat
 
         compat.apply()
         import vime.backends.megatron.model.build  # noqa: F401
 
     def start(self, cfg: Config, world_size: int, address: str, port: int, timeout_s: float) -> int:
-        """Builds the trainer and loads its checkpoint. Returns the rollout to start with."""
+        """Build the trainer and load its checkpoint. Returns the first rollout to train on."""
         from vime.backends.megatron.memory.in_use import memory_remedy
         from vime.backends.megatron.trainer import MegatronTrainer
 
         self._keep_log(cfg)
         with stacks_if_longer_than(timeout_s), memory_remedy(cfg):
-            # Ray shows each actor its own GPU only, so the local rank is always 0.
+            # Ray shows each actor only its own GPU, so the local rank is always 0.
             self.trainer = MegatronTrainer(cfg, self.rank, world_size, 0, address, port)
         return self.trainer.start_rollout_id
 
     def _keep_log(self, cfg: Config) -> None:
-        """logs/trainer-RANK.log in the run's folder, beside those of the engines."""
+        """logs/trainer-RANK.log in the run's folder, beside the logs of the engines."""
         folder = Path(cfg.log.run_dir) / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         kept = logging.FileHandler(folder / f"trainer-{self.rank}.log")
@@ -80,10 +80,10 @@ class TrainerGroup:
             for rank, bundle in enumerate(placement.trainer_bundles)
         ]
         for rank in self.ranks:
-            rank.prepare.remote()  # what fails here fails again in `start`, which is waited for
+            rank.prepare.remote()  # not waited for: an error here comes again in `start`
 
     def start(self) -> int:
-        """Starts every rank. The rollout that the loaded checkpoint continues with."""
+        """Start every rank. Returns the first rollout to train on."""
         timeout_s = self.cfg.engine.start_timeout_s
         address, port = wait(
             self.ranks[0].address.remote(), what="trainer rank 0", timeout_s=timeout_s
@@ -95,7 +95,7 @@ class TrainerGroup:
         return wait_all(refs, what=what, timeout_s=timeout_s)[0]
 
     def call(self, method: str, *args: Any, timeout_s: float) -> Any:
-        """`MegatronTrainer.method(*args)` on every rank; rank 0's answer."""
+        """Call `MegatronTrainer.method(*args)` on every rank. Returns rank 0's answer."""
         refs = [r.call.remote(method, timeout_s - 5, *args) for r in self.ranks]
         return wait_all(
             refs, what=f"{self.num_ranks} trainer ranks to {method}", timeout_s=timeout_s
@@ -103,7 +103,7 @@ class TrainerGroup:
 
 
 def _cpu_environment(num_ranks: int) -> dict[str, str]:
-    """The cores shared between the ranks; OMP_NUM_THREADS of the user's own wins.
+    """The ranks divide the cores, unless the user has set OMP_NUM_THREADS.
 
     Idle threads sleep instead of spinning, because engines and graders need the cores too.
     """
@@ -116,7 +116,7 @@ def _cpu_environment(num_ranks: int) -> dict[str, str]:
 
 
 def _gpu_environment() -> dict[str, str]:
-    """Pages are pinned by eight threads: state that leaves the GPU needs gigabytes of them."""
+    """Eight threads pin host memory, because offloaded state needs gigabytes of it."""
     if "PYTORCH_CUDA_ALLOC_CONF" in os.environ or "PYTORCH_ALLOC_CONF" in os.environ:
         return {}
     settings = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"

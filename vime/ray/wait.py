@@ -1,4 +1,4 @@
-"""Waiting for Ray with a deadline, and finding out who hung."""
+"""Wait for Ray with a deadline, and show the stacks of processes that hang."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _POLL_S = 5.0
 
 
 def wait_all(refs: Sequence[ray.ObjectRef], *, what: str, timeout_s: float) -> list[Any]:
-    """The values of `refs`. Raises the first failure as soon as it happens, not after the others.
+    """The values of `refs`. Raises the first failure as soon as it happens.
 
-    One rank's crash leaves the rest hanging in a collective, so waiting in order would hide it.
-    Raises TimeoutError naming `what` after `timeout_s`.
+    After one rank has crashed the others hang in a collective, so waiting in order would hide the
+    crash. Raises TimeoutError, which names `what`, after `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
     pending = list(refs)
@@ -41,7 +41,7 @@ def wait(ref: ray.ObjectRef, *, what: str, timeout_s: float) -> Any:
 
 @contextmanager
 def stacks_if_longer_than(timeout_s: float) -> Iterator[None]:
-    """Prints every thread's stack of this process if the block outlasts `timeout_s`."""
+    """Print the stack of every thread here if the block takes longer than `timeout_s`."""
     faulthandler.dump_traceback_later(timeout_s, exit=False, file=sys.__stderr__)
     try:
         yield

@@ -1,6 +1,6 @@
-"""What trainer and engine must agree on: how a bucket lies in memory, what a checksum is.
+"""The format that trainer and engine share: the memory layout of a bucket, and checksums.
 
-Both sides import this module: the trainer's transports and the code that runs inside vLLM.
+Both sides import this file: the trainer's transports and the code that runs inside vLLM.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-ALIGNMENT = 64  # bytes; every dtype can be viewed from here
+ALIGNMENT = 64  # bytes; a view of any dtype can start at a multiple
 
 Entry = tuple[str, str, list[int]]  # name, dtype's name, shape: plain JSON
 Named = tuple[str, Tensor]
@@ -56,7 +56,7 @@ def unpack(packed: Tensor, entries: list[Entry]) -> Iterator[Named]:
 
 
 def buckets(named: Iterable[Named], max_bytes: int) -> Iterator[list[Named]]:
-    """Group tensors, in order, up to `max_bytes`. A larger tensor is a bucket of its own."""
+    """Group tensors in order, up to `max_bytes` each. A larger tensor gets its own bucket."""
     bucket: list[Named] = []
     held = 0
     for name, tensor in named:
@@ -81,10 +81,10 @@ def checksum(tensor: Tensor) -> str:
 def join_group(
     backend: str, host: str, port: int, rank: int, world_size: int, timeout_s: float, store=None
 ):
-    """A process group of its own, outside torch's default one: rank 0 broadcasts weights.
+    """A process group beside torch's default one, in which rank 0 broadcasts weights.
 
     backend  "gloo" or "nccl"
-    store    rank 0's, which listens on `port`; the others connect to it
+    store    rank 0's store, which listens on `port`; None on the others, which connect to it
     """
     timeout = timedelta(seconds=timeout_s)
     if store is None:
@@ -96,7 +96,7 @@ def join_group(
 
 
 def broadcast(group, buffer: Tensor) -> None:
-    """Send `buffer` from rank 0 to all others, and wait."""
+    """Send `buffer` from rank 0 to all others. Returns when it has arrived here."""
     options = dist.BroadcastOptions()
     options.rootRank = 0
     options.rootTensor = 0

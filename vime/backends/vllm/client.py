@@ -1,4 +1,4 @@
-"""Control calls to one engine, straight to its server: the router would reach only one of many."""
+"""Control calls to one engine. They go straight to its server, because the router picks any one."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from vime.backends.vllm.dialect import dialect_of, installed_version
 from vime.errors import EngineError
 
 QUICK_S = 60.0
-UNKNOWN_RELEASE = "0.32"  # where vLLM is not installed beside the caller
+UNKNOWN_RELEASE = "0.32"  # assumed where the caller has no vLLM installed
 
 
 class EngineClient:
-    """Every call waits at most its deadline, and its EngineError says who waited for whom.
+    """Every call has a deadline. An EngineError names the caller, the engine and the request.
 
     url        "http://host:port" of a vLLM server in development mode
-    timeout_s  deadline of one weight transfer call; the others have `QUICK_S`
+    timeout_s  deadline of sleep, wake-up and weight transfer; other calls have `QUICK_S`
+    who        the caller, for error messages
     """
 
     def __init__(self, url: str, *, timeout_s: float = 900.0, who: str = "the trainer") -> None:
@@ -44,19 +45,19 @@ class EngineClient:
     # -- generation ------------------------------------------------------------------------------
 
     def pause(self, mode: str = "keep") -> None:
-        """keep: freeze requests until `resume`; abort: answer them now with what they have."""
+        """keep: freeze requests until `resume`; abort: answer them now with their tokens so far."""
         self._call("POST", "/pause", params={"mode": mode})
 
     def resume(self) -> None:
         self._call("POST", "/resume")
 
     def abort_all(self) -> None:
-        """Answer every running request with its partial tokens; new ones run on."""
+        """Answer every running request with its tokens so far. New requests are not affected."""
         self.pause("abort")
         self.resume()
 
     def reset_prefix_cache(self) -> None:
-        """Forget cached keys and values; frozen requests recompute theirs when they continue."""
+        """Forget cached keys and values. Frozen requests recompute theirs when they continue."""
         self._call("POST", "/reset_prefix_cache", params={"reset_running_requests": "true"})
 
     def sleep(self, level: int = 1) -> None:
@@ -80,9 +81,9 @@ class EngineClient:
         self._transfer("/finish_weight_update")
 
     def set_weight_version(self, version: int) -> list[int]:
-        """Tell every worker, and have tokens stamped with it where the release can do that.
+        """Give every worker a version. Releases that can also stamp it on new tokens.
 
-        What each worker says it holds then.
+        Returns the version that each worker now reports.
         """
         held = _versions(self.rpc("vime_set_weight_version", version))
         if self.dialect.names_weights:
@@ -90,14 +91,14 @@ class EngineClient:
         return held
 
     def weight_versions(self) -> list[int]:
-        """What each worker of the engine says it holds."""
+        """The version that each worker of the engine reports."""
         return _versions(self.rpc("vime_weight_version"))
 
     def record_checksums(self) -> None:
         self.rpc("vime_record_checksums")
 
     def checksums(self) -> list[dict[str, str]]:
-        """Of each worker: {tensor: checksum} as it arrived."""
+        """{tensor: checksum} of the tensors that arrived, for each worker."""
         return self.rpc("vime_checksums")
 
     def rpc(self, method: str, *args: Any) -> list[Any]:

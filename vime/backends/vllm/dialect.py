@@ -1,4 +1,4 @@
-"""What differs between the vLLM releases that vime runs on, 0.25 to 0.32, in one place."""
+"""The differences between the vLLM releases that vime supports, 0.25 to 0.32."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ SCALE_OUT = (0, 32)  # first release with --enable-scale-out and weight versions
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """One release's ways.
+    """One release.
 
-    generate_flags       what makes the server offer /inference/v1/generate
-    names_weights        answers say which weights made which token; /update_weight_version exists
-    kv_cache_bytes_flag  --kv-cache-memory-bytes sizes the KV cache on CPU too
+    generate_flags       flags with which the server offers /inference/v1/generate
+    names_weights        answers give each token's weight version; /update_weight_version exists
+    kv_cache_bytes_flag  --kv-cache-memory-bytes sets the size of the KV cache on CPU too
     """
 
     version: tuple[int, int]
@@ -35,7 +35,7 @@ def dialect_of(version: str) -> Dialect:
 
 
 def installed_version() -> str | None:
-    """vLLM's version, without importing it; None where it is not installed."""
+    """vLLM's version, found without an import; None if it is not installed."""
     for name in DISTRIBUTIONS:
         try:
             return metadata.version(name)

@@ -26,7 +26,7 @@ class VLLMEngine:
     """Owns one server process from `start` to `stop`; the server dies with this process.
 
     index  of the engine in the run; its seed is --seed + index
-    slots  GPUs (as CUDA_VISIBLE_DEVICES numbers them) or CPU slots that it may use
+    slots  its GPUs, in CUDA_VISIBLE_DEVICES' numbers, or its CPU slots
     host   address that it listens on
     """
 
@@ -44,7 +44,7 @@ class VLLMEngine:
     def start(self, url: str | None = None) -> str:
         """Start the server and wait until it is healthy. Returns its URL; raises EngineError.
 
-        url  of an engine whose place it takes; None: a free port
+        url  of the engine that it replaces; None: a free port
         """
         if notice := cpu.memory_notice(self.cfg):
             log.warning(notice)
@@ -99,12 +99,12 @@ class VLLMEngine:
 
 
 def listening(host: str, port: int) -> bool:
-    """Whether something accepts connections: cheaper to ask than a request while it starts."""
+    """Whether a server accepts connections; cheaper than a request while it starts."""
     with socket.socket() as s:
         s.settimeout(1.0)
         return s.connect_ex((host, port)) == 0
 
 
 def logs_dir(cfg: Config) -> Path:
-    """Where engines and router write their logs: --run-dir, or a folder under the temporary one."""
+    """The folder for the logs of engines and router: in --run-dir, or in the temporary folder."""
     return Path(cfg.log.run_dir or Path(tempfile.gettempdir()) / "vime") / "logs"

@@ -1,8 +1,8 @@
-"""A small process between an owner and its server: when the owner dies, the server goes too.
+"""A small process between an owner and its server. When the owner dies, it ends the server.
 
-Run as a script with the owner's pipe as standard input: `guard.py COMMAND...`. It imports nothing
-of vime, so that it starts in milliseconds. It leads a process group; the server and all that the
-server starts belong to it. A closed pipe means that the owner is gone, even by SIGKILL.
+A script, run with a pipe from the owner as standard input: `guard.py COMMAND...`. It imports
+nothing of vime, so it starts in milliseconds. It leads a process group, to which the server and
+the server's children belong. A closed pipe means that the owner is gone, even by SIGKILL.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def watch(command: list[str]) -> int:
-    """Run `command` until it ends or the owner does. Returns its exit code."""
+    """Run `command` until it or the owner ends. Returns its exit code."""
     owner = os.getppid()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the owner signals the whole group, us included
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the owner's signals come here too
     server = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -37,21 +37,21 @@ def watch(command: list[str]) -> int:
 
 
 def follow_guard() -> None:
-    """In the server, before it starts: SIGTERM works again, and it dies when the guard dies.
+    """In the server, before it starts: SIGTERM works again, and the server dies with the guard.
 
-    Ray ends a lost actor's direct children by SIGKILL, which would take the guard alone.
+    Ray kills a lost actor's direct children by SIGKILL: the guard, but not the server.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent()
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process as soon as the one that started it is gone."""
+    """Ask Linux to kill this process as soon as its parent is gone."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def end_group(server: subprocess.Popen) -> None:
-    """SIGTERM to our own group, and SIGKILL, which takes us too, when it is not enough."""
+    """SIGTERM to our own group. If that is not enough, SIGKILL, which ends this process too."""
     os.killpg(0, signal.SIGTERM)
     deadline = time.monotonic() + PATIENCE_S
     while server.poll() is None and time.monotonic() < deadline:

@@ -24,7 +24,7 @@ CACHE = "--vllm-kv-cache-memory-bytes"
 
 
 def engine_remedy(cfg: Config, log: str) -> str | None:
-    """The flags to change, with values; None when the log has no complaint about memory."""
+    """The flags to change, with values; None if the log does not complain about memory."""
     given = cfg.engine.vllm_args
     size = given.get("kv_cache_memory_bytes")  # when given, vLLM ignores the share
     share = f"{SHARE} {given.get('gpu_memory_utilization', '(the default)')}"

@@ -1,10 +1,10 @@
-"""A lean way through vLLM's server for what a rollout asks: token ids in, packed arrays out.
+"""A faster route for the requests of a rollout: token ids in, packed arrays out.
 
-vLLM's own /inference/v1/generate makes several Python objects a token: 0.25 one growing output each
-step, every release a checked model for each log-probability. That is work of the one process that
-also feeds the engine. Here a request is woken once, when its answer is complete.
+vLLM's own /inference/v1/generate makes several Python objects per token: 0.25 a growing output in
+each step, and every release a validated model for each log-probability. The process that does this
+also feeds the engine. Here a request wakes up once, when its answer is complete.
 
-Requests without the header `PACKED`, and servers that vime did not start, go vLLM's own way.
+Requests without the header `PACKED`, and servers that vime did not start, use vLLM's own route.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-PATH, PACKED = "/inference/v1/generate", "x-vime-packed"  # as vime.rollout.wire has them
+PATH, PACKED = "/inference/v1/generate", "x-vime-packed"  # the same as in vime.rollout.wire
 JSON = [(b"content-type", b"application/json")]
 HEADER = (PACKED.encode(), b"1")
 
 
 class Refused(Exception):
-    """A request that no retry will make right: HTTP 400."""
+    """A request that fails however often it is sent: HTTP 400."""
 
 
 class PackedAnswers:
@@ -46,7 +46,7 @@ class PackedAnswers:
         gone = asyncio.ensure_future(_gone(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():  # nobody waits for the answer: the engine must not work on it
+            if not work.done():  # the client has left, so the engine must stop
                 return
             status, answer = work.result()
         finally:
@@ -57,7 +57,7 @@ class PackedAnswers:
 
 
 async def _read(receive: Any) -> bytes | None:
-    """The request's body; None where the client left before it was complete."""
+    """The request's body; None if the client left before it was complete."""
     parts = []
     while True:
         message = await receive()
@@ -74,7 +74,7 @@ async def _gone(receive: Any) -> None:
 
 
 async def _answer(engine: Any, body: bytes) -> tuple[int, bytes]:
-    """Status and body. vLLM's own watchdog ends the server of an engine that died."""
+    """Status and body. If the engine has died, vLLM's own watchdog ends the server."""
     try:
         prompt, params = parse(body)
         try:
@@ -90,14 +90,14 @@ async def _answer(engine: Any, body: bytes) -> tuple[int, bytes]:
 
 
 def client_errors() -> tuple[type[Exception], ...]:
-    """What vLLM raises for a request that it cannot take: ValueError in 0.25, its own in 0.32."""
+    """The errors for requests that vLLM cannot take: ValueError in 0.25, its own class in 0.32."""
     from vllm import exceptions
 
     return (ValueError, getattr(exceptions, "VLLMClientError", ValueError))
 
 
 def parse(body: bytes) -> tuple[Any, Any]:
-    """vLLM's prompt and SamplingParams. Raises Refused. Other fields, the router's, say nothing."""
+    """vLLM's prompt and SamplingParams; the router's own fields are ignored. Raises Refused."""
     from vllm.inputs.engine import tokens_input
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -119,10 +119,10 @@ def parse(body: bytes) -> tuple[Any, Any]:
 def pack(output: Any) -> bytes:
     """A `CompletionOutput` of R tokens as JSON with base64 of R int32 and of R float32."""
     if output.finish_reason == "error":
-        raise RuntimeError("the engine ended the request with an error of its own")
+        raise RuntimeError("the engine ended the request with an internal error")
     flat = output.logprobs
     log_probs = [flat.logprobs[start] for start in flat.start_indices] if flat else []
-    spans = getattr(output, "weight_versions", None)  # not known to vLLM 0.25
+    spans = getattr(output, "weight_versions", None)  # vLLM 0.25 has none
     return msgspec.json.encode(
         {
             "finish_reason": output.finish_reason,

@@ -1,4 +1,4 @@
-"""What vime adds to vLLM's workers (`--worker-extension-cls`), called over /collective_rpc."""
+"""The methods that vime adds to vLLM's workers (`--worker-extension-cls`), for /collective_rpc."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vime.weight_sync.wire import checksum
 
 
 class WorkerExtension:
-    """Every worker answers for itself, so that one that missed an update cannot hide."""
+    """Every worker answers for itself, so a worker that missed an update is noticed."""
 
     vime_version: int = 0
     vime_received: dict[str, str] | None = None
@@ -21,7 +21,7 @@ class WorkerExtension:
         return {"rank": self.rank, "version": self.vime_version}
 
     def vime_record_checksums(self) -> None:
-        """Sum up every tensor that the next update hands to the model, whatever the transport."""
+        """Take a checksum of every tensor that the next update loads, with any transport."""
         model = self.model_runner.get_model()
         if self.vime_received is None:
             load = model.load_weights
@@ -38,7 +38,7 @@ class WorkerExtension:
         self.vime_received = {}
 
     def vime_checksums(self) -> dict[str, str]:
-        """{tensor: checksum} since `vime_record_checksums`, which ends here."""
+        """{tensor: checksum} since `vime_record_checksums`. Ends the recording."""
         received, self.vime_received = self.vime_received or {}, None
         self.model_runner.get_model().__dict__.pop("load_weights", None)
         return received

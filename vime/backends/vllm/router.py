@@ -17,7 +17,7 @@ START_TIMEOUT_S = 60.0
 
 
 class Router:
-    """Balances generation requests. Control calls never go through it: it would pick one engine."""
+    """Balances generation requests. Control calls bypass it, because it would pick one engine."""
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
@@ -38,7 +38,7 @@ class Router:
         argv += ["--max-concurrent-requests", str(self._requests_in_flight(len(engine_urls)))]
         argv += ["--health-check-interval-secs", "10", "--worker-startup-check-interval", "1"]
         argv += ["--log-level", "warning"]
-        for name, value in engine.router_args.items():  # come last and win
+        for name, value in engine.router_args.items():  # the user's flags come last and win
             argv += words_of(name, value)
         self.process = GuardedProcess("vllm-router", argv, dict(os.environ), self.log)
         self.url = f"http://{host}:{port}"

@@ -44,15 +44,25 @@ class Offload:
         return sum(part.num_bytes for part in self.away.values())
 
     @torch.no_grad()
-    def leave(self, kept: Iterable[Tensor], dropped: Iterable[Tensor] = ()) -> None:
-        """Frees the GPU memory behind the tensors. The content of `dropped` is lost."""
+    def leave(
+        self,
+        kept: Iterable[Tensor],
+        dropped: Iterable[Tensor] = (),
+        staying: Iterable[Tensor] = (),
+    ) -> None:
+        """Frees the GPU memory behind the tensors, except memory that `staying` share.
+
+        The content of `dropped` is lost.
+        """
+        settled = {t.untyped_storage()._cdata for t in staying} | self.away.keys()
         leaving: dict[int, _Away] = {}
         for tensors, keep in ((kept, True), (dropped, False)):
             for tensor in tensors:
                 storage = tensor.untyped_storage()
                 key, size = storage._cdata, storage.nbytes()
-                if not tensor.is_cuda or size == 0 or key in leaving or key in self.away:
+                if not tensor.is_cuda or size == 0 or key in settled:
                     continue
+                settled.add(key)
                 held = self._pinned(key, size) if keep else None
                 if held is not None:
                     held.copy_(_bytes_of(storage), non_blocking=True)

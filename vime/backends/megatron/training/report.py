@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 
+from vime.plan.shape import Shape
 from vime.types import StepPlan, TrainBatch
 
 
@@ -35,6 +37,19 @@ def mean_of_steps(steps: list[dict[str, float]]) -> dict[str, float]:
     first = ("train/ppo_kl", "train/kl_loss")
     metrics |= {f"{name}_first_step": steps[0][name] for name in first if name in steps[0]}
     metrics["train/skipped_steps"] = sum(step["train/skipped_steps"] for step in steps)
+    return metrics
+
+
+def training_speed(shape: Shape | None, batch: TrainBatch, seconds: float) -> dict[str, float]:
+    """Tokens per second of all ranks, and TFLOP/s of one GPU by the model's formula.
+
+    seconds  of the actor's optimizer steps
+    """
+    lengths = [s.length for s in batch.sequences]
+    metrics = {"perf/actor_train_tok_per_s": sum(lengths) / seconds}
+    if shape is not None:
+        rate = shape.training_flops(lengths) / seconds / dist.get_world_size()
+        metrics["perf/actor_train_tflops"] = rate / 1e12
     return metrics
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints in Megatron's format: any layout to any other, and the same next update."""
+"""Checkpoints in Megatron's format: any layout loads any other and takes the same next step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_gradients(made: Path) -> Path:
-    """The same, with a second folder `gradients` of the same names and shapes in it."""
+    """Adds a folder `gradients`, whose tensors have the names and shapes of the weights."""
     weights = load_file(made / "model.safetensors")
     g = torch.Generator().manual_seed(1)
     (made / "gradients").mkdir()
@@ -132,7 +132,7 @@ def start_ranks(rank: int, world: int, port: int, folder: Path) -> None:
 def save_and_load(
     rank: int, world: int, port: int, folder: Path, out: str, trips: list
 ) -> list[tuple]:
-    """[(trip, weights that differ once loaded, the same one update later, rollout, extra)]"""
+    """[(trip, weights that differ after loading, and after one more step, rollout, extra)]"""
     start_ranks(rank, world, port, folder)
     results = []
     for number, (optimizer, first, second) in enumerate(trips):
@@ -188,7 +188,7 @@ def test_a_mixture_loads_with_other_expert_parallelism(mixture: Path, tmp_path: 
 
 
 def one_rank(rank: int, world: int, port: int, folder: Path, out: str) -> dict[str, Any]:
-    """What a single rank meets: damaged and missing files, RNG, release weights, dtypes."""
+    """The cases of a single rank: damaged and missing files, RNG, release weights, dtypes."""
     from vime.backends.megatron.checkpoints.load import load_checkpoint
     from vime.backends.megatron.checkpoints.save import save_checkpoint
 
@@ -227,7 +227,7 @@ def one_rank(rank: int, world: int, port: int, folder: Path, out: str) -> dict[s
         "data gone": lambda p: (p.parent / "rollout" / "state_0.pt").unlink(),
         "gone": shutil.rmtree,
     }
-    if not (saved / "common.pt").exists():  # megatron-core 0.19 has it in another file
+    if not (saved / "common.pt").exists():  # megatron-core 0.19 stores it elsewhere
         del damages["common"]
     for name, damage in damages.items():
         copy = Path(out, name)
@@ -263,7 +263,7 @@ def one_rank(rank: int, world: int, port: int, folder: Path, out: str) -> dict[s
 
 
 def full_disk(rank: int, world: int, port: int, folder: Path, out: str) -> dict[str, Any]:
-    """A disk that takes files of 40 kB at most stands for a full one."""
+    """Limits files to 40 kB in place of a full disk."""
     import resource
 
     start_ranks(rank, world, port, folder)
@@ -300,7 +300,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_in_force(folder: Path, tmp_p
 def save_behind_training(
     rank: int, world: int, port: int, folder: Path, out: str
 ) -> dict[str, Any]:
-    """The writing of iteration 1 is held up while training goes on; then it may end, or fails."""
+    """Delays the writing of iteration 1 while training continues; iteration 2 finds a full disk."""
     import resource
     import threading
 
@@ -317,7 +317,7 @@ def save_behind_training(
     here.step()
     state = here.weights()
     here.save(out, 1, background=saves)
-    here.step()  # other weights, in the same memory, and collectives, before anything is written
+    here.step()  # changes the weights in place and runs collectives before anything is written
     after = here.weights()
     tracker = Path(out, TRACKER)
     seen: dict[str, Any] = {"early": tracker.read_text()}
@@ -336,13 +336,13 @@ def save_behind_training(
     return seen
 
 
-def test_an_async_save_commits_what_was_there_when_it_began_once_all_is_on_disk(
+def test_an_async_save_commits_the_state_of_its_beginning_after_all_is_on_disk(
     folder: Path, tmp_path: Path
 ) -> None:
     for seen in run_ranks(save_behind_training, 2, folder=folder, out=str(tmp_path)):
         assert (seen["early"], seen["killed"]) == ("0", (1, []))
         assert seen["late"] == ("1", 2, [])
-        assert seen["next"] == [], "optimizer and scheduler were of the same moment"
+        assert seen["next"] == [], "optimizer and scheduler were saved at the same moment"
         for words in ("iter_0000002", "stays in force", "File too large"):
             assert words in seen["full disk"]
         assert seen["still"] == "1"

@@ -1,4 +1,4 @@
-"""A trainer holds what the plan says. Peaks need a GPU: benchmarks/memory.py."""
+"""A trainer holds as much memory as the plan says. Peaks need a GPU: benchmarks/memory.py."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def test_weights_gradients_and_optimizer_are_those_foretold():
+def test_weights_gradients_and_optimizer_are_as_large_as_planned():
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks/memory.py"), "--measure", "tiny"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Memory that ran out: the message names a flag, its value and one that helps."""
+"""When memory runs out, the message names a flag, its value and a value that helps."""
 
 import re
 
@@ -49,7 +49,7 @@ def test_state_that_alone_is_too_large_is_sharded(tmp_path):
     assert "--use-distributed-optimizer (estimated peak" in text
 
 
-def test_torchs_error_becomes_a_setting_that_cannot_work(tmp_path):
+def test_torchs_error_becomes_a_config_error(tmp_path):
     cfg, _ = planned(tmp_path, tokens=65536)
     with pytest.raises(ConfigError, match="--max-tokens-per-gpu 65536 -> "), memory_remedy(cfg, 64):
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -81,9 +81,13 @@ def test_an_engine_without_room_for_one_sequence(tmp_path):
     assert "lower --vllm-kv-cache-memory-bytes 2276332666, --vllm-max-num-seqs or" in text
 
 
-def test_an_engine_whose_log_tells_of_something_else(tmp_path):
+def test_an_engine_log_without_a_memory_problem_has_no_remedy(tmp_path):
     cfg, _ = planned(tmp_path)
     assert engine_remedy(cfg, "ValueError: unknown architecture") is None
+
+
+def test_an_engine_whose_weights_fill_the_gpu(tmp_path):
+    cfg, _ = planned(tmp_path)
     assert "--rollout-num-gpus-per-engine 1 -> 2" in engine_remedy(
         cfg, "ValueError: No available memory for the cache blocks. Try increasing"
     )

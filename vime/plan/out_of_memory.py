@@ -1,4 +1,4 @@
-"""What to change when GPU memory ran out, and by how much."""
+"""The flags to change when a trainer ran out of GPU memory, with values that should fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vime.plan.memory import largest_tokens, shape_of, tokens_per_micro_batch, t
 from vime.plan.shape import Shape
 
 GIB = 1 << 30
-SPARE = 0.95  # a remedy aims at so much of the room
+SPARE = 0.95  # share of the room that a suggested value may fill
 FULL = {
     "recompute_granularity": "full",
     "recompute_method": "uniform",
@@ -20,18 +20,18 @@ FULL = {
 
 
 def trainer_remedy(cfg: Config, num_bytes: int, *, longest: int, limit: float | None = None) -> str:
-    """The flags that help a trainer that ran out of memory, each with its estimated peak.
+    """The flags that would help, each with its estimated peak.
 
     num_bytes  of one weight
-    longest    tokens on one GPU of the longest sequence: alone it may exceed --max-tokens-per-gpu
-    limit      bytes that the trainer could have had; None: not known
+    longest    tokens of the longest sequence on one GPU; it may exceed --max-tokens-per-gpu
+    limit      bytes that the trainer could use; None when unknown
     """
     shape = shape_of(cfg)
     if shape is None:
         return "Lower --max-tokens-per-gpu, or add --recompute-granularity full."
     asked = max(tokens_per_micro_batch(cfg), longest)
     expected = trainer_memory(cfg, shape, num_bytes, asked)
-    # Where the estimate was too low, the limit alone would not teach anything.
+    # An estimate below the limit was too low, so a remedy must also go below the estimate.
     room = SPARE * min(expected.peak, expected.peak if limit is None else limit)
     had = "" if limit is None else f" of {limit / GIB:.1f} GiB"
     lines = [

@@ -33,7 +33,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.gpu_assets import described  # noqa: E402
 from vime.cli import parse_config  # noqa: E402
 from vime.config import Config  # noqa: E402
-from vime.plan.memory import shape_of, trainer_memory  # noqa: E402
+from vime.plan.shape import shape_of  # noqa: E402
+from vime.plan.trainer_memory import trainer_memory  # noqa: E402
 from vime.platform import current  # noqa: E402
 from vime.types import Sample, Status  # noqa: E402
 

@@ -57,7 +57,7 @@ def test_an_unusual_architecture_is_shown_without_memory(capsys, tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text('{"d_model": 64}')
     text = plan(capsys, tmp_path, {"--hf-checkpoint": str(folder)})
-    assert f"unknown: {folder}/config.json does not name the usual sizes" in text
+    assert f"unknown: {folder}/config.json describes no architecture that vime trains" in text
 
 
 def test_a_plan_may_be_for_gpus_that_are_not_here(capsys, tmp_path):

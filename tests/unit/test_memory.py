@@ -1,4 +1,4 @@
-"""The memory estimate: its formulas redone by hand, and how it follows layout and recomputation."""
+"""The memory estimate: its formulas computed by hand, under several layouts and recomputation."""
 
 import json
 from pathlib import Path
@@ -8,16 +8,12 @@ import pytest
 from tests.unit.command_lines import QWEN3_TINY, words, write_checkpoint
 from vime.backends.megatron.hf.registry import architecture
 from vime.cli import parse_config
-from vime.plan.memory import (
-    engine_parts,
-    largest_tokens,
-    shape_of,
-    trainer_memory,
-)
-from vime.plan.shape import Shape
+from vime.plan.engine_memory import engine_parts
+from vime.plan.shape import Shape, shape_of
+from vime.plan.trainer_memory import largest_tokens, trainer_memory
 
 HF_CONFIGS = Path(__file__).parent / "hf_configs"
-BILLIONS = {  # as their makers state them
+BILLIONS = {  # as the publishers state them
     "deepseek-v3": 671.0,
     "glm4-9B": 9.40,
     "llama3.1-8B": 8.03,
@@ -71,12 +67,12 @@ def test_parameters_are_those_of_the_published_model(name):
     assert count / 1e9 == pytest.approx(BILLIONS[name], rel=2e-3)
 
 
-def test_experts_are_counted_apart():
+def test_experts_are_counted_separately():
     moe = MOE_TINY | {"moe_intermediate_size": 64}
     assert Shape.of(architecture(moe)).routed == 8 * 3 * 128 * 64
 
 
-def test_a_step_takes_six_operations_a_weight_and_what_attention_sees():
+def test_a_step_takes_six_operations_per_weight_and_token_and_those_of_attention():
     """QWEN3_TINY: h 128, q and kv 128, f 384, 3 layers, tied vocabulary of 288."""
     dense = Shape.of(architecture(QWEN3_TINY))
     pairs = (100**2 + 300**2) / 2
@@ -146,14 +142,14 @@ def test_recomputing_keeps_inputs_only(tmp_path):
 
 
 @pytest.mark.parametrize(("module", "channels"), [("layernorm", 2 * 2560), ("mlp_act", 9728)])
-def test_a_module_made_again_is_not_kept(module, channels, tmp_path):
+def test_a_recomputed_module_is_not_kept(module, channels, tmp_path):
     selective = {"recompute_granularity": "selective", "recompute_modules": module}
     none = bytes_of(tmp_path, tokens=16384)["activations"]
     again = bytes_of(tmp_path, tokens=16384, **selective)["activations"]
     assert none - again == 16384 * 36 * 2 * channels
 
 
-def test_what_recomputation_brings_back_can_be_the_peak(tmp_path):
+def test_recomputed_layers_can_be_the_peak(tmp_path):
     """36 layers recomputed at once need what they save."""
     at_once = FULL | {"--recompute-num-layers": "36"}
     found = bytes_of(tmp_path, tokens=16384, **flags(at_once))

@@ -9,8 +9,8 @@ from tests.unit.test_memory import planned
 from vime.backends.megatron.memory.in_use import memory_remedy
 from vime.backends.vllm.out_of_memory import engine_remedy
 from vime.errors import ConfigError
-from vime.plan.memory import trainer_memory
 from vime.plan.out_of_memory import trainer_remedy
+from vime.plan.trainer_memory import trainer_memory
 
 GIB = 2**30
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from vime.config import Config
-from vime.plan.memory import largest_tokens, shape_of, tokens_per_micro_batch, trainer_memory
-from vime.plan.shape import Shape
+from vime.plan.parts import GIB
+from vime.plan.shape import Shape, shape_of
+from vime.plan.tokens import tokens_per_micro_batch
+from vime.plan.trainer_memory import largest_tokens, trainer_memory
 
-GIB = 1 << 30
 SPARE = 0.95  # share of the room that a suggested value may fill
 FULL = {
     "recompute_granularity": "full",

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vime.backends.megatron.hf.family import moe_layers
+from vime.backends.megatron.hf.registry import model_args
+from vime.config import Config
+from vime.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,3 +138,11 @@ class Shape:
             expert_ffn=args.get("moe_ffn_hidden_size", 0),
             shared_ffn=args.get("moe_shared_expert_intermediate_size") or 0,
         )
+
+
+def shape_of(cfg: Config) -> Shape | None:
+    """The shape of the model that a run trains; None for an architecture that vime cannot train."""
+    try:
+        return Shape.of(model_args(cfg))
+    except (CheckpointError, ConfigError, KeyError):
+        return None

@@ -32,7 +32,7 @@ from vime.backends.megatron.weights.folder import save_hf
 from vime.backends.vllm.client import EngineClient
 from vime.config import Config
 from vime.config.view import ArgsView
-from vime.plan.memory import shape_of
+from vime.plan.shape import shape_of
 from vime.types import TrainBatch
 from vime.weight_sync.sender import make_sender
 

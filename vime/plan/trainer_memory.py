@@ -1,8 +1,9 @@
-"""Memory of a trainer's and an engine's GPU by component, each figure beside its formula.
+"""Memory of a trainer's GPU by component, each figure with its formula.
 
-Names in the formulas: P parameters on this GPU, b bytes of a weight, T tokens of a micro-batch on
-one GPU, V vocabulary, h hidden size, t tensor parallel size. The kernels are those of a CUDA GPU.
-`benchmarks/memory.py` compares the estimate with a GPU's own count.
+The formulas use P for the parameters on this GPU, b for the bytes of a weight, T for the tokens of
+a micro-batch on one GPU, V for the vocabulary, h for the hidden size and t for the tensor parallel
+size. They describe the kernels of a CUDA GPU. `benchmarks/memory.py` compares the estimate with a
+GPU's own count.
 """
 
 from __future__ import annotations
@@ -11,33 +12,27 @@ from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vime.backends.megatron.hf.registry import model_args
 from vime.config import Config
-from vime.errors import CheckpointError, ConfigError
+from vime.plan.parts import Part, total
 from vime.plan.shape import Shape
+from vime.plan.tokens import forward_tokens, tokens_per_micro_batch
 
 ROUND = 256  # a suggested number of tokens is a multiple of it
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One component: bytes on one GPU and how they were counted."""
-
-    name: str
-    num_bytes: float
-    formula: str
-
-
-@dataclass(frozen=True, slots=True)
 class TrainerMemory:
-    """held: there all the time. phases: {name: what comes on top, at most one phase at a time}."""
+    """
+    held    parts that are there all the time
+    phases  {name: parts that this phase adds}; the phases follow each other
+    """
 
     held: list[Part]
     phases: dict[str, list[Part]]
 
     @property
     def phase(self) -> str:
-        """The one that needs most."""
+        """The phase that needs the most memory."""
         return max(self.phases, key=lambda name: total(self.phases[name]))
 
     @property
@@ -49,17 +44,13 @@ class TrainerMemory:
         return total(self.held) + total(self.passing)
 
 
-def total(parts: list[Part]) -> float:
-    return sum(part.num_bytes for part in parts)
-
-
 def trainer_memory(
     cfg: Config, shape: Shape, num_bytes: int, tokens: int | None = None
 ) -> TrainerMemory:
-    """Of one trainer GPU, on the fullest pipeline stage.
+    """Of one trainer GPU, on the pipeline stage that needs the most.
 
     num_bytes  of one weight
-    tokens     of a micro-batch on one GPU (default: what the flags allow)
+    tokens     of a micro-batch on one GPU (default: as many as the flags allow)
     """
     stages = range(cfg.parallel.pp)
     found = [_Stage(cfg, shape, num_bytes, stage, tokens).memory() for stage in stages]
@@ -80,7 +71,7 @@ class _Stage:
         self.is_first, self.is_last = stage == 0, stage == self.p.pp - 1
         self.s = self.p.tp if self.p.sequence_parallel else 1
         ahead, vpp = self.p.pp - 1 - stage, self.p.vpp
-        # 1F1B: forward passes whose backward has not begun, in units of this stage's layers
+        # 1F1B schedule: forward passes that wait for their backward, in units of a stage's layers
         self.in_flight = 1 + ahead
         if vpp is not None:
             self.in_flight = (2 * ahead + (vpp - 1) * self.p.pp + 1) / vpp
@@ -90,11 +81,11 @@ class _Stage:
         layers = self.dense * shape.dense_layer + sparse * shape.expert_layer
         dense = (ends * shape.matrix + layers) / self.p.tp + self.is_last * shape.hidden
         routed = sparse * shape.routed / (self.p.ep * self.p.etp)
-        # a critic has the embedding, and a value in place of the output matrix
+        # a critic has the embedding, and a value head in place of the output matrix
         self.critic = (self.is_first * shape.matrix + layers) / self.p.tp + routed
         self.critic += self.is_last * 2 * shape.hidden
         self.parameters = dense + routed
-        self.optimized = self.parameters  # those whose optimizer state is here
+        self.optimized = self.parameters  # parameters whose optimizer state is on this GPU
         if self.p.use_distributed_optimizer:
             expert_ranks = cfg.cluster.trainer_gpus // (self.p.etp * self.p.ep * self.p.pp)
             self.optimized = dense / (cfg.dp * self.p.cp) + routed / max(1, expert_ranks)
@@ -133,13 +124,13 @@ class _Stage:
             again = Part(
                 "recomputed",
                 self.T * (one_unit + self._layer_gradients()),
-                "T x what the recomputed layers keep, and the gradients in one",
+                "T x (what the recomputed layers keep + the gradients inside one)",
             )
             yield "the backward of recomputed layers", [activations, again, *self._tied_gradient()]
         yield "the optimizer's step", list(self._step())
 
     def _activations(self) -> tuple[float, float, str]:
-        """Bytes a token: kept for the backward; recomputed at a time; and how they are counted."""
+        """Bytes per token kept for the backward, bytes per token recomputed at a time, formula."""
         p, layers = self.p, self.layers
         dense, sparse = self._layer(experts=False), self._layer(experts=True)
         every = self.dense * dense + (layers - self.dense) * sparse
@@ -157,12 +148,12 @@ class _Stage:
         return inputs * entry, num * largest, f"T = {self.T:,} x {inputs} inputs x {entry:,.0f} B"
 
     def _layer(self, *, experts: bool) -> float:
-        """Bytes a token that one layer keeps for its backward.
+        """Bytes per token that one layer keeps for its backward.
 
-        The residual stream before each norm and the norms' results (hidden channels each); the
-        projection before its split, rotated queries and keys, attention's result; the MLP's first
-        product (2 ffn) and what its activation makes of it (ffn). Float32: each norm's scale and
-        attention's log-sum per head.
+        These are the residual stream before each norm and the results of the norms (hidden channels
+        each); the projection before its split, the rotated queries and keys, and the result of
+        attention; the MLP's first product (2 ffn) and its activation (ffn). In float32: the scale
+        of each norm, and attention's log-sum per head.
         """
         shape, tp, s = self.shape, self.p.tp, self.s
         again = (
@@ -181,12 +172,12 @@ class _Stage:
         return self.b * ((whole + routed) / s + (self._attention() + mlp) / tp) + statistics
 
     def _layer_gradients(self) -> float:
-        """Bytes a token of what the backward of an MLP has at a time: of its products and ends."""
+        """Bytes per token of the gradients of an MLP's products, input and result."""
         ffn = self.shape.ffn if self.dense else self.shape.shared_ffn
         return self.b * (3 * ffn / self.p.tp + 2 * self.shape.hidden)
 
     def _attention(self) -> float:
-        """Values a token that one attention keeps over all its heads."""
+        """Values per token that one attention keeps, over all its heads."""
         shape, m, cp = self.shape, self.shape.latent, self.p.cp
         if m is None:
             gathered = 2 * shape.kv * cp if cp > 1 else 0
@@ -196,7 +187,7 @@ class _Stage:
         return reduced + key + shape.heads * (m.nope + m.value) + 4 * key + shape.heads * m.value
 
     def _logits(self) -> list[Part]:
-        """The gradient is written over the logits; then the output's matrix gets its own."""
+        """The logits, which their gradient overwrites, and the gradient of the output matrix."""
         shape, tp = self.shape, self.p.tp
         size = self.T * (shape.vocab / tp + shape.hidden) * self.b
         return [
@@ -209,13 +200,13 @@ class _Stage:
         return Part("logits", size, f"{tokens:,} tokens x V / t x b, V = {self.shape.vocab:,}")
 
     def _tied_gradient(self) -> Iterator[Part]:
-        """The output's share of a tied matrix's gradient waits for the embedding's."""
+        """With tied weights, the output's gradient is kept until the embedding's is computed."""
         if self.shape.tied and self.p.pp == 1:
             size = self.shape.matrix / self.p.tp * self.b
             yield Part("output matrix", size, "its gradient: V x h / t x b")
 
     def _step(self) -> Iterator[Part]:
-        """Adam is one kernel over what is there; SGD adds the decay into a list of its own."""
+        """Temporary gradients. Adam's fused kernel needs none; SGD adds the decay in a copy."""
         optimizer, needs = self.cfg.optimizer, []
         if self.b < 4 and not optimizer.accumulate_fp32:
             needs.append("4 for float32 gradients")
@@ -227,66 +218,10 @@ class _Stage:
 
 
 def largest_tokens(cfg: Config, shape: Shape, num_bytes: int, room: float) -> int:
-    """The most tokens of a micro-batch whose peak fits into `room` bytes; 0 if none do."""
+    """The largest micro-batch, in tokens, whose peak fits into `room` bytes; 0 if none fits."""
 
     def fits(units: int) -> bool:
         return trainer_memory(cfg, shape, num_bytes, units * ROUND).peak <= room
 
     units = range(1, 1 << 16)
     return bisect(units, False, key=lambda n: not fits(n)) * ROUND
-
-
-def engine_parts(cfg: Config, shape: Shape, num_bytes: int) -> list[Part]:
-    """Memory of one engine GPU: weights, and the KV cache of all responses at full length."""
-    tp = cfg.cluster.gpus_per_engine
-    running, length = responses_per_engine(cfg), _longest(cfg)
-    if shape.latent is not None:
-        values, counted = shape.latent.kv_rank + shape.latent.rope, "latent"
-    else:
-        values = 2 * max(1, shape.kv_heads / tp) * shape.head_dim
-        counted = "2 x KV heads x head size"
-    per_token = shape.layers * values * num_bytes
-    return [
-        Part("weights", shape.parameters * num_bytes / tp, "all parameters x b / engine's GPUs"),
-        Part(
-            "KV cache, full",
-            per_token * running * length,
-            f"layers x {counted} x b = {per_token:,.0f} a token x {running} "
-            f"responses x {length:,} tokens",
-        ),
-    ]
-
-
-def tokens_per_micro_batch(cfg: Config) -> int:
-    """T, on one GPU. A longer sample is a pack of its own and exceeds it."""
-    if cfg.batch.dynamic and cfg.batch.max_tokens_per_gpu is not None:
-        return cfg.batch.max_tokens_per_gpu
-    return -(-cfg.batch.micro_batch_size * _longest(cfg) // cfg.parallel.cp)
-
-
-def forward_tokens(cfg: Config) -> int:
-    """The same in passes that only compute log-probabilities."""
-    given = cfg.batch.log_probs_max_tokens_per_gpu
-    return given if cfg.batch.dynamic and given else tokens_per_micro_batch(cfg)
-
-
-def responses_per_engine(cfg: Config) -> int:
-    """Requests that one engine holds at a time, at most."""
-    prompts = max(cfg.batch.prompts, cfg.rollout.over_sampling or 0)
-    shared = -(-prompts * cfg.batch.samples_per_prompt // max(1, cfg.cluster.num_engines))
-    return min(cfg.rollout.concurrency, shared)
-
-
-def shape_of(cfg: Config) -> Shape | None:
-    """None for an architecture that vime cannot train."""
-    try:
-        return Shape.of(model_args(cfg))
-    except (CheckpointError, ConfigError, KeyError):
-        return None
-
-
-def _longest(cfg: Config) -> int:
-    """Tokens of a prompt and its response, where the flags bound them."""
-    return cfg.rollout.max_context_len or (
-        (cfg.rollout.max_prompt_len or 0) + cfg.rollout.max_response_len
-    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from tests.unit.test_grading import finished, grade, make_args
-from vime.rollout import grading, metrics
+from vime.data.sample_metrics import of_samples
+from vime.rollout import grading
+from vime.rollout.metrics import timed_out
 from vime.types import Status
 
 UNCLOSED = "nest of braces"  # which is no answer; the others would keep a grader busy for long
@@ -36,6 +38,6 @@ def test_hostile_answers_cost_their_deadline_and_stop_nothing():
         else:
             assert (sample.status, sample.reward) == (Status.FAILED, None)
             assert sample.failure.startswith(grading.TIMEOUT)
-    counted = metrics.failures(group)
-    assert counted["rollout/grading_timeouts"] == len(HOSTILE) - 1
+    assert sum(map(timed_out, group)) == len(HOSTILE) - 1
+    counted = of_samples(group, wants_reward=True)
     assert counted["rollout/failed_samples"] == len(HOSTILE) - 1

@@ -13,6 +13,7 @@ from vime.cli.flags import section_types
 from vime.config import Config
 from vime.config.fields import flags_in
 from vime.config.plugins import check_plugins, plugins_named_in
+from vime.data.sample_metrics import of_samples
 from vime.errors import PluginError
 from vime.rollout.data_source import RolloutDataSourceWithBuffer
 from vime.rollout.train_data import eval_metrics, make_train_batch, rollout_metrics
@@ -148,6 +149,8 @@ def test_converted_columns_become_a_batch_with_weights_and_steps():
     assert [float(s.weight.sum()) for s in batch.sequences] == [0.5] * 4
     assert batch.sequences[0].rollout_logp.tolist() == [-1.0, -1.0]
     assert batch.sequences[0].loss_mask.tolist() == [1.0, 1.0]
+    assert batch.metrics["rollout/num_samples"] == 4
+    assert batch.metrics["rollout/truncated_ratio"] == 0.0
 
 
 def test_a_converted_batch_is_taken_as_it_is():
@@ -328,4 +331,5 @@ def test_without_a_global_dataset_generation_brings_its_own_prompts(config, tmp_
     said = capsys.readouterr().err
     assert "has no epochs" in said
     assert "--custom-generate-function-path" in said
-    assert np.isfinite(output.metrics["rollout/response_len/mean"])
+    lengths = of_samples(samples, wants_reward=True)
+    assert np.isfinite(lengths["rollout/response_len/mean"])

@@ -3,7 +3,10 @@
 import io
 import json
 import math
+import re
 import sys
+from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +19,20 @@ from vime.observe.plot import learning_curves, plot_learning
 from vime.observe.progress import clock_time, result
 from vime.observe.reading import eval_scores, phase_seconds
 from vime.observe.trackers import missing_packages
+
+VIME = Path(__file__).parents[2] / "vime"
+METRIC = re.compile(r'"((?:rollout|train|perf|eval)/[^" {]+)"')
+
+
+def test_no_metric_has_two_authors():
+    """The second would silently replace the first. `observe/reading.py` reads, it writes none."""
+    authors = defaultdict(set)
+    for path in VIME.rglob("*.py"):
+        if path != VIME / "observe/reading.py":
+            for name in METRIC.findall(path.read_text()):
+                authors[name].add(path.relative_to(VIME).as_posix())
+    assert len(authors) > 60
+    assert {name: files for name, files in authors.items() if len(files) > 1} == {}
 
 
 def log_steps(folder, steps, start_step=0, **metrics):

@@ -9,12 +9,15 @@ import aiohttp
 import pytest
 
 from tests.unit.fake_engine import UNTIL_ABORTED, FakeEngine, ids_of, make_config, write_prompts
+from vime.config.view import ArgsView
 from vime.data import chat
+from vime.data.sample_metrics import of_samples
 from vime.errors import EngineError, PluginError
 from vime.rollout.client import GenerateClient
 from vime.rollout.data_source import RolloutDataSourceWithBuffer
 from vime.rollout.generation import append_observation, generate
 from vime.rollout.posting import RequestFailed, few_handshakes
+from vime.rollout.train_data import make_train_batch
 from vime.rollout.vllm_rollout import generate_rollout
 from vime.types import DynamicFilterOutput, Sample, Status
 
@@ -63,8 +66,18 @@ def test_a_sample_holds_what_the_engine_said_token_by_token(config):
     assert sample.rollout_log_probs == pytest.approx([-t / 1000 for t in answer])
     assert sample.weight_versions == [7] * len(answer)
     assert (sample.reward, sample.status, sample.rollout_id) == (1.0, Status.COMPLETED, 5)
-    assert output.metrics["rollout/response_len/mean"] == len(answer)
     assert output.metrics["rollout/weight_version/max"] == 7
+
+
+def test_rollout_and_batch_do_not_write_the_same_metric(config):
+    cfg = config()
+    with FakeEngine(echo, faults=[400]) as engine:
+        output, _ = run(engine, cfg)
+    batch = make_train_batch(ArgsView(cfg), output.samples, 0)
+    assert batch.metrics["rollout/failed_samples"] == 1
+    assert batch.metrics["rollout/response_len/max"] == len(boxed("1"))
+    assert len(output.metrics) > 8
+    assert not output.metrics.keys() & batch.metrics.keys()
 
 
 def test_requests_carry_the_flags_and_on_demand_a_seed_for_each_sample(config):
@@ -87,7 +100,8 @@ def test_a_cut_answer_is_truncated_and_the_context_is_a_limit_too(config):
             output, _ = run(engine, config(rollout=rollout))
         sample = output.samples[0][0]
         assert (sample.status, sample.response_length) == (Status.TRUNCATED, length)
-        assert output.metrics["rollout/truncated_ratio"] == 1.0
+        samples = [sample for group in output.samples for sample in group]
+        assert of_samples(samples, wants_reward=True)["rollout/truncated_ratio"] == 1.0
 
 
 def test_passing_errors_are_retried_and_counted(config):
@@ -202,7 +216,8 @@ def test_one_failed_sample_does_not_cost_its_group(config):
         output, _ = run(engine, config())
     statuses = sorted(s.status.value for g in output.samples for s in g)
     assert statuses == ["completed"] * 3 + ["failed"]
-    assert output.metrics["rollout/failed_samples"] == 1
+    samples = [s for g in output.samples for s in g]
+    assert of_samples(samples, wants_reward=True)["rollout/failed_samples"] == 1
     (failed,) = [s for g in output.samples for s in g if s.status is Status.FAILED]
     assert "HTTP 400" in failed.failure
     assert failed.reward is None

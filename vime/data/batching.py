@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -12,7 +11,8 @@ import numpy as np
 
 from vime.config import Config
 from vime.data.packing import PackingRules, plan_step, repack
-from vime.data.rewards import overlong_penalty, score_samples, zero_std_counts
+from vime.data.rewards import overlong_penalty, score_samples
+from vime.data.sample_metrics import is_usable, of_groups, of_rewards, of_samples
 from vime.data.sequences import train_sequence
 from vime.errors import PluginError
 from vime.types import Group, Sample, Status, StepPlan, TrainBatch, TrainSequence
@@ -55,7 +55,8 @@ def build_train_batch(
         for s in group
     ]
     wants_reward = cfg.algorithm.wants_reward
-    usable = [i for i, s in enumerate(samples) if _is_usable(s, wants_reward)]
+    _check_finished(samples)
+    usable = [i for i, s in enumerate(samples) if is_usable(s, wants_reward)]
     if not usable:
         reasons = sorted({s.failure or "no reward" for s in samples})[:3]
         raise ValueError(
@@ -63,6 +64,7 @@ def build_train_batch(
             + ("; ".join(reasons) or "it is empty")
         )
     raw, scores = [math.nan] * len(samples), [math.nan] * len(samples)
+    metrics = of_samples(samples, wants_reward)
     if wants_reward:
         if post_process is None:
             values = [_reward(samples[i], cfg) for i in usable]
@@ -73,13 +75,14 @@ def build_train_batch(
             values, normalised = ([float(value) for value in column] for column in made)
         for i, value, score in zip(usable, values, normalised, strict=True):
             raw[i], scores[i] = value, score
+        metrics |= of_rewards(values, normalised)
+        metrics |= of_groups(values, [group_ids[i] for i in usable])
 
     kept = [i for i in usable if samples[i].response_length > 0]
     steps = [
         [_sequence(samples[i], group_ids[i], scores[i], raw[i]) for i in members]
         for members in _steps(len(samples), kept, cfg.batch.steps_per_rollout)
     ]
-    metrics = _sample_metrics(samples, usable, group_ids, raw, scores)
     batch = plan_batch(steps, cfg, rollout_id, metrics, weigh=weigh)
     newest = _newest_version([samples[i] for i in kept], batch.sequences)
     return replace(batch, weight_version=newest)
@@ -196,10 +199,12 @@ def _less_overlong(values: Sequence[float], samples: Sequence[Sample], cfg: Conf
     ]
 
 
-def _is_usable(sample: Sample, wants_reward: bool) -> bool:
-    if sample.status in (Status.PENDING, Status.ABORTED):
-        raise ValueError(f"sample {sample.index} is {sample.status.value}: it cannot be trained on")
-    return sample.status is not Status.FAILED and not (wants_reward and sample.reward is None)
+def _check_finished(samples: Sequence[Sample]) -> None:
+    for sample in samples:
+        if sample.status in (Status.PENDING, Status.ABORTED):
+            raise ValueError(
+                f"sample {sample.index} is {sample.status.value}: it cannot be trained on"
+            )
 
 
 def _reward(sample: Sample, cfg: Config) -> float:
@@ -241,38 +246,6 @@ def _sequence(sample: Sample, group_id: int, score: float, raw_reward: float) ->
         teacher_log_probs=sample.teacher_log_probs,
         train_metadata=sample.train_metadata,
     )
-
-
-def _sample_metrics(
-    samples: Sequence[Sample],
-    usable: Sequence[int],
-    group_ids: Sequence[int],
-    raw: Sequence[float],
-    scores: Sequence[float],
-) -> dict[str, float]:
-    lengths = [samples[i].response_length for i in usable]
-    metrics: dict[str, float] = {
-        "rollout/num_samples": len(samples),
-        "rollout/failed_samples": len(samples) - len(usable),
-        "rollout/removed_samples": sum(samples[i].remove_sample for i in usable),
-        "rollout/empty_samples": sum(n == 0 for n in lengths),
-        "rollout/response_len/mean": statistics.fmean(lengths),
-        "rollout/response_len/median": statistics.median(lengths),
-        "rollout/response_len/max": max(lengths),
-        "rollout/response_len/min": min(lengths),
-        "rollout/truncated_ratio": statistics.fmean(
-            samples[i].status is Status.TRUNCATED for i in usable
-        ),
-    }
-    if math.isnan(raw[usable[0]]):  # the loss asks for no reward
-        return metrics
-    values = [raw[i] for i in usable]
-    metrics["rollout/raw_reward"] = statistics.fmean(values)
-    metrics["rollout/rewards"] = statistics.fmean(scores[i] for i in usable)
-    counts = zero_std_counts(values, [group_ids[i] for i in usable])
-    metrics["rollout/zero_std/count"] = sum(counts.values())
-    metrics.update({f"rollout/zero_std/count_{r:g}": n for r, n in sorted(counts.items())})
-    return {name: float(value) for name, value in metrics.items()}
 
 
 def _packing_metrics(

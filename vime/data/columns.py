@@ -17,12 +17,12 @@ last R are the response):
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vime.config import Config
 from vime.data.batching import Weigh, plan_batch
+from vime.data.sample_metrics import of_rewards
 from vime.data.sequences import train_sequence
 from vime.types import TrainBatch, TrainSequence
 
@@ -42,12 +42,7 @@ def as_train_batch(
     rows = [_sequence({name: values[i] for name, values in columns.items()}, i) for i in range(num)]
     num_steps = cfg.batch.steps_per_rollout
     steps = [[s for i, s in enumerate(rows) if i * num_steps // num == k] for k in range(num_steps)]
-    metrics = {
-        "rollout/num_samples": float(num),
-        "rollout/raw_reward": statistics.fmean(s.raw_reward for s in rows),
-        "rollout/rewards": statistics.fmean(s.reward for s in rows),
-        "rollout/response_len/mean": statistics.fmean(s.response_length for s in rows),
-    }
+    metrics = of_rewards([s.raw_reward for s in rows], [s.reward for s in rows])
     return plan_batch([s for s in steps if s], cfg, rollout_id, metrics, weigh=weigh)
 
 

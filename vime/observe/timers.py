@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 
 class Timers:
-    """Accumulates durations under names such as `perf/rollout_time`.
+    """Accumulates durations under names such as `perf/save_time`.
 
-        with timers("rollout"):
+        with timers("save"):
             ...
-        metrics = timers.take()  # {"perf/rollout_time": seconds}
+        metrics = timers.take()  # {"perf/save_time": seconds}
 
     The same name may be timed several times in a step; its durations add up, also when the timed
     block raises.

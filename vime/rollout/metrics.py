@@ -21,10 +21,12 @@ REPETITION_CHARACTERS = 2000  # of a response's end; prose of that length compre
 
 
 def of_rollout(args: Any, sampled: Sampled, seconds: float) -> dict[str, float]:
-    """Lengths, truncation, failures and drops of one rollout."""
+    """What this rollout function knows beyond its samples: drops, aborts, weights, speed."""
     samples = [sample for group in sampled.kept for sample in group]
-    values = {**lengths(samples), **failures(samples)}
-    values["rollout/repetition_frac"] = _ratio(map(repeats_itself, samples))
+    values: dict[str, float] = {
+        "rollout/grading_timeouts": sum(map(timed_out, samples)),
+        "rollout/repetition_frac": _ratio(map(repeats_itself, samples)),
+    }
     for reason, count in sampled.drops.items():
         values[f"rollout/dynamic_filter/drop_{reason}"] = count
     aborted = [s for group in sampled.unfinished for s in group]
@@ -49,6 +51,11 @@ def of_rollout(args: Any, sampled: Sampled, seconds: float) -> dict[str, float]:
     return values
 
 
+def timed_out(sample: Sample) -> bool:
+    """Whether a sample failed because its grader took too long."""
+    return sample.status is Status.FAILED and (sample.failure or "").startswith(TIMEOUT)
+
+
 def repeats_itself(sample: Sample) -> bool:
     """Whether the end of a long response is little but the same again: it compresses tenfold."""
     text = sample.response[-REPETITION_CHARACTERS:].encode()
@@ -60,28 +67,6 @@ def _versions(sample: Sample) -> set[int]:
     if sample.loss_mask is None:
         return set(sample.weight_versions)
     return set(itertools.compress(sample.weight_versions, sample.loss_mask))
-
-
-def lengths(samples: Sequence[Sample], prefix: str = "rollout") -> dict[str, float]:
-    if not samples:
-        return {}
-    values = np.array([s.response_length for s in samples])
-    return {
-        f"{prefix}/response_len/mean": float(values.mean()),
-        f"{prefix}/response_len/median": float(np.median(values)),
-        f"{prefix}/response_len/max": int(values.max()),
-        f"{prefix}/response_len/min": int(values.min()),
-        f"{prefix}/truncated_ratio": _ratio(s.status is Status.TRUNCATED for s in samples),
-    }
-
-
-def failures(samples: Sequence[Sample], prefix: str = "rollout") -> dict[str, float]:
-    """How many samples failed, and of these how many because a grader took too long."""
-    failed = [s for s in samples if s.status is Status.FAILED]
-    return {
-        f"{prefix}/failed_samples": len(failed),
-        f"{prefix}/grading_timeouts": sum((s.failure or "").startswith(TIMEOUT) for s in failed),
-    }
 
 
 def of_evaluation(name: str, groups: Sequence[Group], rewards: Sequence[Sequence[float]]) -> dict:

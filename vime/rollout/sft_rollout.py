@@ -11,7 +11,6 @@ from typing import Any
 from vime.config import Config
 from vime.data import chat
 from vime.errors import ConfigError
-from vime.rollout import metrics
 from vime.types import Group, RolloutFnTrainOutput, Sample, Status
 
 
@@ -51,10 +50,7 @@ def generate_rollout(
                     )
                 continue
             groups.append(group)
-    samples = [sample for group in groups for sample in group]
-    values = metrics.lengths(samples)
-    values["rollout/skipped_long"] = num_skipped
-    return RolloutFnTrainOutput(groups, values)
+    return RolloutFnTrainOutput(groups, {"rollout/skipped_long": num_skipped})
 
 
 def to_demonstration(cfg: Config, tokenizer: Any, sample: Sample) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from vime.data.batching import build_train_batch
 from vime.data.columns import as_train_batch
+from vime.data.sample_metrics import of_samples
 from vime.plugins.hook import Plugin
 from vime.types import Group, RolloutFnEvalOutput, TrainBatch
 
@@ -22,8 +24,11 @@ def make_train_batch(args: Any, groups: list[Group], rollout_id: int) -> TrainBa
     cfg = args.config
     weigh = _with_args(cfg.algorithm.plugin("custom_reducer_path"), args)
     if convert := cfg.rollout.plugin("convert_path"):
-        made = convert(args, [sample for group in groups for sample in group])
+        samples = [sample for group in groups for sample in group]
+        made = convert(args, samples)
         batch = as_train_batch(made, cfg, rollout_id, weigh=weigh)
+        own = of_samples(samples, cfg.algorithm.wants_reward)
+        batch = replace(batch, metrics={**own, **batch.metrics})
     else:
         post_process = _with_args(cfg.reward.plugin("post_process_path"), args)
         batch = build_train_batch(groups, cfg, rollout_id, post_process=post_process, weigh=weigh)

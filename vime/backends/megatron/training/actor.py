@@ -165,7 +165,7 @@ class Actor:
     def step(
         self, batch: TrainBatch, columns: RolloutColumns, step_id: int, *, on_policy: bool
     ) -> dict[str, float]:
-        """One optimizer step; its metrics. `Updates.take` tells what happens to a bad one."""
+        """One optimizer step. Gives its metrics, none for a step that `Updates.take` skips."""
         plan = batch.steps[step_id]
         if self.before_train_step is not None:
             trained = (self.chunks, self.optimizer, self.scheduler)
@@ -208,12 +208,11 @@ class Actor:
 
         norm = self.updates.take(metrics["train/loss"], where_in(batch, step_id), samples)
         if norm is None:
-            return {"train/skipped_steps": 1.0}
+            return {}
         return {
             **metrics,
             "train/grad_norm": norm,
             "train/lr": self.updates.lr,
-            "train/skipped_steps": 0.0,
         }
 
     def finish(self, batch: TrainBatch, *, trained: bool) -> None:

@@ -52,7 +52,7 @@ class Critic:
     def step(
         self, columns: Any, plan: StepPlan, where: str, samples: Callable[[], str]
     ) -> dict[str, float]:
-        """One optimizer step towards the columns' returns; its metrics. The rest: `Updates.take`"""
+        """One optimizer step towards the columns' returns. Gives its metrics, as `Actor.step`."""
         self.updates.begin()
         clip = self.cfg.algorithm.value_clip
         judge = value_judge(columns.table, columns.value_N, columns.return_N, clip=clip)
@@ -65,12 +65,11 @@ class Critic:
         metrics |= {f"train/{name}": total / weight for name, total in figures.items() if weight}
         norm = self.updates.take(loss, f"the critic in {where}", samples)
         if norm is None:
-            return {"train/skipped_steps": 1.0}
+            return {}
         return {
             **metrics,
             "train/critic_grad_norm": norm,
             "train/critic_lr": self.updates.lr,
-            "train/skipped_steps": 0.0,
         }
 
 

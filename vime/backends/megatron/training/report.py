@@ -25,9 +25,10 @@ def samples_of(batch: TrainBatch, plan: StepPlan, spoilt: Sequence[int] = ()) ->
 
 
 def mean_of_steps(steps: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each figure over the steps that have it; the count of skipped ones.
+    """The mean of each figure over the steps that have it, and the number of skipped steps.
 
-    What can only differ from 0 once weights have moved is also given for the first step alone.
+    steps  one dict per step, empty where the step was skipped
+    The divergences are also given for the first step alone, before any weight has moved.
     """
     names = dict.fromkeys(name for step in steps for name in step)
     metrics = {}
@@ -36,7 +37,7 @@ def mean_of_steps(steps: list[dict[str, float]]) -> dict[str, float]:
         metrics[name] = sum(values) / len(values)
     first = ("train/ppo_kl", "train/kl_loss")
     metrics |= {f"{name}_first_step": steps[0][name] for name in first if name in steps[0]}
-    metrics["train/skipped_steps"] = sum(step["train/skipped_steps"] for step in steps)
+    metrics["train/skipped_steps"] = float(sum(not step for step in steps))
     return metrics
 
 

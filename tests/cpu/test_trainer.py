@@ -1,4 +1,4 @@
-"""The trainer alone: it learns, starts on-policy, refuses what is not finite, resumes exactly."""
+"""The trainer alone: it learns, starts on-policy, skips steps that are not finite, resumes."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_hf(tmp_path_factory.mktemp("trainer"), tied=True, num_hidden_layers=2)
 
 
-def test_a_trainer_keeps_its_word(folder: Path, tmp_path: Path) -> None:
-    """One process runs every case: a trainer takes seconds to start."""
+def test_a_trainer_does_what_its_docstrings_say(folder: Path, tmp_path: Path) -> None:
+    """One process runs every case, because importing Megatron takes seconds."""
     run_ranks(every_case, 1, folder=folder, out=str(tmp_path))
 
 
@@ -51,25 +51,25 @@ def every_case(rank: int, world: int, port: int, folder: Path, out: str) -> None
         return MegatronTrainer(cfg, master_port=free_port())
 
     for case in (
-        grpo_raises_what_was_rewarded,
+        grpo_raises_the_probability_of_rewarded_answers,
         the_first_step_is_on_policy,
         a_penalty_needs_and_gets_the_old_log_probabilities,
         sft_learns_the_demonstrations,
-        what_is_not_finite_changes_nothing,
+        a_step_that_is_not_finite_changes_nothing,
         a_finite_loss_without_a_finite_gradient_names_its_sample_too,
         a_step_without_a_token_to_learn_from_has_gradient_0,
-        memory_that_ran_out_names_the_flags,
-        the_old_policy_may_be_the_engines,
-        the_old_policy_may_be_the_one_that_generated,
+        an_out_of_memory_error_names_the_flags,
+        the_old_policy_may_be_that_of_the_engines,
+        the_old_policy_may_be_that_of_the_rollout,
         the_reference_follows_the_actor,
-        a_teacher_is_approached_without_a_reward,
+        the_actor_approaches_a_teacher_without_a_reward,
         a_teacher_judges_each_token_under_every_estimator,
-        users_functions_take_part,
-        users_functions_are_called_at_their_moments,
+        functions_of_a_user_replace_those_of_vime,
+        functions_of_a_user_are_called_at_the_right_time,
         a_resumed_run_takes_the_same_steps,
         a_critic_learns_first_then_beside_the_actor_and_resumes,
-        warm_up_wastes_no_step,
-        norms_do_not_decay,
+        warm_up_begins_above_zero,
+        norms_have_no_weight_decay,
     ):
         print(case.__name__, flush=True)
         case(trainer, Path(out))
@@ -89,7 +89,7 @@ def logps(trainer: Any, batch: Any) -> list[float]:
     return [float(column[rows[p]].mean()) for p in range(len(batch.sequences))]
 
 
-def grpo_raises_what_was_rewarded(trainer: Any, out: Path) -> None:
+def grpo_raises_the_probability_of_rewarded_answers(trainer: Any, out: Path) -> None:
     t = trainer(algorithm={"use_kl_loss": True, "kl_loss_type": "low_var_kl"})
     batch = batch_of(t)
     before = logps(t, batch)
@@ -99,7 +99,7 @@ def grpo_raises_what_was_rewarded(trainer: Any, out: Path) -> None:
     gain = np.subtract(logps(t, batch), before)
     rewarded = np.array([s.raw_reward for s in batch.sequences]) == 1
     assert gain[rewarded].mean() > 0.1 > -0.1 > gain[~rewarded].mean()
-    assert metrics["train/kl_loss"] > 0  # it has left the reference, which stayed
+    assert metrics["train/kl_loss"] > 0  # the actor has moved and the reference has not
     apart = metrics["rollout/log_probs"] - metrics["rollout/ref_log_probs"]
     assert metrics["rollout/kl"] == pytest.approx(apart, abs=1e-5) != 0
     t.close()
@@ -111,7 +111,7 @@ def the_first_step_is_on_policy(trainer: Any, out: Path) -> None:
     groups = samples_of(4, 4)
     for sample, logp in zip(sum(groups, []), logps_of_tokens(t, batch_of(t)), strict=True):
         sample.rollout_log_probs = logp
-    groups[1][1].rollout_log_probs = None  # a plugin that has none
+    groups[1][1].rollout_log_probs = None  # as from a plugin without them
     groups[1][2].rollout_log_probs[0] = float("-inf")
     metrics = t.train(batch_of(t, groups))
     assert metrics["train/ppo_kl_first_step"] == metrics["train/kl_loss_first_step"] == 0.0
@@ -158,7 +158,7 @@ def sft_learns_the_demonstrations(trainer: Any, out: Path) -> None:
     t.close()
 
 
-def what_is_not_finite_changes_nothing(trainer: Any, out: Path) -> None:
+def a_step_that_is_not_finite_changes_nothing(trainer: Any, out: Path) -> None:
     from vime.backends.megatron.training.update import MAX_SKIPPED_STEPS
 
     t = trainer()
@@ -187,7 +187,7 @@ def a_finite_loss_without_a_finite_gradient_names_its_sample_too(trainer: Any, o
     groups = samples_of(4, 4)
     for sample in sum(groups, []):
         sample.rollout_log_probs = [-4.0] * sample.response_length
-    groups[1][1].rollout_log_probs[0] = -9999.0  # held by the clip, but 0 times infinity is NaN
+    groups[1][1].rollout_log_probs[0] = -9999.0  # clipped, but 0 times infinity is NaN
     before = named_weights(t.actor)
     with warnings_of("vime.backends.megatron") as said:
         assert t.train(batch_of(t, groups))["train/skipped_steps"] == 1
@@ -222,7 +222,7 @@ def a_step_without_a_token_to_learn_from_has_gradient_0(trainer: Any, out: Path)
     t.close()
 
 
-def memory_that_ran_out_names_the_flags(trainer: Any, out: Path) -> None:
+def an_out_of_memory_error_names_the_flags(trainer: Any, out: Path) -> None:
     t = trainer()
 
     def too_much(*_: Any, **__: Any) -> Any:
@@ -236,7 +236,7 @@ def memory_that_ran_out_names_the_flags(trainer: Any, out: Path) -> None:
     t.close()
 
 
-def the_old_policy_may_be_the_engines(trainer: Any, out: Path) -> None:
+def the_old_policy_may_be_that_of_the_engines(trainer: Any, out: Path) -> None:
     t = trainer(algorithm={"use_rollout_logprobs": True})
     groups = samples_of(4, 4)
     for sample, logp in zip(sum(groups, []), logps_of_tokens(t, batch_of_plain(t)), strict=True):
@@ -250,12 +250,12 @@ def the_old_policy_may_be_the_engines(trainer: Any, out: Path) -> None:
 
 
 def batch_of_plain(trainer: Any) -> Any:
-    """A batch that needs nothing of an engine."""
+    """A batch without log-probabilities from an engine."""
     return build_train_batch(samples_of(4, 4), make_config("unused", batch=BATCH), 0)
 
 
-def the_old_policy_may_be_the_one_that_generated(trainer: Any, out: Path) -> None:
-    """As in the asynchronous loop: the second rollout was made by the weights of the first."""
+def the_old_policy_may_be_that_of_the_rollout(trainer: Any, out: Path) -> None:
+    """As in the asynchronous loop, the weights of the first rollout also made the second."""
     t = trainer(algorithm={"keep_old_actor": True})
     sampled = logps_of_tokens(t, batch_of_plain(t))
 
@@ -268,7 +268,7 @@ def the_old_policy_may_be_the_one_that_generated(trainer: Any, out: Path) -> Non
 
     t.actor.sent.keep(0)
     first = t.train(batch_made_by(0))
-    assert first["train/ppo_kl_first_step"] == 0.0  # the weights are still those: no second pass
+    assert first["train/ppo_kl_first_step"] == 0.0  # the same weights, so no second pass
     t.actor.sent.keep(1)
     before = named_weights(t.actor)
     second = t.train(batch_made_by(0))
@@ -278,7 +278,7 @@ def the_old_policy_may_be_the_one_that_generated(trainer: Any, out: Path) -> Non
     assert any(not torch.equal(w, before[n]) for n, w in named_weights(t.actor).items())
     t.train(batch_made_by(1))
     assert list(t.actor.sent.copies) == [1]
-    # what was generated before the run began has no copy: the engine's figures, or an error
+    # a rollout from before the run has no copy: the engine's log-probabilities, or an error
     again = t.train(batch_made_by(0))
     assert again["rollout/rollout_log_probs"] == pytest.approx(first["rollout/log_probs"], abs=1e-5)
     assert again["rollout/log_probs"] != pytest.approx(first["rollout/log_probs"], abs=1e-4)
@@ -307,7 +307,7 @@ def the_reference_follows_the_actor(trainer: Any, out: Path) -> None:
 
 
 def distilling(trainer: Any, out: Path, **algorithm: Any) -> Any:
-    """A trainer whose teacher has the actor's architecture and other weights."""
+    """A trainer whose teacher has the actor's architecture but other weights."""
     teacher = write_tiny_hf(out / "teacher", tied=True, num_hidden_layers=2)
     model = hf_model(teacher)
     torch.manual_seed(7)
@@ -319,7 +319,7 @@ def distilling(trainer: Any, out: Path, **algorithm: Any) -> Any:
     return trainer(algorithm={"use_opd": True, **algorithm}, checkpoint=checkpoint)
 
 
-def a_teacher_is_approached_without_a_reward(trainer: Any, out: Path) -> None:
+def the_actor_approaches_a_teacher_without_a_reward(trainer: Any, out: Path) -> None:
     t = distilling(trainer, out)
     groups = samples_of(4, 4)
     for sample in sum(groups, []):
@@ -327,7 +327,7 @@ def a_teacher_is_approached_without_a_reward(trainer: Any, out: Path) -> None:
     batch = batch_of(t, groups)
     found = [t.train(batch) for _ in range(8)]
     taught = [m["rollout/teacher_log_probs"] for m in found]
-    assert taught == pytest.approx([taught[0]] * 8, abs=1e-6)  # the teacher stays as it was
+    assert taught == pytest.approx([taught[0]] * 8, abs=1e-6)  # the teacher does not change
     for m in found:
         apart = m["rollout/log_probs"] - m["rollout/teacher_log_probs"]
         assert m["rollout/opd_kl"] == pytest.approx(apart, abs=1e-5)
@@ -379,8 +379,8 @@ def spread(args: Any, sequences: Any, old_logp: Any, ref_logp: Any) -> list:
     return [torch.full((s.response_length,), s.reward) for s in sequences]
 
 
-def users_functions_take_part(trainer: Any, out: Path) -> None:
-    """A loss and advantages written out by a user train as vime's own do."""
+def functions_of_a_user_replace_those_of_vime(trainer: Any, out: Path) -> None:
+    """A loss and advantages that a user wrote out train like vime's own."""
     t = trainer()
     metrics = t.train(batch_of(t))
     expected = named_weights(t.actor)
@@ -423,7 +423,7 @@ def see_step(
         group["lr"] /= 2
 
 
-def users_functions_are_called_at_their_moments(trainer: Any, out: Path) -> None:
+def functions_of_a_user_are_called_at_the_right_time(trainer: Any, out: Path) -> None:
     hooks = {
         "megatron_init_path": f"{__name__}.see_init",
         "model_provider_path": f"{__name__}.see_model",
@@ -440,7 +440,7 @@ def users_functions_are_called_at_their_moments(trainer: Any, out: Path) -> None
         ("step", 0, 0, 1),
         ("step", 0, 1, 1),
     ]
-    assert metrics["train/lr"] == pytest.approx(5e-4)  # the schedule gives 1e-3 each time
+    assert metrics["train/lr"] == pytest.approx(5e-4)  # the schedule says 1e-3 at each step
     t.close()
 
 
@@ -465,7 +465,7 @@ def a_resumed_run_takes_the_same_steps(trainer: Any, out: Path) -> None:
     t.close()
     other = {"lr": 7e-4, "beta1": 0.8, "eps": 1e-6, "weight_decay": 0.3}
     t = trainer(checkpoint={"load": str(out / "run")}, optimizer=other)
-    for group in t.actor.optimizer.param_groups:  # a flag wins over the past
+    for group in t.actor.optimizer.param_groups:  # a flag replaces the saved value
         assert (group["betas"], group["eps"]) == ((0.8, 0.999), 1e-6)
         assert group["weight_decay"] in (0.0, 0.3)
     assert t.train(batch_of(t))["train/lr"] == pytest.approx(7e-4)
@@ -482,7 +482,7 @@ def a_critic_learns_first_then_beside_the_actor_and_resumes(trainer: Any, out: P
     assert all(torch.equal(w, before[n]) for n, w in named_weights(t.actor).items())
     assert [m["train/critic_lr"] for m in alone] == pytest.approx([1e-3, 2e-3, 3e-3, 3e-3])
     assert alone[0]["rollout/values"] == alone[0]["rollout/value_explained_variance"] == 0
-    assert alone[0]["train/value_loss"] == pytest.approx(0.25)  # half of the reward's mean square
+    assert alone[0]["train/value_loss"] == pytest.approx(0.25)  # half of the mean squared reward
     assert alone[3]["train/value_loss"] < 0.9 * alone[0]["train/value_loss"]
     assert alone[3]["rollout/log_probs"] == pytest.approx(alone[0]["rollout/log_probs"])
     assert "train/loss" not in alone[0]
@@ -535,18 +535,18 @@ def a_float32_head_on_a_bfloat16_critic_resumes(trainer: Any, saved: Path, shard
     t.close()
 
 
-def warm_up_wastes_no_step(trainer: Any, out: Path) -> None:
+def warm_up_begins_above_zero(trainer: Any, out: Path) -> None:
     t = trainer(optimizer={"lr": 4e-4, "lr_warmup_iters": 3})
     rates = [t.train(batch_of(t))["train/lr"] for _ in range(5)]
     assert rates == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4, 4e-4])
     t.close()
 
 
-def norms_do_not_decay(trainer: Any, out: Path) -> None:
+def norms_have_no_weight_decay(trainer: Any, out: Path) -> None:
     t = trainer(optimizer={"lr": 1e-3, "weight_decay": 10.0})
     groups = samples_of(4, 4)
     for sample in sum(groups, []):
-        sample.reward = 1.0  # no advantage, so no gradient: decay alone moves weights
+        sample.reward = 1.0  # no advantage, so no gradient: only decay moves weights
     before = named_weights(t.actor)
     t.train(batch_of(t, groups))
     for name, weight in named_weights(t.actor).items():

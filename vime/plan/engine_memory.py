@@ -9,7 +9,7 @@ from vime.plan.tokens import longest_sample, responses_per_engine
 
 
 def engine_parts(cfg: Config, shape: Shape, num_bytes: int) -> list[Part]:
-    """Of one engine GPU: weights, and the KV cache of all responses at full length.
+    """Parts of one engine GPU: weights, and the KV cache of all responses at full length.
 
     num_bytes  of one weight or cached value
     """

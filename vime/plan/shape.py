@@ -14,7 +14,7 @@ from vime.errors import CheckpointError, ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """Sizes of multi-head latent attention (arXiv:2405.04434); q_rank 0: queries are whole."""
+    """Sizes of multi-head latent attention (arXiv:2405.04434); q_rank 0: queries have full rank."""
 
     q_rank: int
     kv_rank: int
@@ -82,13 +82,13 @@ class Shape:
 
     @property
     def expert_layer(self) -> int:
-        """All but the routed experts: those are in `routed`."""
+        """A layer with experts, without its routed experts (see `routed`)."""
         router = self.hidden * self.experts
         return self.attention + self.norms + router + 3 * self.hidden * self.shared_ffn
 
     @property
     def routed(self) -> int:
-        """All routed experts of one layer."""
+        """The routed experts of one layer together."""
         return 3 * self.hidden * self.expert_ffn * self.experts
 
     @property
@@ -98,9 +98,10 @@ class Shape:
         return layers + self.hidden + self.matrix * (1 if self.tied else 2)
 
     def training_flops(self, lengths: Sequence[int]) -> float:
-        """Of one step over sequences of these lengths, by the model's formula alone: nothing made
-        again counts. Each weight that a token meets takes 2 forward and 4 backward, the output
-        matrix included; causal scores and values take as many for each channel and visible token.
+        """FLOPs of one step over sequences of these lengths, without recomputation.
+
+        Each token takes 2 FLOPs forward and 4 backward for every weight that it meets, including
+        the output matrix. Attention takes as many for each channel and each visible token.
         """
         idle = (self.layers - self.dense_layers) * self.routed
         met = self.parameters - (0 if self.tied else self.matrix) - idle

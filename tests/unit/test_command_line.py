@@ -129,7 +129,7 @@ def test_megatron_flags_that_say_what_vime_does_are_accepted(tmp_path):
         ),
         (
             {"--qqqq": None},
-            "--qqqq is not a known flag. --help lists what there is.",
+            "--qqqq is not a known flag. --help lists every flag.",
         ),
         (
             {"--rollout-health-check-interval": "30"},

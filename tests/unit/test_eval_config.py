@@ -6,8 +6,10 @@ import pytest
 
 from tests.unit.fake_engine import FakeEngine, ids_of, make_config, write_prompts
 from vime.cli import parse_config
-from vime.config.evaluation import eval_datasets, read_eval_config
+from vime.config.evaluation import eval_datasets
+from vime.config.fields import flags_in
 from vime.config.plugins import check_plugins
+from vime.config.sections.evaluation import EvalConfig, dataset_keys, read_eval_config
 from vime.data.checks import data_problems
 from vime.errors import ConfigError
 from vime.rollout import metrics
@@ -43,11 +45,11 @@ def test_a_dataset_comes_before_defaults_before_eval_flags_before_rollout_flags(
             "max_response_len": 5,
         },
     )
-    own, plain = eval_datasets(cfg)
-    assert (own.temperature, plain.temperature) == (0.1, 0.3)  # dataset, defaults
-    assert (own.top_k, plain.top_k) == (4, 9)  # dataset, --eval-*
-    assert (own.max_response_len, own.n_samples_per_eval_prompt) == (20, 3)  # defaults
-    assert (plain.top_p, plain.max_context_len) == (0.8, 99)  # --rollout-*
+    own, plain = (dataset.cfg for dataset in eval_datasets(cfg))
+    assert (own.rollout.temperature, plain.rollout.temperature) == (0.1, 0.3)  # dataset, defaults
+    assert (own.rollout.top_k, plain.rollout.top_k) == (4, 9)  # dataset, --eval-*
+    assert (own.rollout.max_response_len, own.eval.samples_per_prompt) == (20, 3)  # defaults
+    assert (plain.rollout.top_p, plain.rollout.max_context_len) == (0.8, 99)  # --rollout-*
     assert cfg.eval.datasets == {"own": "a.jsonl", "plain": "b.jsonl"}
 
 
@@ -64,7 +66,7 @@ eval:
         reward={"rm_type": "math"},
         eval={"config": read_eval_config(write(tmp_path, text))},
     )
-    x, y = eval_datasets(cfg)
+    x, y = (dataset.cfg.reward for dataset in eval_datasets(cfg))
     assert (x.rm_type, x.custom_rm_path) == (None, "a.b")
     assert (y.rm_type, y.custom_rm_path) == ("gpqa", None)
 
@@ -80,6 +82,9 @@ eval:
         ("eval: {datasets: [{name: a, path: p, top_k: high}]}", "'high' is a str. Give int"),
         ("eval: {datasets: [{name: a, path: p, top_k: true}]}", "is a bool. Give int"),
         ("eval: {datasets: [{name: a, path: p, max_response_len: 0}]}", "0 is too small"),
+        ("eval: {datasets: [{name: a, path: p, top_p: 1.5}]}", r"\.top_p 1.5 is too large"),
+        ("eval: {datasets: [{name: a, path: p, stop_token_ids: [a]}]}", "holds 'a', a str"),
+        ("eval: {datasets: [{name: a, path: p, eval_top_k: 1}]}", "Did you mean top_k"),
         ("eval: {defaults: {name: a}, datasets: [{name: a, path: p}]}", "unknown key 'name'"),
         ("eval: {datasets: [{name: a, path: p}, {name: a, path: q}]}", "'a' twice"),
     ],
@@ -87,6 +92,41 @@ eval:
 def test_a_wrong_file_is_refused_in_its_own_words(tmp_path, text, words):
     with pytest.raises(ConfigError, match=words):
         read_eval_config(write(tmp_path, text))
+
+
+def test_a_key_that_is_null_is_not_set(tmp_path):
+    text = "eval: {datasets: [{name: a, path: p, temperature: null, max_prompt_len: null}]}"
+    rollout = {"temperature": 0.5, "max_prompt_len": 3}
+    config = read_eval_config(write(tmp_path, text))
+    [dataset] = eval_datasets(make_config("none", rollout=rollout, eval={"config": config}))
+    assert (dataset.cfg.rollout.temperature, dataset.cfg.rollout.max_prompt_len) == (1.0, None)
+
+
+def test_a_flag_with_a_twin_is_a_key_of_a_data_set_without_another_declaration():
+    twins = {name: spec for name, spec in flags_in(EvalConfig).items() if spec.inherits}
+    assert len(twins) == 11
+    for spec in twins.values():
+        if spec.name != "--eval-function-path":
+            place = dataset_keys()[spec.dataset_key]
+            assert place.spec.name == spec.inherits
+            assert place.spec.name in (f"--rollout-{spec.name[7:]}", f"--{spec.name[7:]}")
+            assert (place.spec.at_least, place.spec.above) == (spec.at_least, spec.above)
+
+
+def test_what_fits_the_rollouts_but_not_an_evaluation_is_refused_at_the_start(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
+    prompts = write_prompts(tmp_path / "q.jsonl", 2)
+    text = (
+        f"eval: {{datasets: [{{name: a, path: {prompts}, input_key: prompt, max_prompt_len: 9}}]}}"
+    )
+    words = (
+        f"--hf-checkpoint {tmp_path} --prompt-data {prompts} --input-key prompt --num-rollout 1 "
+        "--rollout-batch-size 1 --rm-type random --actor-num-gpus-per-node 1 --eval-interval 1 "
+        f"--rollout-max-context-len 9 --eval-config {write(tmp_path, text)}"
+    )
+    with pytest.raises(SystemExit):
+        parse_config(words.split())
+    assert "--eval-config, a: --rollout-max-prompt-len 9 leaves no room" in capsys.readouterr().err
 
 
 def test_all_of_a_files_problems_come_out_of_the_command_line_together(tmp_path, capsys):

@@ -5,7 +5,7 @@ import torch
 
 from tests.unit.fake_engine import make_config
 from vime.backends.megatron.training.logprobs import _Chunked, token_logprobs
-from vime.config.sections.generation import BatchConfig
+from vime.config.sections.prompts import BatchConfig
 from vime.errors import ConfigError
 
 

@@ -7,7 +7,6 @@ conversion can report all that is wrong in flag, value and remedy.
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vime.cli.absent_flags import ABSENT
-from vime.cli.flags import MODEL_ARGS, STATED_FLAGS, Entry, all_flags
+from vime.cli.flags import STATED_FLAGS, Entry, all_flags
 from vime.cli.help import HelpFormatter, describe, help_of
 from vime.cli.megatron_flags import BF16, STATED
+from vime.config.spelling import as_key, did_you_mean, nearest
 from vime.errors import ConfigError
 
 VLLM, ROUTER = "--vllm-", "--router-"
@@ -52,13 +52,6 @@ def read(argv: Sequence[str] | None, prog: str | None = None) -> Given:
         add(given, all_flags()[name], words)
     _take_unknown(given, unknown)
     return given
-
-
-def nearest(name: str) -> str | None:
-    """The known flag that is spelt most like `name`; dashes in front do not count as likeness."""
-    bare = {known.lstrip("-"): known for known in all_flags()}
-    close = difflib.get_close_matches(name.lstrip("-"), bare, n=1)
-    return bare[close[0]] if close else None
 
 
 class _Collect(argparse.Action):
@@ -161,14 +154,14 @@ def _take_unknown(given: Given, words: list[str]) -> None:
             given.problems.append(f"{said} is no flag here: {ABSENT[name]}. Leave it out.")
             continue
         prefix = next((p for p in OWN_FLAGS if name.startswith(p) and len(name) > len(p)), "")
-        slip = difflib.get_close_matches(name, OWN_FLAGS.get(prefix, ()), n=1, cutoff=0.92)
+        slip = nearest(name, OWN_FLAGS.get(prefix, ()), cutoff=0.92)
         if prefix and not slip:
             taken = given.vllm_args if prefix == VLLM else given.router_args
-            key = name.removeprefix(prefix).replace("-", "_")
+            key = as_key(name.removeprefix(prefix))
             taken[key] = True if not values else values[0] if len(values) == 1 else values
         elif name.startswith("-"):
-            close = slip[0] if slip else nearest(name)
-            hint = f"Did you mean {close}?" if close else "--help lists what there is."
+            known = [slip] if slip else all_flags()
+            hint = did_you_mean(name, known, otherwise="--help lists every flag.")
             given.problems.append(f"{' '.join([name, *values])} is not a known flag. {hint}")
         else:
             given.problems.append(
@@ -188,7 +181,3 @@ def _split(words: list[str]) -> list[tuple[str, list[str]]]:
         else:
             split.append((word, []))
     return split
-
-
-def model_args(given: Given) -> dict[str, Any]:
-    return dict(given.values.get(MODEL_ARGS, {}))

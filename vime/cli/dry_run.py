@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from vime.config import Config
 from vime.config.fields import flags_in
+from vime.config.spelling import as_flag
 from vime.config.view import SECTIONS, resolved
 from vime.plan import report as plan
 
@@ -38,7 +39,7 @@ def _configuration(cfg: Config) -> Iterator[str]:
         if extra:
             yield f"[{title}]"
             for key, value in extra.items():
-                yield f"  {prefix}{key.replace('_', '-')} {_shown(value)}".rstrip()
+                yield f"  {as_flag(key, prefix)} {_shown(value)}".rstrip()
     if cfg.optimizer.critic_overrides:
         yield "[critic]"
         for name, value in cfg.optimizer.critic_overrides.items():

@@ -9,9 +9,10 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
-from vime.cli.megatron_flags import BF16, MODEL_FLAGS, STATED, SWITCH, dest
+from vime.cli.megatron_flags import BF16, MODEL_FLAGS, STATED, SWITCH
 from vime.config import Config
 from vime.config.fields import Flag, flags_in
+from vime.config.spelling import as_key
 
 MODEL_ARGS = "MODEL_ARGS"
 STATED_FLAGS = "stated"
@@ -56,7 +57,7 @@ def all_flags() -> dict[str, Entry]:
         for name, spec in flags_in(section).items()
         for entry in _entries(owner, name, spec, typing.get_type_hints(section)[name])
     ]
-    entries += [Entry(n, MODEL_ARGS, dest(n), parse) for n, parse in MODEL_FLAGS.items()]
+    entries += [Entry(n, MODEL_ARGS, as_key(n), parse) for n, parse in MODEL_FLAGS.items()]
     entries += [Entry(n, STATED_FLAGS, n, str if s.values else SWITCH) for n, s in STATED.items()]
     entries.append(Entry(BF16, STATED_FLAGS, BF16, SWITCH))
     return {entry.name: entry for entry in entries}

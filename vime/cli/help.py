@@ -8,6 +8,7 @@ from typing import Any
 
 from vime.cli.flags import MODEL_ARGS, STATED_FLAGS, Entry, all_flags, section_types
 from vime.cli.megatron_flags import BF16, STATED
+from vime.config.fields import default_of
 
 TITLES = {
     "cluster": "Cluster",
@@ -93,6 +94,8 @@ def _sentence(entry: Entry) -> str:
 
 def _default(entry: Entry) -> list[str]:
     default = _default_value(entry)
+    if entry.spec and entry.spec.inherits:
+        return [f"(default: {entry.spec.inherits})"]
     if default is MISSING:
         return ["(required)"] if entry.spec else []
     if default is None or entry.is_switch and default is False or default == {}:
@@ -106,4 +109,4 @@ def _default_value(entry: Entry) -> Any:
     if entry.spec is None:
         return MISSING
     field = next(f for f in fields(section_types()[entry.owner]) if f.name == entry.field)
-    return field.default_factory() if field.default_factory is not MISSING else field.default
+    return default_of(field)

@@ -117,8 +117,3 @@ STATED: dict[str, Stated] = {
 }
 
 BF16 = "--bf16"  # another spelling of --dtype bfloat16
-
-
-def dest(name: str) -> str:
-    """ "--num-layers" -> "num_layers": the key in `cfg.model.args`."""
-    return name.lstrip("-").replace("-", "_")

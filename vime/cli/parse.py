@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, fields, replace
 from typing import Any, NoReturn
 
-from vime.cli.command_line import Given, model_args, read
-from vime.cli.flags import section_types
+from vime.cli.command_line import Given, read
+from vime.cli.flags import MODEL_ARGS, section_types
 from vime.cli.roles import add_roles
 from vime.cli.router_flags import check_router_flags
 from vime.config import Config
 from vime.config.fields import Section, flag_of, flags_in
 from vime.config.notices import notices
+from vime.config.own_values import read_own_values
 from vime.config.rules import CONVERT_RULES, RULES
 from vime.data.checks import data_problems
 from vime.errors import ConfigError
@@ -59,10 +60,15 @@ def settled(cfg: Config) -> Config:
 def _parse(given: Given, rules: Iterable[Check]) -> Config:
     add_roles(given)
     values = {name: dict(given.values.get(name, {})) for name in section_types()}
-    values["model"]["args"] = model_args(given)
+    values["model"]["args"] = dict(given.values.get(MODEL_ARGS, {}))
     values["engine"]["vllm_args"] = dict(given.vllm_args)
     values["engine"]["router_args"] = dict(given.router_args)
     problems = list(given.problems)
+    try:
+        if path := values["rollout"].get("custom_config_path"):
+            values["rollout"]["own_values"] = read_own_values(path)
+    except ConfigError as error:
+        problems += error.problems
 
     sections = {}
     for name, section in section_types().items():

@@ -16,8 +16,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from vime.cli.command_line import Given, add, nearest
+from vime.cli.command_line import Given, add
 from vime.cli.flags import MODEL_ARGS, STATED_FLAGS, Entry, all_flags
+from vime.config.spelling import as_flag, as_key, did_you_mean
 from vime.config.yaml_file import read_yaml
 from vime.errors import ConfigError
 
@@ -67,12 +68,11 @@ def _read(overrides: dict[str, Any], where: str, problems: list[str], *, of_crit
     """The overrides as a command line would say them."""
     said = Given()
     for key, value in overrides.items():
-        flag = "--" + str(key).replace("_", "-")
+        flag = as_flag(str(key))
         entry = all_flags().get(flag)
         if entry is None:
-            close = nearest(flag)
-            hint = f" Did you mean {close.lstrip('-').replace('-', '_')}?" if close else ""
-            problems.append(f"{where}: {key} is no flag.{hint}")
+            hint = did_you_mean(flag, all_flags(), shown=as_key)
+            problems.append(f"{where}: {key} is no flag. {hint}".rstrip())
         elif of_critic and (entry.owner != "optimizer" or entry.field in WHOLE):
             problems.append(f"{where}: the critic has no {key} of its own. Leave it out.")
         elif not of_critic and entry.owner not in ACTORS_OWN:

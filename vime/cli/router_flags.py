@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
+from functools import partial
 from typing import Any
 
 from vime.config import Config
+from vime.config.spelling import as_flag, as_key, did_you_mean
 
 OWNED = {  # set by vime: what to use instead
     "host": "--vllm-router-ip",
@@ -29,7 +30,7 @@ def check_router_flags(cfg: Config) -> list[str]:
             return []  # the router itself will judge the policy
         first = _spelled(*next(iter(given.items())))
         return [f"{first}: vllm-router is not installed to check it."]
-    names = {o.lstrip("-").replace("-", "_") for a in parser._actions for o in a.option_strings}
+    names = {as_key(o) for a in parser._actions for o in a.option_strings}
     problems = []
     if policy is not None and (why := _refusal(parser, "policy", policy)):
         problems.append(f"--vllm-router-policy {policy}: vllm-router refuses it: {why}")
@@ -38,9 +39,8 @@ def check_router_flags(cfg: Config) -> list[str]:
         if name in OWNED:
             problems.append(f"{said} is set by vime. Use {OWNED[name]}.")
         elif name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f" Did you mean --router-{near[0].replace('_', '-')}?" if near else ""
-            problems.append(f"{said}: vllm-router has no such flag.{hint}")
+            hint = did_you_mean(name, names, shown=partial(as_flag, prefix="--router-"))
+            problems.append(f"{said}: vllm-router has no such flag. {hint}".rstrip())
         elif why := _refusal(parser, name, value):
             problems.append(f"{said}: vllm-router refuses it: {why}")
     return problems
@@ -60,7 +60,7 @@ def _refusal(parser: argparse.ArgumentParser, name: str, value: Any) -> str | No
 
     parser.error = refuse
     try:
-        parser.parse_args(["--" + name.replace("_", "-"), *_words(value)])
+        parser.parse_args([as_flag(name), *_words(value)])
     except (ValueError, argparse.ArgumentError) as error:
         return str(error)
     return None
@@ -71,4 +71,4 @@ def _words(value: Any) -> list[str]:
 
 
 def _spelled(name: str, value: Any) -> str:
-    return " ".join([f"--router-{name.replace('_', '-')}", *_words(value)])
+    return " ".join([as_flag(name, "--router-"), *_words(value)])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
+from vime.config.spelling import as_key
 from vime.errors import ConfigError
 from vime.plugins.hook import Hook, Plugin
 
@@ -25,7 +27,9 @@ class Flag:
     negated  the flag that sets the field to False ("--no-offload-train"); the flag itself sets True
     type     a parser for one value where the annotation alone does not say (JSON, "1e-6", ...)
     at_least, above, at_most  bounds of a number; above is exclusive
-    hook     what the function must be whose dotted path is the value
+    inherits     the flag whose value holds where this one is unset
+    per_dataset  a data set of --eval-config may set it
+    hook     how vime calls the function whose dotted path is the value
     hook_if  {field: another hook}, which applies while that field of the section is true
     """
 
@@ -39,13 +43,20 @@ class Flag:
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
+    inherits: str | None = None
+    per_dataset: bool = False
     hook: Hook | None = None
     hook_if: dict[str, Hook] | None = None
 
     @property
     def dest(self) -> str:
         """The name that plugins read on `args`."""
-        return self.name.lstrip("-").replace("-", "_")
+        return as_key(self.name)
+
+    @property
+    def dataset_key(self) -> str:
+        """The name in --eval-config: that of --rollout-X and of --eval-X is X."""
+        return self.dest.removeprefix("eval_").removeprefix("rollout_")
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with this value by itself: flag, value, remedy. None if nothing is."""
@@ -74,6 +85,11 @@ def flag_of(f: Field) -> Flag | None:
     return f.metadata.get("flag")
 
 
+def default_of(f: Field) -> Any:
+    """The value of a field that nothing sets; MISSING where it must be set."""
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
 @cache
 def flags_in(section: type) -> dict[str, Flag]:
     """{field name: Flag} of a section, in the order of its declaration."""
@@ -84,6 +100,13 @@ class Section:
     """A part of the configuration that refuses values which cannot work."""
 
     __slots__ = ()
+
+    def changed(self, **values: Any) -> Self:
+        """A copy with other values, which nobody has checked."""
+        other = copy(self)
+        for name, value in values.items():
+            object.__setattr__(other, name, value)
+        return other
 
     def __post_init__(self) -> None:
         own = (spec.problem(getattr(self, name)) for name, spec in flags_in(type(self)).items())

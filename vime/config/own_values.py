@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vime.config import Config
+from vime.config.spelling import as_flag
+from vime.config.view import resolved
 from vime.config.yaml_file import read_yaml
 from vime.errors import ConfigError
 
-if TYPE_CHECKING:
-    from vime.config import Config
 
-
-def own_values(path: str | None) -> dict[str, Any]:
-    """{name: value}; {} without a file. Raises ConfigError when it cannot be read as that."""
-    if path is None:
-        return {}
+def read_own_values(path: str) -> dict[str, Any]:
+    """{name: value}. Raises ConfigError when the file holds anything else."""
     name = f"--custom-config-path {path}"
     content = read_yaml(name, path)
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -24,18 +22,10 @@ def own_values(path: str | None) -> dict[str, Any]:
 
 
 def own_values_are_their_own(cfg: Config) -> Iterator[str]:
-    """A file may not set what a flag sets: it would say one thing and the run do another."""
-    from vime.config.view import resolved
-
-    path = cfg.rollout.custom_config_path
-    try:
-        own = own_values(path)
-    except ConfigError as error:
-        yield from error.problems
-        return
+    """A file may not set a flag: `args` would show its value, and the run would use another."""
+    own = cfg.rollout.own_values
     for name in sorted(own.keys() & resolved(cfg).keys() if own else ()):
-        flag = "--" + name.replace("_", "-")
         yield (
-            f"--custom-config-path {path}: {name} is vime's own. Give {flag} on the command line, "
-            "or choose another name."
+            f"--custom-config-path {cfg.rollout.custom_config_path}: {name} is vime's own. Give "
+            f"{as_flag(name)} on the command line, or choose another name."
         )

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from vime.config import Config
 from vime.config.evaluation import eval_datasets
 from vime.plugins.hook import Plugin
-from vime.plugins.rollout import GENERATE, GROUP_REWARD, REWARD
 
 
 def plugins_named_in(cfg: Config) -> Iterator[Plugin]:
-    """By its flags, then by the data sets of --eval-config."""
+    """By its flags, then by the data sets of --eval-config where they differ."""
+    of_flags = list(_plugins_in(cfg))
+    yield from of_flags
+    for dataset in eval_datasets(cfg) if cfg.eval.config is not None else ():
+        for plugin in _plugins_in(dataset.cfg):
+            if plugin not in of_flags:
+                yield replace(plugin, named_by=f"--eval-config, {dataset.name}: {plugin.named_by}")
+
+
+def _plugins_in(cfg: Config) -> Iterator[Plugin]:
     for section in fields(cfg):
         yield from getattr(cfg, section.name).all_plugins()
-    for dataset in eval_datasets(cfg) if cfg.eval.config is not None else ():
-        named_by = f"--eval-config, {dataset.name}:"
-        reward = GROUP_REWARD if cfg.reward.group_rm else REWARD
-        if path := dataset.custom_generate_function_path:
-            yield Plugin(named_by, path, GENERATE)
-        if path := dataset.custom_rm_path:
-            yield Plugin(named_by, path, reward)
 
 
 def check_plugins(cfg: Config) -> list[str]:

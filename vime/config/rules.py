@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vime.algorithms.advantages import estimators_where
 from vime.config import Config
-from vime.config.evaluation import eval_datasets
+from vime.config.evaluation import eval_datasets, evaluations_fit
 from vime.config.hf_config import hf_config
 from vime.config.own_values import own_values_are_their_own
 from vime.errors import ConfigError
@@ -214,7 +214,7 @@ def responses_fit_the_engine(cfg: Config) -> Iterator[str]:
         lengths.append(("--eval-max-response-len", cfg.eval.max_response_len))
     if cfg.eval.interval is not None and cfg.eval.config is not None:
         lengths += [
-            (f"--eval-config, {d.name}: max_response_len", d.max_response_len)
+            (f"--eval-config, {d.name}: max_response_len", d.cfg.rollout.max_response_len)
             for d in eval_datasets(cfg)
         ]
     for flag, length in lengths:
@@ -391,6 +391,7 @@ RULES: tuple[Rule, ...] = (
     the_critic_has_a_part,
     schedules_fit_the_run,
     loss_and_rollout_agree,
+    evaluations_fit,
 )
 
 

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from vime.config import Config
 from vime.config.fields import flags_in
-from vime.config.own_values import own_values
+from vime.config.spelling import as_flag, as_key, did_you_mean
 from vime.errors import PluginError
 
 SECTIONS = tuple(Config.__dataclass_fields__)
-
-# What --eval-* leaves unset is taken from the flag on the right.
-INHERITED = {
-    "eval_max_response_len": "rollout_max_response_len",
-    "eval_temperature": "rollout_temperature",
-    "eval_top_p": "rollout_top_p",
-    "eval_top_k": "rollout_top_k",
-    "eval_max_prompt_len": "rollout_max_prompt_len",
-    "eval_max_context_len": "rollout_max_context_len",
-    "eval_input_key": "input_key",
-    "eval_label_key": "label_key",
-    "eval_tool_key": "tool_key",
-    "eval_reward_key": "reward_key",
-    "eval_function_path": "rollout_function_path",
-    "over_sampling_batch_size": "rollout_batch_size",
-    "log_probs_max_tokens_per_gpu": "max_tokens_per_gpu",
-}
 
 
 class ArgsView:
@@ -48,8 +30,7 @@ class ArgsView:
     def __init__(self, config: Config, **runtime: Any) -> None:
         object.__setattr__(self, "_config", config)
         object.__setattr__(self, "_runtime", runtime)
-        own = own_values(config.rollout.custom_config_path)
-        values = {**own, **resolved(config), **runtime}
+        values = {**config.rollout.own_values, **resolved(config), **runtime}
         object.__setattr__(self, "_values", MappingProxyType(values))
 
     @property
@@ -62,13 +43,12 @@ class ArgsView:
         try:
             return self._values[name]
         except KeyError:
-            close = difflib.get_close_matches(name, self._values, n=1)
-            hint = f" Did you mean args.{close[0]}?" if close else ""
-            raise AttributeError(f"args has no {name!r}.{hint}") from None
+            hint = did_you_mean(name, self._values, shown="args.{}".format)
+            raise AttributeError(f"args has no {name!r}. {hint}".rstrip()) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise PluginError(
-            f"args.{name} = {value!r}: args is read-only. Set --{name.replace('_', '-')} on the "
+            f"args.{name} = {value!r}: args is read-only. Set {as_flag(name)} on the "
             "command line if it is a flag; keep what a sample carries in sample.metadata and what "
             "a plugin remembers in its own module or data source."
         )
@@ -98,15 +78,16 @@ def resolved(cfg: Config) -> dict[str, Any]:
     values: dict[str, Any] = dict(cfg.model.args)
     values |= {f"vllm_{name}": value for name, value in cfg.engine.vllm_args.items()}
     values |= {f"router_{name}": value for name, value in cfg.engine.router_args.items()}
+    inherited: dict[str, str] = {}
     for name in SECTIONS:
         section = getattr(cfg, name)
         for field, spec in flags_in(type(section)).items():
-            values[spec.dest] = getattr(section, field)
+            value = values[spec.dest] = getattr(section, field)
             if spec.negated:
-                values[spec.negated.lstrip("-").replace("-", "_")] = not getattr(section, field)
-    for name, source in INHERITED.items():
-        if values[name] is None:
-            values[name] = values[source]
+                values[as_key(spec.negated)] = not value
+            if spec.inherits and value is None:
+                inherited[spec.dest] = as_key(spec.inherits)
+    values |= {name: values[source] for name, source in inherited.items()}
     steps = cfg.batch.steps_per_rollout
     return values | {
         "offload_train": cfg.cluster.offload_train,
@@ -118,7 +99,6 @@ def resolved(cfg: Config) -> dict[str, Any]:
         "vllm_router_policy": cfg.router_policy,
         "num_steps_per_rollout": steps,
         "global_batch_size": cfg.batch.samples // steps,
-        "eps_clip_high": cfg.algorithm.clip_high,
         "eval_datasets": cfg.eval.datasets,
         "data_parallel_size": cfg.dp,
         "world_size": cfg.cluster.trainer_gpus,

@@ -27,11 +27,11 @@ def data_problems(cfg: Config) -> Iterator[str]:
     for dataset in eval_datasets(cfg):
         yield from check_prompt_data(
             dataset.path,
-            input_key=dataset.input_key,
-            label_key=dataset.label_key,
-            metadata_key=dataset.metadata_key,
-            tool_key=dataset.tool_key,
-            apply_chat_template=dataset.apply_chat_template,
+            input_key=dataset.cfg.data.input_key,
+            label_key=dataset.cfg.data.label_key,
+            metadata_key=dataset.cfg.data.metadata_key,
+            tool_key=dataset.cfg.data.tool_key,
+            apply_chat_template=dataset.cfg.data.apply_chat_template,
             flag="--eval-prompt-data" if cfg.eval.config is None else "--eval-config",
         )
 

@@ -1,18 +1,16 @@
 """Evaluation: every dataset, n samples a prompt, all in flight at once.
 
-What is in force for a dataset is decided in `vime.config.evaluation`.
+`vime/config/evaluation.py` decides what is in force for a dataset.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from vime.config import Config
-from vime.config.evaluation import INHERITED, EvalDataset, eval_datasets
+from vime.config.evaluation import EvalDataset, eval_datasets
 from vime.config.view import ArgsView
 from vime.data import chat
 from vime.data.datasets import DataKeys, PromptDataset
@@ -50,41 +48,14 @@ async def evaluate(args: Any, rollout_id: int) -> RolloutFnEvalOutput:
     return output
 
 
-def settings_of(cfg: Config, dataset: EvalDataset) -> Config:
-    """The configuration as generation and graders see it while they work on this dataset."""
-    sampling = {name: getattr(dataset, name) for name in INHERITED}
-    return replace(
-        cfg,
-        rollout=replace(
-            cfg.rollout,
-            **sampling,
-            stop=dataset.stop,
-            stop_token_ids=dataset.stop_token_ids,
-            custom_generate_path=dataset.custom_generate_function_path,
-        ),
-        reward=replace(
-            cfg.reward,
-            rm_type=dataset.rm_type,
-            custom_rm_path=dataset.custom_rm_path,
-            group_rm=cfg.reward.group_rm and dataset.custom_rm_path is not None,
-            reward_key=dataset.reward_key,
-        ),
-        data=replace(
-            cfg.data,
-            apply_chat_template=dataset.apply_chat_template,
-            apply_chat_template_kwargs=dataset.apply_chat_template_kwargs or {},
-        ),
-    )
-
-
 async def _evaluate_dataset(
     args: Any, rollout_id: int, client: GenerateClient, dataset: EvalDataset
 ) -> tuple[dict[str, list], dict]:
-    cfg = settings_of(args.config, dataset)
+    cfg = dataset.cfg
     view = ArgsView(cfg, **{k: getattr(args, k) for k in RUNTIME if hasattr(args, k)})
     tokenizer = chat.load_tokenizer(cfg.model.hf_checkpoint)
-    rollout = Rollout(view, rollout_id, client, tokenizer, True, dataset.min_new_tokens)
-    groups = make_groups(cfg, dataset)
+    rollout = Rollout(view, rollout_id, client, tokenizer, True, cfg.eval.min_new_tokens)
+    groups = make_groups(dataset)
     groups = await asyncio.gather(*(finish_group(rollout, group) for group in groups))
     graded = [[s for s in group if s.reward is not None] for group in groups]
     rewards = [[s.get_reward_value(view) for s in group] for group in graded]
@@ -100,14 +71,14 @@ async def _evaluate_dataset(
     return data, metrics.of_evaluation(dataset.name, groups, rewards)
 
 
-def make_groups(cfg: Config, dataset: EvalDataset) -> list[Group]:
+def make_groups(dataset: EvalDataset) -> list[Group]:
     """Fresh samples of every prompt; the same indices, hence seeds, in every evaluation."""
-    count = dataset.n_samples_per_eval_prompt
-    rendered, num_long = _rendered(_Once(cfg, dataset))
+    count = dataset.cfg.eval.samples_per_prompt
+    rendered, num_long = _rendered(_Once(dataset))
     if not rendered:
         raise ConfigError(
-            f"--eval-max-prompt-len (or --rollout-max-prompt-len) {dataset.max_prompt_len} "
-            f"drops every prompt of {dataset.path}. Raise it."
+            f"--eval-max-prompt-len (or --rollout-max-prompt-len) "
+            f"{dataset.cfg.rollout.max_prompt_len} drops every prompt of {dataset.path}. Raise it."
         )
     if num_long:
         logger.warning(
@@ -125,35 +96,32 @@ def make_groups(cfg: Config, dataset: EvalDataset) -> list[Group]:
 
 
 class _Once:
-    """Carries a configuration into a cache that looks at the dataset only."""
+    """Carries a data set into a cache that compares how its prompts are made, nothing else."""
 
-    def __init__(self, cfg: Config, dataset: EvalDataset) -> None:
-        self.cfg, self.dataset = cfg, dataset
+    def __init__(self, dataset: EvalDataset) -> None:
+        cfg = dataset.cfg
+        self.cfg, self.path, self.cap = cfg, dataset.path, cfg.rollout.max_prompt_len
 
     def __hash__(self) -> int:
-        return hash((self.cfg.model.hf_checkpoint, self.dataset.path))
+        return hash((self.cfg.model.hf_checkpoint, self.path, self.cap))
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, _Once)
-            and self.dataset == other.dataset
-            and self.cfg.model.hf_checkpoint == other.cfg.model.hf_checkpoint
+            and hash(self) == hash(other)
+            and self.cfg.data == other.cfg.data
         )
 
 
 @lru_cache(maxsize=32)
 def _rendered(once: _Once) -> tuple[list[tuple], int]:
     """([(row, prompt, token ids)], prompts left out), read and tokenised once a process."""
-    cfg, dataset = once.cfg, once.dataset
+    data, cap = once.cfg.data, once.cap
     keys = DataKeys(
-        input=dataset.input_key,
-        label=dataset.label_key,
-        metadata=dataset.metadata_key,
-        tools=dataset.tool_key,
+        input=data.input_key, label=data.label_key, metadata=data.metadata_key, tools=data.tool_key
     )
-    rows = list(PromptDataset(dataset.path, keys))
-    prompts, ids = render_prompts(cfg, rows)
-    cap = dataset.max_prompt_len
+    rows = list(PromptDataset(once.path, keys))
+    prompts, ids = render_prompts(once.cfg, rows)
     kept = [
         item for item in zip(rows, prompts, ids, strict=True) if cap is None or len(item[2]) <= cap
     ]

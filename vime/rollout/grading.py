@@ -166,13 +166,14 @@ def check_rewards(cfg: Config) -> list[str]:
             problems += _no_label("--rm-type", reward.rm_type, cfg.data.label_key, "--label-key")
     if cfg.eval.config is not None:
         for dataset in eval_datasets(cfg):
-            name = f"--eval-config, {dataset.name}: rm_type"
-            problems += _problems_of(name, dataset.rm_type, dataset.reward_key, reward.rm_url)
-            if dataset.custom_rm_path:
+            name, own = f"--eval-config, {dataset.name}: rm_type", dataset.cfg
+            rm_type, key = own.reward.rm_type, own.reward.reward_key
+            problems += _problems_of(name, rm_type, key, reward.rm_url)
+            if own.reward.custom_rm_path:
                 continue
-            problems += _unfit_key(name, dataset.rm_type, dataset.reward_key)
-            if not dataset.custom_generate_function_path:
-                problems += _no_label(name, dataset.rm_type, dataset.label_key, "label_key:")
+            problems += _unfit_key(name, rm_type, key)
+            if not own.rollout.custom_generate_path:
+                problems += _no_label(name, rm_type, own.data.label_key, "label_key:")
     return list(dict.fromkeys(problems))
 
 

@@ -25,10 +25,9 @@ def needed_model_len(cfg: Config) -> int | None:
     """
     if "max_model_len" in cfg.engine.vllm_args:
         return None
-    r = cfg.rollout
-    lengths = [_length(r.max_context_len, r.max_prompt_len, r.max_response_len)]
-    for d in eval_datasets(cfg) if cfg.eval.interval is not None else ():
-        lengths.append(_length(d.max_context_len, d.max_prompt_len, d.max_response_len))
+    evaluated = eval_datasets(cfg) if cfg.eval.interval is not None else ()
+    samplings = [cfg.rollout, *(dataset.cfg.rollout for dataset in evaluated)]
+    lengths = [_length(r.max_context_len, r.max_prompt_len, r.max_response_len) for r in samplings]
     if None in lengths:
         return None
     cap = model_positions(cfg)

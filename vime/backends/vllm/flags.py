@@ -6,12 +6,12 @@ cores. Its answers are cached per version. The few flags of most recipes need no
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vime.backends.vllm import plugin_flags
 from vime.backends.vllm.cpu import head_size_problems
 from vime.backends.vllm.spelling import whole_number, words_of
 from vime.config import Config
+from vime.config.spelling import as_flag, did_you_mean
 from vime.files import write_text
 
 PARSER_TIMEOUT_S = 300.0
@@ -90,7 +91,7 @@ def check_vllm_flags(cfg: Config) -> list[str]:
 
 def _spelled(name: str, value: Any) -> str:
     words = [] if value is True else value if isinstance(value, list) else [value]
-    return " ".join([f"--vllm-{name.replace('_', '-')}", *map(str, words)])
+    return " ".join([as_flag(name, "--vllm-"), *map(str, words)])
 
 
 def _ask_vllm(given: dict[str, Any]) -> list[str]:
@@ -117,8 +118,8 @@ def _ask_vllm(given: dict[str, Any]) -> list[str]:
 
 
 def _unknown(name: str, value: Any, names: set[str], version: str) -> str:
-    near = difflib.get_close_matches(name, names | set(COMMON), n=1, cutoff=0.6)
-    hint = f"Did you mean --vllm-{near[0].replace('_', '-')}?" if near else "See vllm serve --help."
+    shown, known = partial(as_flag, prefix="--vllm-"), names | set(COMMON)
+    hint = did_you_mean(name, known, shown=shown, otherwise="See vllm serve --help.")
     return f"{_spelled(name, value)}: vLLM {version} has no such flag. {hint}"
 
 

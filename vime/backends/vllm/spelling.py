@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from vime.config.spelling import as_flag
+
 SCALE = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def words_of(name: str, value: Any) -> list[str]:
     """("max_num_seqs", "8") -> ["--max-num-seqs", "8"]; True is a bare flag, False nothing."""
-    flag = "--" + name.replace("_", "-")
+    flag = as_flag(name)
     if value is True or value is False:
         return [flag] if value else []
     return [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]

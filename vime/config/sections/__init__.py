@@ -4,13 +4,7 @@ A section checks what it alone can know in `problems`; rules across sections are
 """
 
 from vime.config.sections.algorithm import AlgorithmConfig
-from vime.config.sections.generation import (
-    BatchConfig,
-    DataConfig,
-    EvalConfig,
-    RewardConfig,
-    RolloutConfig,
-)
+from vime.config.sections.evaluation import EvalConfig
 from vime.config.sections.machine import (
     ClusterConfig,
     DebugConfig,
@@ -19,6 +13,8 @@ from vime.config.sections.machine import (
     ParallelConfig,
 )
 from vime.config.sections.model import CheckpointConfig, ModelConfig, OptimizerConfig
+from vime.config.sections.prompts import BatchConfig, DataConfig
+from vime.config.sections.rollout import RewardConfig, RolloutConfig
 
 __all__ = [
     "AlgorithmConfig",

@@ -67,7 +67,7 @@ class AlgorithmConfig(Section):
     entropy_coef: float = flag("--entropy-coef", default=0.0)
     clip_low: float = flag("--eps-clip", default=0.2, at_least=0)
     clip_high_asked: float | None = flag(
-        "--eps-clip-high", "default: --eps-clip", default=None, at_least=0
+        "--eps-clip-high", default=None, at_least=0, inherits="--eps-clip"
     )
     dual_clip: float | None = flag(
         "--eps-clip-c", "dual clip's constant, above 1", default=None, above=1

@@ -1,0 +1,208 @@
+"""How responses are sampled, and who grades them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from vime.config.fields import Section, flag
+from vime.plugins.batch import CONVERT, DATA_POSTPROCESS, LOG, POST_PROCESS
+from vime.plugins.rollout import (
+    ALL_SAMPLES,
+    BUFFER_FILTER,
+    DYNAMIC_FILTER,
+    GENERATE,
+    GROUP_REWARD,
+    REWARD,
+    ROLLOUT,
+    SAMPLE_FILTER,
+    SAMPLE_HOOK,
+)
+from vime.rollout.rm_hub.registry import GRADERS, problems_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutConfig(Section):
+    """How responses are sampled. What `EvalConfig` leaves unset is inherited from here."""
+
+    function_path: str = flag(
+        "--rollout-function-path",
+        "generates one rollout",
+        default="vime.rollout.vllm_rollout.generate_rollout",
+        hook=ROLLOUT,
+    )
+    temperature: float = flag("--rollout-temperature", default=1.0, at_least=0)
+    top_p: float = flag("--rollout-top-p", default=1.0, above=0, at_most=1)
+    top_k: int = flag("--rollout-top-k", default=-1, at_least=-1)
+    max_response_len: int = flag(
+        "--rollout-max-response-len", "tokens of a response", default=1024, at_least=1
+    )
+    max_prompt_len: int | None = flag(
+        "--rollout-max-prompt-len",
+        "longer prompts are dropped, and counted",
+        default=None,
+        at_least=1,
+    )
+    max_context_len: int | None = flag(
+        "--rollout-max-context-len", "tokens of prompt and response", default=None, at_least=1
+    )
+    stop: list | None = flag(
+        "--rollout-stop", "stop strings", default=None, nargs="+", per_dataset=True
+    )
+    stop_token_ids: list | None = flag(
+        "--rollout-stop-token-ids", default=None, nargs="+", type=int, per_dataset=True
+    )
+    skip_special_tokens: bool = flag(
+        "--rollout-skip-special-tokens",
+        "leave special tokens out of Sample.response",
+        default=False,
+    )
+    over_sampling: int | None = flag(
+        "--over-sampling-batch-size",
+        "prompts submitted at a time",
+        default=None,
+        at_least=1,
+        inherits="--rollout-batch-size",
+    )
+    dynamic_filter_path: str | None = flag(
+        "--dynamic-sampling-filter-path",
+        "keeps or drops a finished group",
+        default=None,
+        hook=DYNAMIC_FILTER,
+    )
+    partial: bool = flag(
+        "--partial-rollout",
+        "keep aborted samples and continue them in the next rollout",
+        default=False,
+    )
+    mask_offpolicy: bool = flag(
+        "--mask-offpolicy-in-partial-rollout",
+        "no loss on tokens of an earlier rollout",
+        default=False,
+    )
+    max_staleness: int | None = flag(
+        "--rollout-max-staleness",
+        "buffered groups begun more rollouts ago start over (default: never)",
+        default=None,
+    )
+    buffer_filter_path: str = flag(
+        "--buffer-filter-path",
+        "takes groups out of the buffer of unfinished ones",
+        default="vime.rollout.buffer.pop_first",
+        hook=BUFFER_FILTER,
+    )
+    sample_filter_path: str | None = flag(
+        "--rollout-sample-filter-path",
+        "sets remove_sample on samples that get no loss",
+        default=None,
+        hook=SAMPLE_FILTER,
+    )
+    all_samples_path: str | None = flag(
+        "--rollout-all-samples-process-path",
+        "sees every sample that was taken, also of dropped groups",
+        default=None,
+        hook=ALL_SAMPLES,
+    )
+    deterministic: bool = flag(
+        "--vllm-enable-deterministic-inference",
+        "a seed for each sample (--rollout-seed + its index): the same weights give the same samples",
+        default=False,
+    )
+    custom_generate_path: str | None = flag(
+        "--custom-generate-function-path",
+        "generates one sample",
+        default=None,
+        hook=GENERATE,
+        per_dataset=True,
+    )
+    sample_hook_paths: list | None = flag(
+        "--rollout-sample-hook-path",
+        "sees each finished sample and may replace it; takes several paths, or repeat the flag",
+        default=None,
+        nargs="+",
+        repeats=True,
+        hook=SAMPLE_HOOK,
+    )
+    log_path: str | None = flag(
+        "--custom-rollout-log-function-path",
+        "changes what is logged of a rollout",
+        default=None,
+        hook=LOG,
+    )
+    convert_path: str | None = flag(
+        "--custom-convert-samples-to-train-data-path",
+        "makes the training data from the samples",
+        default=None,
+        hook=CONVERT,
+    )
+    data_postprocess_path: str | None = flag(
+        "--rollout-data-postprocess-path",
+        "changes or replaces the batch before training",
+        default=None,
+        hook=DATA_POSTPROCESS,
+    )
+    custom_config_path: str | None = flag(
+        "--custom-config-path",
+        "YAML of names and values of your own, which functions read as args.NAME",
+        default=None,
+    )
+    own_values: dict[str, Any] = field(default_factory=dict)  # of that file: {name: value}
+    concurrency: int = flag(
+        "--vllm-server-concurrency", "requests in flight per engine", default=512, at_least=1
+    )
+
+    def problems(self) -> Iterator[str]:
+        if (
+            self.max_context_len is not None
+            and self.max_prompt_len is not None
+            and self.max_prompt_len >= self.max_context_len
+        ):
+            yield (
+                f"--rollout-max-prompt-len {self.max_prompt_len} leaves no room in --rollout-max-context-len {self.max_context_len}. "
+                "Lower the first or raise the second."
+            )
+        if self.mask_offpolicy and not self.partial:
+            yield "--mask-offpolicy-in-partial-rollout acts only on partial rollouts. Add --partial-rollout, or leave it out."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardConfig(Section):
+    rm_type: str | None = flag(
+        "--rm-type",
+        f"the grader: {', '.join(GRADERS)}; boxed_ in front: only the last box is graded",
+        default=None,
+        per_dataset=True,
+    )
+    custom_rm_path: str | None = flag(
+        "--custom-rm-path",
+        "grades a sample",
+        default=None,
+        hook=REWARD,
+        hook_if={"group_rm": GROUP_REWARD},
+        per_dataset=True,
+    )
+    post_process_path: str | None = flag(
+        "--custom-reward-post-process-path",
+        "computes rewards and scores in place of the normalisation of --advantage-estimator",
+        default=None,
+        hook=POST_PROCESS,
+    )
+    group_rm: bool = flag(
+        "--group-rm",
+        f"--custom-rm-path grades a group at a time: {GROUP_REWARD.shape}",
+        default=False,
+    )
+    rm_url: str | None = flag("--rm-url", "server of --rm-type remote_rm", default=None)
+    reward_key: str | None = flag(
+        "--reward-key", "which entry of a dict reward to train on", default=None
+    )
+    workers: int = flag("--rm-num-workers", "grader processes", default=1, at_least=1)
+    timeout_s: float = flag(
+        "--rm-timeout-secs", "deadline for grading one answer", default=10.0, above=0
+    )
+
+    def problems(self) -> Iterator[str]:
+        yield from problems_of("--rm-type", self.rm_type, self.reward_key, self.rm_url)
+        if self.group_rm and not self.custom_rm_path:
+            yield "--group-rm grades with a function of yours. Add --custom-rm-path, or leave it out."

@@ -28,8 +28,10 @@ RESULT = ROOT / "benchmarks/results/families.json"
 sys.path.insert(0, str(ROOT / "tests" / "cpu"))
 
 from live_families import LiveFinding, examine_live  # noqa: E402
-from model_families import LAYOUTS, MODELS, Finding, cases, examine, write_model  # noqa: E402
+from model_families import LAYOUTS, Finding, cases, examine, write_model  # noqa: E402
 from ranks import run_ranks  # noqa: E402
+
+from tests.tiny_families import TINY_MODELS  # noqa: E402
 
 MAX_LOGIT, MAX_GRADIENT = 1e-4, 1e-5
 
@@ -37,9 +39,9 @@ MAX_LOGIT, MAX_GRADIENT = 1e-4, 1e-5
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="update results and docs/models.md")
-    parser.add_argument("--only", choices=MODELS, help="one model")
+    parser.add_argument("--only", choices=TINY_MODELS, help="one model")
     given = parser.parse_args()
-    models = list(MODELS) if given.only is None else [given.only]
+    models = list(TINY_MODELS) if given.only is None else [given.only]
     found = measure(models)
     live = {model: engine_of(model) for model in models}
     table = table_of(models, found, live)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.tables import markdown, put, table_in  # noqa: E402
 from vime.algorithms.advantages import ESTIMATORS, Estimator  # noqa: E402
 from vime.algorithms.policy import clipped_policy_loss  # noqa: E402
+from vime.backends.megatron.hf.registry import FAMILIES  # noqa: E402
 
 
 def main() -> int:
@@ -68,8 +69,15 @@ def first_sentence(function: Callable) -> str:
     return sentence[0].lower() + sentence[1:]
 
 
+def family_table() -> str:
+    head = ["family", "`model_type`", "what differs from a plain Llama"]
+    rows = ([f.title, f"`{f.model_type}`", f.differs] for f in FAMILIES.values())
+    return markdown([head, *rows])
+
+
 TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("algorithms.md", "estimator-list"): estimator_table,
+    ("models.md", "families"): family_table,
 }
 
 if __name__ == "__main__":

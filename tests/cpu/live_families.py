@@ -12,10 +12,13 @@ from typing import Any
 
 import requests
 import torch
-from model_families import MODELS, make_model
+from model_families import make_model
 from ranks import run_ranks
 from tiny import make_config
 from training import hf_model
+
+from tests.tiny_families import TINY_MODELS
+from vime.backends.megatron.hf.registry import architecture
 
 # The shapes that vLLM's attention has kernels for on a CPU.
 _HEADS = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 128}
@@ -45,9 +48,10 @@ class LiveFinding:
 
 
 def shape_for_engine(model: str) -> dict[str, Any]:
-    if MODELS[model][0] != "DeepseekV3":
+    shape = TINY_MODELS[model]
+    if not architecture(shape)["multi_latent_attention"]:
         return dict(_HEADS)
-    rope = MODELS[model][1].get("rope_parameters")
+    rope = shape.get("rope_parameters")
     if rope is None:
         return dict(_LATENT)
     # vLLM tabulates factor x original positions

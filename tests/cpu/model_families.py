@@ -14,65 +14,9 @@ from test_megatron_model import packed_logits, sequences
 from tiny import make_config
 from training import hf_logps, hf_model, named_gradients, samples_of
 
-_SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-6,
-    "pad_token_id": None,
-    "tie_word_embeddings": False,
-}
-# Original context 8: over the 4 to 16 positions of the test every kind of frequency occurs.
-_LLAMA3: dict[str, Any] = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
-_LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8}
-_YARN: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 0.7}
-_YARN |= {"mscale_all_dim": 1.0, "original_max_position_embeddings": 8}
-_YARN |= {"beta_fast": 32, "beta_slow": 1}
-_LATENT = {
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
-    "n_routed_experts": 8,
-    "n_shared_experts": 2,
-    "moe_intermediate_size": 32,
-    "first_k_dense_replace": 1,
-    "routed_scaling_factor": 2.446,
-    "norm_topk_prob": True,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-}
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+from tests.tiny_families import TINY_MODELS
+from vime.backends.megatron.hf.registry import architecture
 
-# {model: (class prefix in transformers, shape)}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Llama 3": ("Llama", {"rope_parameters": _LLAMA3}),
-    "SmolLM2": ("Llama", {"tie_word_embeddings": True}),
-    "Qwen2.5": ("Qwen2", {"rope_theta": 1e6, "tie_word_embeddings": True}),
-    "Qwen3": ("Qwen3", {"rope_theta": 1e6, "head_dim": 16}),
-    "Qwen3-MoE": (
-        "Qwen3Moe",
-        {"rope_theta": 1e6, "head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": [0]}
-        | _EXPERTS,
-    ),
-    "GLM4": ("Glm4", {"head_dim": 16, "attention_bias": True}),
-    "Moonlight": (
-        "DeepseekV3",
-        _LATENT | {"q_lora_rank": None, "num_experts_per_tok": 3, "n_group": 1, "topk_group": 1},
-    ),
-    "DeepSeek-V3": (
-        "DeepseekV3",
-        _LATENT
-        | {"q_lora_rank": 24, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
-        | {"rope_parameters": _YARN},
-    ),
-}
-WITH_EXPERTS = ("Qwen3-MoE", "Moonlight", "DeepSeek-V3")
 LAYOUTS: dict[str, dict[str, Any]] = {
     "1 rank": {},
     "TP2+SP": {"tp": 2, "sequence_parallel": True},
@@ -94,11 +38,14 @@ class Finding:
 
 def cases(num_ranks: int) -> list[tuple[str, str]]:
     """[(model, layout)] that `num_ranks` ranks can run."""
+    with_experts = [
+        model for model in TINY_MODELS if architecture(TINY_MODELS[model]).get("num_experts")
+    ]
     return [
         (model, layout)
         for layout in LAYOUTS
-        for model in MODELS
-        if ("1" in layout) == (num_ranks == 1) and ("EP" not in layout or model in WITH_EXPERTS)
+        for model in TINY_MODELS
+        if ("1" in layout) == (num_ranks == 1) and ("EP" not in layout or model in with_experts)
     ]
 
 
@@ -106,10 +53,9 @@ def make_model(folder: Path, model: str, *, seed: int = 0, **other_shape: Any) -
     """The HF folder of a random model."""
     import transformers
 
-    prefix, shape = MODELS[model]
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{prefix}Config")(**_SHAPE | shape | other_shape)
-    made = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    config = transformers.AutoConfig.for_model(**TINY_MODELS[model] | other_shape)
+    made = transformers.AutoModelForCausalLM.from_config(config)
     tensors = [*made.named_parameters(), *made.named_buffers()]
     with torch.no_grad():
         for name, t in tensors:

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_families import MODELS, batch_of, cases, config_of, examine, make_model, write_model
+from model_families import batch_of, cases, config_of, examine, make_model, write_model
 from ranks import run_ranks
 from training import named_weights
+
+from tests.tiny_families import TINY_MODELS
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("families")
-    for model in MODELS:
+    for model in TINY_MODELS:
         write_model(made / model, model)
     return made
 

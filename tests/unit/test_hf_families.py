@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.tiny_families import TINY_MODELS
 from vime.backends.megatron.checkpoints.commit import (
     TRACKER,
     commit_checkpoint,
@@ -20,12 +21,13 @@ from vime.backends.megatron.checkpoints.retention import delete_old_checkpoints
 from vime.backends.megatron.checkpoints.start import check_start, resolve
 from vime.backends.megatron.hf.check import check_model_args, check_training
 from vime.backends.megatron.hf.family import Kind, layer_pattern
-from vime.backends.megatron.hf.registry import family_for, model_args
+from vime.backends.megatron.hf.registry import FAMILIES, architecture, family_for, model_args
 from vime.backends.megatron.weights.files import HFFiles
 from vime.backends.megatron.weights.layout import Dims, hf_shapes, shard, unshard
 from vime.backends.megatron.weights.load import load_hf_weights
 from vime.config import Config
 from vime.errors import CheckpointError, ConfigError
+from vime.plan.shape import Shape
 
 QWEN3_4B = {
     "model_type": "qwen3",
@@ -93,6 +95,21 @@ def test_every_weight_has_one_name_on_each_side() -> None:
     assert "lm_head.weight" not in names  # tied
     untied = family.megatron_args(QWEN3_4B | {"tie_word_embeddings": False})
     assert "lm_head.weight" in [n for w in family.weights(untied) for n in w.hf]
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_the_plan_counts_the_parameters_that_hugging_face_has(name: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY_MODELS[name]))
+    counted = Shape.of(architecture(TINY_MODELS[name])).parameters
+    assert counted == sum(p.numel() for p in model.parameters())
+
+
+def test_the_file_of_a_family_bears_its_model_type() -> None:
+    for name, family in FAMILIES.items():
+        assert family.megatron_args.__module__.endswith(f".families.{name}")
 
 
 def test_mixture_layers_follow_the_config() -> None:

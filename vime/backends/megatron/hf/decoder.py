@@ -1,4 +1,4 @@
-"""What llama-shaped decoders share: the architecture that config.json describes, and the rules.
+"""The architecture and the rules that llama-shaped decoders share.
 
 RMSNorm, rotary positions, SwiGLU, grouped queries. A family starts from these and adds its own.
 """
@@ -10,12 +10,14 @@ from typing import Any
 from vime.backends.megatron.hf.family import Kind, Rule
 from vime.errors import ConfigError
 
+LAYER, HF_LAYER = "decoder.layers.{l}.", "model.layers.{l}."
+
 
 def decoder_args(config: dict[str, Any], *, rope_types: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What families of this shape share: RMSNorm, rotary positions, SwiGLU, grouped queries.
+    """The architecture of a plain decoder, under Megatron's flag names.
 
     rope_types  the kinds of rope scaling that the family reads from `rope_parameters(config)`
-    Raises ConfigError on a feature of config.json that would be silently left out.
+    Raises ConfigError if config.json has a feature that would be left out without a word.
     """
     _refuse_unknown(config, ("default", *rope_types))
     heads = config["num_attention_heads"]
@@ -57,6 +59,15 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def refuse_if(config: dict[str, Any], name: str) -> None:
+    """Raises ConfigError if config.json turns on a feature that the family has no weights for."""
+    if config.get(name):
+        raise ConfigError(
+            f"--hf-checkpoint: {name} {config[name]!r} in config.json is not supported for "
+            f"{config.get('model_type')}."
+        )
+
+
 def _refuse_unknown(config: dict[str, Any], rope_types: tuple[str, ...]) -> None:
     rope = rope_parameters(config)["rope_type"]
     problems = []
@@ -84,51 +95,39 @@ def _refuse_unknown(config: dict[str, Any], rope_types: tuple[str, ...]) -> None
         raise ConfigError(*problems)
 
 
-def refuse_if(config: dict[str, Any], name: str) -> None:
-    """Raises ConfigError if config.json turns on what the family has no weights for."""
-    if config.get(name):
-        raise ConfigError(
-            f"--hf-checkpoint: {name} {config[name]!r} in config.json is not supported for "
-            f"{config.get('model_type')}."
-        )
-
-
 def _plain(number: float) -> float | int:
     return int(number) if float(number).is_integer() else number
 
 
 def decoder_rules(
-    *,
-    qk_norm: bool = False,
-    attention: tuple[Rule, ...] = (),
-    mlp: tuple[Rule, ...] = (),
+    *, attention: tuple[Rule, ...] = (), mlp: tuple[Rule, ...] = ()
 ) -> tuple[Rule, ...]:
-    """The table that llama-shaped families share.
+    """The weights of a plain decoder.
 
     attention  replaces the rules of queries, keys, values and their norms
-    mlp        replaces the dense MLP's two rules
+    mlp        replaces the rules of the dense MLP
     """
-    m, h = "decoder.layers.{l}.", "model.layers.{l}."
+    m, h = LAYER, HF_LAYER
     return (
         Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Kind.VOCAB),
         Rule(m + "input_layernorm.weight", (h + "input_layernorm.weight",), Kind.REPLICATED),
-        *(attention or qkv_rules(qk_norm=qk_norm)),
+        *(attention or qkv_rules()),
         Rule(m + "self_attention.linear_proj.weight", (h + "self_attn.o_proj.weight",), Kind.ROW),
         Rule(
             m + "pre_mlp_layernorm.weight",
             (h + "post_attention_layernorm.weight",),
             Kind.REPLICATED,
         ),
-        *(mlp or dense_mlp_rules()),
+        *(mlp or glu_rules("mlp.", "mlp.")),
         Rule("decoder.final_layernorm.weight", ("model.norm.weight",), Kind.REPLICATED),
         Rule("output_layer.weight", ("lm_head.weight",), Kind.VOCAB),
     )
 
 
-def qkv_rules(*, qk_norm: bool = False) -> tuple[Rule, ...]:
-    """Queries, keys and values; their biases under --add-qkv-bias; their norms."""
-    m, h = "decoder.layers.{l}.self_attention.", "model.layers.{l}.self_attn."
-    rules = [
+def qkv_rules() -> tuple[Rule, ...]:
+    """Queries, keys and values, with their biases and norms if the architecture has them."""
+    m, h = LAYER + "self_attention.", HF_LAYER + "self_attn."
+    return (
         Rule(m + "linear_qkv.weight", tuple(h + f"{x}_proj.weight" for x in "qkv"), Kind.QKV),
         Rule(
             m + "linear_qkv.bias",
@@ -136,17 +135,21 @@ def qkv_rules(*, qk_norm: bool = False) -> tuple[Rule, ...]:
             Kind.QKV,
             when=lambda args: args["add_qkv_bias"],
         ),
-    ]
-    if qk_norm:
-        rules += [
-            Rule(m + f"{x}_layernorm.weight", (h + f"{x}_norm.weight",), Kind.REPLICATED)
+        *(
+            Rule(
+                m + f"{x}_layernorm.weight",
+                (h + f"{x}_norm.weight",),
+                Kind.REPLICATED,
+                when=lambda args: args["qk_layernorm"],
+            )
             for x in "qk"
-        ]
-    return tuple(rules)
+        ),
+    )
 
 
-def dense_mlp_rules() -> tuple[Rule, ...]:
-    m, h = "decoder.layers.{l}.mlp.", "model.layers.{l}.mlp."
+def glu_rules(mcore: str, hf: str) -> tuple[Rule, ...]:
+    """Gate, up and down of a SwiGLU; its places within a layer, on either side."""
+    m, h = LAYER + mcore, HF_LAYER + hf
     return (
         Rule(m + "linear_fc1.weight", (h + "gate_proj.weight", h + "up_proj.weight"), Kind.GLU),
         Rule(m + "linear_fc2.weight", (h + "down_proj.weight",), Kind.ROW),

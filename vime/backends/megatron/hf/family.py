@@ -1,12 +1,12 @@
-"""What a model family is: how its weights are called on either side, and its architecture.
+"""The parts of a model family: its architecture, and the names of its weights on either side.
 
-A family is one file of this folder: a table of `Rule`s and a function that reads `config.json`.
+A family is one file of `families/`: a table of `Rule`s and a function that reads `config.json`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -20,7 +20,7 @@ class Kind(Enum):
     COLUMN = "rows are split"
     ROW = "columns are split"
     GLU = "gate and up are one weight; each is split by rows"
-    GLU_MERGED = "the same, and one weight in the HF folder too"
+    GLU_MERGED = "gate and up are one weight in the HF folder too; each is split by rows"
     QKV = "query, key and value are one weight, grouped by key/value head; groups are split"
 
     @property
@@ -32,8 +32,8 @@ class Kind(Enum):
 class Rule:
     """One Megatron weight and the HF tensors that it is made of.
 
-    {l} in a name is the layer's number in the whole model, {e} the expert's. A rule with `when`
-    holds for architectures (see `Family.megatron_args`) of which it is true.
+    In a name, {l} is the layer's number in the whole model and {e} the expert's. A rule applies to
+    the architectures (see `Family.megatron_args`) for which `when` is true.
     """
 
     mcore: str
@@ -42,13 +42,24 @@ class Rule:
     when: Callable[[dict[str, Any]], bool] = lambda args: True
 
     @property
-    def is_expert(self) -> bool:
+    def is_routed(self) -> bool:
+        """Whether the weight exists once for each routed expert."""
         return "{e}" in self.mcore
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether only layers with experts have the weight."""
+        return self.is_routed or any(n in self.mcore for n in (".mlp.router.", ".shared_experts."))
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether only layers without experts have the weight."""
+        return ".mlp.linear_fc" in self.mcore
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A rule applied to one layer and expert."""
+    """A rule applied to one layer, and to one expert if the weight is an expert's."""
 
     mcore: str
     hf: tuple[str, ...]
@@ -56,44 +67,51 @@ class Weight:
     expert: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """
+    model_type     the name in config.json
+    title          the models that belong to it, for the documentation
+    differs        what differs from a plain Llama, for the documentation
+    rules          its weights
     megatron_args  config.json -> the architecture under Megatron's flag names (dests)
-    tied           HF name of the output weight that tied embeddings leave out
-    ignored        HF names (patterns) that hold nothing to load
-    extra_layers   layers that may follow the last one and are not trained (multi-token prediction)
+    tiny           {name: changes to a tiny config.json}. Tests compare each with Hugging Face
+    tied           HF name of the output weight, which is absent if embeddings are tied
+    ignored        HF names (patterns) of tensors that are not loaded
+    extra_layers   layers that may follow the last and are not trained (multi-token prediction)
     """
 
     model_type: str
+    title: str
+    differs: str
     rules: tuple[Rule, ...]
     megatron_args: Callable[[dict[str, Any]], dict[str, Any]]
+    tiny: Mapping[str, dict[str, Any]]
     tied: str = "lm_head.weight"
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
     extra_layers: int = 0
 
     def weights(self, args: dict[str, Any]) -> Iterator[Weight]:
         """Every weight of the whole model. `args`: the architecture, see `megatron_args`."""
-        layers, experts = args["num_layers"], args.get("num_experts") or 0
         tied = not args["untie_embeddings_and_output_weights"]
-        moe = moe_layers(args)
+        sparse_layers = moe_layers(args)
         rules = [r for r in self.rules if r.when(args)]
-        head = [r for r in rules if "{l}" not in r.mcore]
-        body = [r for r in rules if "{l}" in r.mcore]
-        for rule in head:
-            if not (tied and self.tied in rule.hf):
+        for rule in rules:
+            if "{l}" not in rule.mcore and not (tied and self.tied in rule.hf):
                 yield Weight(rule.mcore, rule.hf, rule.kind, None)
-        for layer in range(layers):
-            for rule in body:
-                if layer in moe and _is_dense_mlp(rule) or layer not in moe and _is_moe(rule):
+        in_layers = [r for r in rules if "{l}" in r.mcore]
+        for layer in range(args["num_layers"]):
+            sparse = layer in sparse_layers
+            for rule in in_layers:
+                if rule.is_dense if sparse else rule.is_sparse:
                     continue
-                for expert in range(experts) if rule.is_expert else (None,):
+                for expert in range(args["num_experts"]) if rule.is_routed else (None,):
                     at = {"l": layer, "e": expert}
                     names = tuple(name.format(**at) for name in rule.hf)
                     yield Weight(rule.mcore.format(**at), names, rule.kind, expert)
 
     def is_ignored(self, hf_name: str, args: dict[str, Any]) -> bool:
-        """A stored tensor that may be left alone: a derived one, or a tied weight stored twice."""
+        """Whether a stored tensor need not be loaded: it is derived, or is a tied weight's copy."""
         if hf_name == self.tied and not args["untie_embeddings_and_output_weights"]:
             return True
         layer = re.match(r"model\.layers\.(\d+)\.", hf_name)
@@ -103,7 +121,7 @@ class Family:
 
 
 def moe_layers(args: dict[str, Any]) -> set[int]:
-    """Which layers hold experts: Megatron's --moe-layer-freq, a number or one entry per layer."""
+    """The layers that hold experts. --moe-layer-freq is a number or has one entry per layer."""
     if not args.get("num_experts"):
         return set()
     pattern = layer_pattern(args.get("moe_layer_freq", 1), args["num_layers"])
@@ -113,7 +131,7 @@ def moe_layers(args: dict[str, Any]) -> set[int]:
 def layer_pattern(freq: int | str | list[int], num_layers: int) -> list[int]:
     """--moe-layer-freq spelled out: 1 for a layer with experts. "([0]*1+[1]*3)" is [0, 1, 1, 1].
 
-    Raises ValueError on a text that is no such pattern.
+    Raises ValueError if a text is no such pattern.
     """
     if isinstance(freq, int):
         return [int(i % freq == 0) for i in range(num_layers)]
@@ -127,11 +145,3 @@ def layer_pattern(freq: int | str | list[int], num_layers: int) -> list[int]:
         digits, _, times = term.partition("*")
         pattern += [int(d) for d in digits.strip("[]").split(",")] * int(times or 1)
     return pattern
-
-
-def _is_moe(rule: Rule) -> bool:
-    return rule.is_expert or ".mlp.router." in rule.mcore or ".mlp.shared_experts." in rule.mcore
-
-
-def _is_dense_mlp(rule: Rule) -> bool:
-    return ".mlp.linear_fc" in rule.mcore

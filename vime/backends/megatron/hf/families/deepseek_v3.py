@@ -1,18 +1,21 @@
-"""DeepSeek-V3 (arXiv:2412.19437) and Moonlight (arXiv:2502.16982): latent attention, dense first
-layers, then shared experts and a sigmoid router whose choice is corrected by a bias per expert.
+"""DeepSeek-V3 (arXiv:2412.19437) and Moonlight (arXiv:2502.16982).
 
-The bias stays as loaded: nothing in RL balances the experts, and it is not a parameter. The norms
-inside the latent attention take rms_norm_eps, as the engines do.
+The first layers are dense. The others have shared experts and a sigmoid router, which corrects its
+choice by a bias for each expert. The bias is no parameter and stays as loaded, because nothing in
+RL balances the experts. The norms inside the latent attention use rms_norm_eps, as the engines do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from vime.backends.megatron.hf.decoder import (
+    HF_LAYER,
+    LAYER,
     decoder_args,
     decoder_rules,
-    dense_mlp_rules,
+    glu_rules,
     refuse_if,
     rope_parameters,
 )
@@ -75,8 +78,8 @@ _REMEDIES = {
 def _refuse_other_routing(config: dict[str, Any]) -> None:
     rope, topk_group = rope_parameters(config), config.get("topk_group") or 1
     grouped = (config.get("n_group") or 1) > 1
-    wanted = {
-        # vLLM, told nothing, routes by softmax and without the bias; transformers never does.
+    fits = {
+        # Without these two, vLLM routes by softmax and ignores the bias; transformers does neither.
         "scoring_func": config.get("scoring_func") == "sigmoid",
         "topk_method": config.get("topk_method") == "noaux_tc",
         "norm_topk_prob": bool(config.get("norm_topk_prob", True)),
@@ -89,69 +92,88 @@ def _refuse_other_routing(config: dict[str, Any]) -> None:
     problems = [
         f"--hf-checkpoint: {name} {config.get(name, rope.get(name))!r} in config.json is not "
         "supported for deepseek_v3." + _REMEDIES.get(name, "")
-        for name, fits in wanted.items()
-        if not fits
+        for name, is_fitting in fits.items()
+        if not is_fitting
     ]
     if problems:
         raise ConfigError(*problems)
 
 
-_ATTN, _HF_ATTN = "decoder.layers.{l}.self_attention.", "model.layers.{l}.self_attn."
-_MLP, _HF_MLP = "decoder.layers.{l}.mlp.", "model.layers.{l}.mlp."
+def _attention(mcore: str, hf: str, kind: Kind, when: Callable = lambda args: True) -> Rule:
+    names = (f"{HF_LAYER}self_attn.{hf}.weight",)
+    return Rule(f"{LAYER}self_attention.{mcore}.weight", names, kind, when)
 
 
 def _has_q_lora(args: dict[str, Any]) -> bool:
     return bool(args["q_lora_rank"])
 
 
+def _has_whole_queries(args: dict[str, Any]) -> bool:
+    return not args["q_lora_rank"]
+
+
 _ATTENTION = (
+    _attention("linear_q_proj", "q_proj", Kind.COLUMN, _has_whole_queries),
+    _attention("linear_q_down_proj", "q_a_proj", Kind.COLUMN, _has_q_lora),
+    _attention("q_layernorm", "q_a_layernorm", Kind.REPLICATED, _has_q_lora),
+    _attention("linear_q_up_proj", "q_b_proj", Kind.COLUMN, _has_q_lora),
+    _attention("linear_kv_down_proj", "kv_a_proj_with_mqa", Kind.COLUMN),
+    _attention("kv_layernorm", "kv_a_layernorm", Kind.REPLICATED),
+    _attention("linear_kv_up_proj", "kv_b_proj", Kind.COLUMN),
+)
+_ROUTER = (
+    Rule(LAYER + "mlp.router.weight", (HF_LAYER + "mlp.gate.weight",), Kind.REPLICATED),
     Rule(
-        _ATTN + "linear_q_proj.weight",
-        (_HF_ATTN + "q_proj.weight",),
-        Kind.COLUMN,
-        when=lambda args: not _has_q_lora(args),
-    ),
-    Rule(
-        _ATTN + "linear_q_down_proj.weight",
-        (_HF_ATTN + "q_a_proj.weight",),
-        Kind.COLUMN,
-        _has_q_lora,
-    ),
-    Rule(
-        _ATTN + "q_layernorm.weight",
-        (_HF_ATTN + "q_a_layernorm.weight",),
+        LAYER + "mlp.router.expert_bias",
+        (HF_LAYER + "mlp.gate.e_score_correction_bias",),
         Kind.REPLICATED,
-        _has_q_lora,
     ),
-    Rule(
-        _ATTN + "linear_q_up_proj.weight", (_HF_ATTN + "q_b_proj.weight",), Kind.COLUMN, _has_q_lora
-    ),
-    Rule(
-        _ATTN + "linear_kv_down_proj.weight", (_HF_ATTN + "kv_a_proj_with_mqa.weight",), Kind.COLUMN
-    ),
-    Rule(_ATTN + "kv_layernorm.weight", (_HF_ATTN + "kv_a_layernorm.weight",), Kind.REPLICATED),
-    Rule(_ATTN + "linear_kv_up_proj.weight", (_HF_ATTN + "kv_b_proj.weight",), Kind.COLUMN),
+)
+_MLP = (
+    *glu_rules("mlp.", "mlp."),
+    *_ROUTER,
+    *glu_rules("mlp.experts.local_experts.{e}.", "mlp.experts.{e}."),
+    *glu_rules("mlp.shared_experts.", "mlp.shared_experts."),
 )
 
-
-def _glu_and_down(mcore: str, hf: str) -> tuple[Rule, ...]:
-    gate_up = (hf + "gate_proj.weight", hf + "up_proj.weight")
-    return (
-        Rule(mcore + "linear_fc1.weight", gate_up, Kind.GLU),
-        Rule(mcore + "linear_fc2.weight", (hf + "down_proj.weight",), Kind.ROW),
-    )
-
-
-_EXPERTS = (
-    Rule(_MLP + "router.weight", (_HF_MLP + "gate.weight",), Kind.REPLICATED),
-    Rule(_MLP + "router.expert_bias", (_HF_MLP + "gate.e_score_correction_bias",), Kind.REPLICATED),
-    *_glu_and_down(_MLP + "experts.local_experts.{e}.", _HF_MLP + "experts.{e}."),
-    *_glu_and_down(_MLP + "shared_experts.", _HF_MLP + "shared_experts."),
-)
+_TINY = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.446,
+    "norm_topk_prob": True,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
 
 FAMILY = Family(
-    "deepseek_v3",
-    decoder_rules(attention=_ATTENTION, mlp=dense_mlp_rules() + _EXPERTS),
-    megatron_args,
+    model_type="deepseek_v3",
+    title="DeepSeek-V3, Moonlight",
+    differs="latent attention, shared experts, sigmoid router with a bias for each expert, YaRN",
+    rules=decoder_rules(attention=_ATTENTION, mlp=_MLP),
+    megatron_args=megatron_args,
+    tiny={
+        "Moonlight": _TINY
+        | {"q_lora_rank": None, "num_experts_per_tok": 3, "n_group": 1, "topk_group": 1},
+        "DeepSeek-V3": _TINY
+        | {"q_lora_rank": 24, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+        | {"rope_parameters": _YARN},
+    },
     extra_layers=1,
 )

@@ -1,4 +1,4 @@
-"""Llama 2 and 3 (arXiv:2407.21783) and what shares their class, such as SmolLM2."""
+"""Llama 2 and 3 (arXiv:2407.21783), and models of the same class such as SmolLM2."""
 
 from __future__ import annotations
 
@@ -30,4 +30,21 @@ def megatron_args(config: dict[str, Any]) -> dict[str, Any]:
     return args
 
 
-FAMILY = Family("llama", decoder_rules(), megatron_args)
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    # Every kind of frequency occurs within the 4 to 16 positions of the tests.
+    "original_max_position_embeddings": 8,
+}
+
+FAMILY = Family(
+    model_type="llama",
+    title="Llama 2 and 3, SmolLM2",
+    differs="Llama 3's rope scaling",
+    rules=decoder_rules(),
+    megatron_args=megatron_args,
+    tiny={"Llama 3": {"rope_parameters": _LLAMA3}, "SmolLM2": {"tie_word_embeddings": True}},
+)

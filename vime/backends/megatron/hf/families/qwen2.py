@@ -12,4 +12,11 @@ def megatron_args(config: dict[str, Any]) -> dict[str, Any]:
     return decoder_args(config) | {"add_qkv_bias": True}
 
 
-FAMILY = Family("qwen2", decoder_rules(), megatron_args)
+FAMILY = Family(
+    model_type="qwen2",
+    title="Qwen2, Qwen2.5",
+    differs="biases on queries, keys and values",
+    rules=decoder_rules(),
+    megatron_args=megatron_args,
+    tiny={"Qwen2.5": {"rope_theta": 1e6, "tie_word_embeddings": True}},
+)

@@ -13,4 +13,11 @@ def megatron_args(config: dict[str, Any]) -> dict[str, Any]:
     return decoder_args(config) | {"qk_layernorm": True}
 
 
-FAMILY = Family("qwen3", decoder_rules(qk_norm=True), megatron_args)
+FAMILY = Family(
+    model_type="qwen3",
+    title="Qwen3",
+    differs="norms on queries and keys",
+    rules=decoder_rules(),
+    megatron_args=megatron_args,
+    tiny={"Qwen3": {"rope_theta": 1e6, "head_dim": 16}},
+)

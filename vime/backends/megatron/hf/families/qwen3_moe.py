@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vime.backends.megatron.hf.decoder import decoder_rules, dense_mlp_rules
+from vime.backends.megatron.hf.decoder import HF_LAYER, LAYER, decoder_rules, glu_rules
 from vime.backends.megatron.hf.families import qwen3
 from vime.backends.megatron.hf.family import Family, Kind, Rule
 
@@ -23,23 +23,20 @@ def megatron_args(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_M, _H = "decoder.layers.{l}.mlp.", "model.layers.{l}.mlp."
 _EXPERTS = (
-    Rule(_M + "router.weight", (_H + "gate.weight",), Kind.REPLICATED),
-    Rule(
-        _M + "experts.local_experts.{e}.linear_fc1.weight",
-        (_H + "experts.{e}.gate_proj.weight", _H + "experts.{e}.up_proj.weight"),
-        Kind.GLU,
-    ),
-    Rule(
-        _M + "experts.local_experts.{e}.linear_fc2.weight",
-        (_H + "experts.{e}.down_proj.weight",),
-        Kind.ROW,
-    ),
+    Rule(LAYER + "mlp.router.weight", (HF_LAYER + "mlp.gate.weight",), Kind.REPLICATED),
+    *glu_rules("mlp.experts.local_experts.{e}.", "mlp.experts.{e}."),
 )
 
 FAMILY = Family(
-    "qwen3_moe",
-    decoder_rules(qk_norm=True, mlp=dense_mlp_rules() + _EXPERTS),
-    megatron_args,
+    model_type="qwen3_moe",
+    title="Qwen3-MoE",
+    differs="softmax router, dense layers where config.json says so",
+    rules=decoder_rules(mlp=glu_rules("mlp.", "mlp.") + _EXPERTS),
+    megatron_args=megatron_args,
+    tiny={
+        "Qwen3-MoE": qwen3.FAMILY.tiny["Qwen3"]
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"norm_topk_prob": True, "mlp_only_layers": [0]},
+    },
 )

@@ -1,4 +1,4 @@
-"""The whole job, with the real parts, as a user starts it."""
+"""The whole job with all its real parts, started as a user starts it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXACT = 1e-4  # float32: trainer and engine measure the same distribution
 
 @pytest.fixture(scope="module")
 def job_in(tmp_path_factory, quickstart_assets):
-    """Makes a Job with the untrained quickstart model, in a folder of its own."""
+    """Makes a Job with the untrained quickstart model in a new folder."""
     jobs: list[Job] = []
 
     def make(name: str, entry: str = "train.py", env: dict | None = None, **flags) -> Job:
@@ -40,7 +40,7 @@ def job_in(tmp_path_factory, quickstart_assets):
 
 @pytest.fixture(scope="module")
 def straight_run(job_in):
-    """Six rollouts in one go, with checkpoints on the way."""
+    """Six rollouts without a break, with checkpoints."""
     job = job_in("straight")
     job.flags |= {"--save": str(job.folder / "ckpt"), "--save-interval": "2"}
     job.run()
@@ -93,7 +93,7 @@ def test_a_killed_run_leaves_nothing_behind_and_continues_with_the_same_prompts(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "scheduler"])
 def test_a_signal_to_the_whole_group_ends_every_process_of_the_run(number, job_in):
-    """As a terminal sends Ctrl-C and a scheduler its stop: Ray and the actors get it too."""
+    """A terminal's Ctrl-C and a scheduler's stop also reach Ray and the actors."""
     job = job_in("interrupted", num_rollout="500")
     process = job.start()
     wait_for_text(process, job.folder / "metrics.jsonl", '"step": 1')
@@ -107,7 +107,7 @@ def test_a_signal_to_the_whole_group_ends_every_process_of_the_run(number, job_i
 
 
 def test_the_async_loop_trains_decoupled_and_over_gloo(job_in):
-    """With the weights kept that generated each rollout, no rollout's old policy drifts."""
+    """The weights that generated each rollout are kept, so the old policy is exact."""
     job = job_in(
         "async",
         entry="train_async.py",
@@ -126,9 +126,9 @@ def test_the_async_loop_trains_decoupled_and_over_gloo(job_in):
 
 
 def test_a_lost_engine_comes_back_and_nothing_of_the_run_is_lost(job_in, straight_run):
-    """Once while it generates, once before it is to get new weights, over gloo.
+    """The engine is lost once while it generates and once before it gets new weights, over gloo.
 
-    With the weights kept that generated each rollout, none may drift, whatever came back when.
+    The weights that generated each rollout are kept, so no rollout's old policy may drift.
     """
     job = job_in(
         "lost",
@@ -145,7 +145,7 @@ def test_a_lost_engine_comes_back_and_nothing_of_the_run_is_lost(job_in, straigh
     steps = [m for m in job.metrics() if "train/loss" in m]
     name = "rollout/engines_restarted"
     assert {m["step"]: m[name] for m in steps if name in m} == {1: 1, 3: 1}
-    # rollout 1 was begun again with the weights from after rollout 0
+    # rollout 1 was generated anew with the weights after rollout 0
     assert [m["rollout/weight_version/max"] for m in steps] == [0, 1, 1, 2, 3, 4]
     assert max(m["train/train_rollout_logprob_abs_diff"] for m in steps) < EXACT
     assert trained_prompts(job) == trained_prompts(straight_run)
@@ -153,7 +153,7 @@ def test_a_lost_engine_comes_back_and_nothing_of_the_run_is_lost(job_in, straigh
 
 @pytest.fixture(scope="module")
 def untied_model(quickstart_assets, tmp_path_factory) -> Path:
-    """The quickstart's model with an output layer of its own."""
+    """The quickstart's model with an untied output layer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("untied-quickstart")
@@ -169,7 +169,7 @@ def untied_model(quickstart_assets, tmp_path_factory) -> Path:
 def test_two_data_parallel_ranks_keep_two_engines_exact_with_an_untied_head(
     job_in, straight_run, untied_model
 ):
-    """By PPO: the critic has a value in place of that head."""
+    """With PPO: the critic has a value head in place of the output layer."""
     job = job_in(
         "dp2",
         actor_num_gpus_per_node="2",
@@ -221,7 +221,7 @@ def wait_for_checkpoint(process, folder: Path, iteration: int) -> list[int]:
 
 
 def wait_until_gone(pids: list[int], timeout_s: float = 120) -> None:
-    """vime's processes go within seconds; two agents of Ray's take a minute after a SIGKILL."""
+    """vime's processes end within seconds; after a SIGKILL two agents of Ray take a minute."""
     deadline = time.monotonic() + timeout_s
     while left := alive(pids):
         assert time.monotonic() < deadline, "\n".join(left)

@@ -1,4 +1,4 @@
-"""A running vLLM gets new weights, is paused, routed to and killed. Tests run in this order."""
+"""A running vLLM gets new weights, is paused, routed to and killed. The tests need this order."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def live(request):
 
 
 def begin(url: str, num_tokens: int, **params) -> HTTPConnection:
-    """A request that has been sent, and whose answer nobody has read."""
+    """A request that was sent; its answer is not read yet."""
     sampling = {"temperature": TEMPERATURE, "max_tokens": num_tokens, "ignore_eos": True}
     sampling |= {"logprobs": 0, "detokenize": False} | params
     body = json.dumps({"token_ids": PROMPT, "sampling_params": sampling})
@@ -54,7 +54,7 @@ def log_probs_of(choice: dict) -> torch.Tensor:
 
 
 def hf_log_probs(model, choice: dict) -> torch.Tensor:
-    """The log-probabilities that transformers gives the same tokens at the same temperature."""
+    """transformers' log-probabilities of the same tokens at the same temperature."""
     ids = choice["token_ids"]
     with torch.no_grad():
         logits = model(torch.tensor([PROMPT + ids])).logits[0, len(PROMPT) - 1 : -1]
@@ -63,7 +63,7 @@ def hf_log_probs(model, choice: dict) -> torch.Tensor:
 
 
 def new_weights(hf_dir: Path, seed: int):
-    """The checkpoint's model with every weight moved, and its tensors as a trainer exports them."""
+    """The checkpoint's model with every weight changed, and the tensors that a trainer exports."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(hf_dir).float().eval()
@@ -107,7 +107,7 @@ def test_updated_engines_sample_from_the_new_weights(live):
 
 
 def test_a_frozen_request_goes_on_under_the_new_weights(live):
-    """Its old tokens keep their version; its new ones have the new weights' log-probabilities."""
+    """Old tokens keep their version; new ones have log-probabilities of the new weights."""
     sender = sender_to(live)
     model, weights = new_weights(live.hf_dir, seed=11)
     request = begin(live.url, 400)
@@ -136,7 +136,7 @@ def test_aborted_requests_come_back_with_their_tokens_and_log_probabilities(tied
 
 
 def test_a_bucket_that_cannot_be_read_leaves_a_working_engine(tied_engine):
-    """The old weights stay, the version says that something went wrong, requests are answered."""
+    """The old weights stay, the version says that the update failed, and requests are answered."""
     sender = sender_to(tied_engine)
     model, weights = new_weights(tied_engine.hf_dir, seed=21)
     sender.send(iter(weights), 21)
@@ -178,7 +178,7 @@ def test_an_idle_engine_leaves_the_cores_to_the_trainer(tied_engine):
 
 
 def test_the_router_uses_all_engines_and_outlives_one(tied_engine, untied_engine, tmp_path):
-    """The versions tell who answered. The second engine goes with its owner, killed at the end."""
+    """The versions tell who answered. At the end the second engine dies with its killed owner."""
     for live, version in ((tied_engine, 101), (untied_engine, 202)):
         sender_to(live).send(iter(new_weights(live.hf_dir, seed=version)[1]), version)
     router = Router(make_config(tied_engine.hf_dir, log={"run_dir": str(tmp_path)}))

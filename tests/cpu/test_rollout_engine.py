@@ -18,7 +18,7 @@ from vime.types import Status
 
 
 def scored_by_the_engine(url, sample):
-    """The engine's own log-probabilities of a finished response, given as a prompt."""
+    """The engine's own log-probabilities of a finished response that it gets as a prompt."""
     params = {"prompt_logprobs": 0, "max_tokens": 1, "temperature": 1.0, "detokenize": False}
     body = {"token_ids": sample.tokens, "sampling_params": params}
     answer = requests.post(url + PATH, json=body, timeout=60)
@@ -55,7 +55,7 @@ def test_every_token_has_the_log_probability_that_the_engine_gives_it(setting, t
 
 
 def test_a_served_teacher_gives_each_token_its_log_probability(setting, tied_engine):
-    """The engine is its own teacher, by the API that a server of the user's has."""
+    """The engine is its own teacher, over the API of a user's server."""
     algorithm = {"use_opd": True, "opd_type": "vllm", "opd_teacher_url": tied_engine.url}
     args, source = setting(rollout={"max_response_len": 12}, algorithm=algorithm)
     own = dataclasses.replace(args.config.model, hf_checkpoint=str(tied_engine.hf_dir))
@@ -125,7 +125,7 @@ def test_aborted_samples_continue_where_they_stopped(setting, tied_engine):
     )
 
 
-def test_the_engine_serves_on_after_an_abort_and_an_evaluation_runs(setting, tmp_path):
+def test_after_an_abort_the_engine_still_serves_and_an_evaluation_runs(setting, tmp_path):
     path = write_prompts(tmp_path / "eval.jsonl", 6)
     args, _ = setting(
         rollout={"max_response_len": 8},
@@ -138,9 +138,10 @@ def test_the_engine_serves_on_after_an_abort_and_an_evaluation_runs(setting, tmp
     assert 0.0 <= output.metrics["eval/aime"] <= 1.0
 
 
-def test_a_deterministic_rollout_repeats_itself_though_prompts_are_split(setting, tmp_path):
-    """96 x 432 prompt tokens are more than one step of the engine takes: some are prefilled in two,
-    which without the plugin's care for CPU generators ends the engine."""
+def test_a_deterministic_rollout_repeats_itself_with_split_prompts(setting, tmp_path):
+    """96 x 432 prompt tokens do not fit into one step of the engine, so some are prefilled in two.
+    Without the patch "seeds of split prompts" that ends the engine.
+    """
     rows = [{"prompt": f"{i:02d}" + "word " * 86} for i in range(96)]
     path = tmp_path / "long.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -171,7 +172,7 @@ def ask(url, packed, token_ids=(5, 6, 7), **params):
     )
 
 
-def test_a_packed_answer_says_what_the_engines_own_says(router):
+def test_a_packed_answer_equals_the_engines_own(router):
     packed, stock = ask(router, True), ask(router, False)
     assert "choices" in stock.json()
     assert "choices" not in packed.json()

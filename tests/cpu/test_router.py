@@ -1,4 +1,4 @@
-"""The installed vllm-router in front of stand-ins for engines: who answers which request."""
+"""The installed vllm-router in front of fake engines: which engine answers which request."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def in_three_turns(args, sample, sampling_params):
 
 @pytest.mark.parametrize("function", [None, f"{__name__}.in_three_turns"])
 def test_engines_have_equal_shares_and_each_sample_stays_with_one(hf, tmp_path, function):
-    """Eight samples of the same prompt, so that nothing but their sessions tells them apart."""
+    """Eight samples of the same prompt: the router can tell them apart only by their sessions."""
     pytest.importorskip("vllm_router", reason="needs vllm-router")
     prompts = write_prompts(tmp_path / "p.jsonl", 1)
     cfg = make_config(

@@ -1,4 +1,4 @@
-"""What vime uses of vLLM without a promise that it stays: each symbol, in the installed release."""
+"""The parts of vLLM that vime uses although they are no public API exist in this release."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_the_plugin_registers_its_transports():
 
 
 def test_a_server_of_vime_looks_at_the_model_without_another_process(tmp_path):
-    """In a process of its own, as a server is; an empty cache, as on a new machine."""
+    """In a process like a server's, with the empty cache of a new machine."""
     script = """
 import sys
 from vllm.config import ModelConfig
 from vllm.model_executor.models import registry
 from vime.backends.vllm.plugin_patches import INSPECT_MODELS_HERE
 assert registry._SUBPROCESS_COMMAND
-registry._SUBPROCESS_COMMAND = ["false"]  # whoever asks another process fails
+registry._SUBPROCESS_COMMAND = ["false"]  # a call of another process fails
 INSPECT_MODELS_HERE.apply()
 print(ModelConfig(model=sys.argv[1], skip_tokenizer_init=True).architecture)
 """
@@ -111,7 +111,7 @@ def test_layerwise_reload_and_the_cpu_repack_are_there():
 
 
 def test_a_reload_ends_by_deriving_the_weights_of_latent_attention_anew():
-    """W_UK_T and W_UV, products of kv_b_proj: `finish_weight_update` does not ask for them."""
+    """W_UK_T and W_UV are products of kv_b_proj: `finish_weight_update` does not demand them."""
     from vllm.model_executor.layers.attention import MLAAttention
     from vllm.model_executor.model_loader.reload import layerwise
 
@@ -145,8 +145,8 @@ def test_the_cpu_runner_rewinds_generators_where_we_keep_them():
     assert "discard_request_mask" in inspect.getsource(CPUModelRunner._bookkeeping_sync)
 
 
-def test_the_cpu_rotates_queries_of_three_dimensions_wrongly_where_we_do_it_rightly():
-    """The last line fails when vLLM does it right: `rotate_every_head` can go then."""
+def test_on_cpu_vllm_rotates_queries_of_three_dimensions_wrongly_and_the_patch_rightly():
+    """The last line fails when vLLM is right: `rotate_every_head` can go then."""
     from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
     from vime.backends.vllm.plugin_patches import rotate_every_head
@@ -170,7 +170,7 @@ def test_the_cpu_rotates_queries_of_three_dimensions_wrongly_where_we_do_it_righ
 
 
 def test_latent_attention_on_cpu_can_be_chosen_where_the_cpu_has_amx(monkeypatch):
-    """What vLLM would take there refuses float32 weights."""
+    """vLLM's own choice there refuses float32 weights."""
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
@@ -179,7 +179,8 @@ def test_latent_attention_on_cpu_can_be_chosen_where_the_cpu_has_amx(monkeypatch
     asked = AttentionSelectorConfig(96, torch.float32, None, None, use_mla=True)
     chosen = CpuPlatform.get_attn_backend_cls(AttentionBackendEnum["CPU_MLA"], asked)
     assert chosen == AttentionBackendEnum["CPU_MLA"].get_path()
-    assert CpuPlatform.get_attn_backend_cls(None, asked) != chosen  # else no choice is needed
+    own_choice = CpuPlatform.get_attn_backend_cls(None, asked)
+    assert own_choice != chosen  # else the flag can go
 
 
 def test_the_cpu_head_sizes_are_those_of_vllm():
@@ -210,7 +211,7 @@ def test_wrong_flags_are_refused_with_the_nearest_name_and_right_ones_remembered
     assert "no such flag" in problems["--vllm-swap"]
     assert "--vllm-stream-interval" not in problems
 
-    monkeypatch.setattr("vime.backends.vllm.flags.subprocess", None)  # from now on by heart
+    monkeypatch.setattr("vime.backends.vllm.flags.subprocess", None)  # the cache must answer
     right = make_config(tied_checkpoint, engine={"vllm_args": {"stream_interval": "4"}})
     assert check_vllm_flags(right) == []
     wrong = make_config(tied_checkpoint, engine={"vllm_args": {"stream_intervall": "4"}})
@@ -227,7 +228,7 @@ def test_importing_our_rooms_does_not_import_vllm():
     assert json.loads(done.stdout.splitlines()[-1]) == []
 
 
-def test_vllm_still_says_how_much_memory_it_lacks():
+def test_vllm_still_logs_how_much_memory_it_lacks():
     """`engine_remedy` reads these sentences."""
     from importlib.util import find_spec
     from pathlib import Path

@@ -1,11 +1,11 @@
-"""Copies of weights, of a reference or given to engines: what they hold, which are kept."""
+"""Copies of weights, of a reference model or of the weights sent to engines."""
 
 import torch
 
 from vime.backends.megatron.memory.weight_copies import SentWeights, WeightCopy
 
 
-def test_a_copy_has_the_routers_bias_which_is_no_parameter():
+def test_a_copy_holds_the_routers_bias_though_it_is_no_parameter():
     layer = torch.nn.Module()
     layer.router = torch.nn.Linear(2, 4)
     layer.router.register_buffer("expert_bias", torch.arange(4.0))
@@ -16,7 +16,7 @@ def test_a_copy_has_the_routers_bias_which_is_no_parameter():
     assert torch.equal(layer.router.expert_bias, torch.arange(4.0) + 1)
 
 
-def test_copies_stay_as_long_as_rollouts_may_come_of_them():
+def test_a_copy_stays_while_rollouts_of_its_version_may_come():
     layer = torch.nn.Linear(2, 1)
     sent = SentWeights([layer])
     sent.keep(0)

@@ -1,4 +1,4 @@
-"""Whose turn it is on shared GPUs: the order of moves, with engines and a trainer taking notes."""
+"""The turns on shared GPUs: the order of the moves, with engines and a trainer that record them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Engine:
 
 
 def one_step(folder: Path, *, on=CUDA, **cluster) -> tuple[list, dict[str, float]]:
-    """Every move of a start, an update, a training turn and another update."""
+    """Every move in a start, an update, a training turn and another update."""
     notes: list = []
     cfg = make_config(folder, cluster=cluster)
     timers = Timers()
@@ -49,7 +49,7 @@ def one_step(folder: Path, *, on=CUDA, **cluster) -> tuple[list, dict[str, float
     return notes, timers.take()
 
 
-def test_engines_sleep_while_the_trainer_has_the_memory_and_the_other_way_round(folder):
+def test_engines_and_trainer_make_room_for_each_other(folder):
     notes, seconds = one_step(folder, colocate=True)
     update = [("wake", "weights"), "update", ("offload", False), ("wake", "kv_cache")]
     assert notes == [
@@ -94,7 +94,7 @@ def test_an_engine_that_starts_again_finds_room_and_an_update_follows(folder):
         ),
     ],
 )
-def test_nothing_moves_without_shared_gpus_or_where_the_user_says_no(folder, on, cluster):
+def test_nothing_moves_without_shared_gpus_or_if_the_user_forbids_it(folder, on, cluster):
     notes, seconds = one_step(folder, on=on, **cluster)
     assert notes == ["update", "train", "update"]
     assert seconds == {}
@@ -105,7 +105,7 @@ def test_one_side_can_stay_while_the_other_moves(folder):
     assert not [n for n in notes if n[0] in ("offload", "onload")]
     assert ("sleep", 2) in notes
     for moment in [i for i, note in enumerate(notes) if note == ("wake", "kv_cache")]:
-        assert notes[moment - 1] == ("free_cache",)  # or the engine finds no room
+        assert notes[moment - 1] == ("free_cache",)  # else the engine finds no room
 
 
 def test_offloading_needs_shared_gpus(folder):

@@ -1,4 +1,4 @@
-"""How a server is started, guarded and ended; which flags are refused. No vLLM is needed."""
+"""How a server starts, is guarded and ends, and which flags are refused. Needs no vLLM."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def value(words: list[str], flag: str) -> str | None:
     return words[words.index(flag) + 1] if flag in words else None
 
 
-def test_the_route_for_token_ids_is_asked_for_where_a_release_needs_it(folder):
+def test_releases_that_need_a_flag_for_token_ids_get_it(folder):
     cfg = make_config(folder)
     assert "--enable-scale-out" in argv(cfg)
     assert "--enable-scale-out" not in argv(cfg, version="0.25.1")
 
 
-def test_an_engine_samples_with_its_own_seed_in_the_trainers_type(folder):
+def test_an_engine_has_its_own_seed_and_the_trainers_dtype(folder):
     words = argv(make_config(folder, algorithm={"seed": 100}))
     assert value(words, "--seed") == "102"
     assert value(words, "--dtype") == "float32"
@@ -77,12 +77,12 @@ def test_an_engine_samples_with_its_own_seed_in_the_trainers_type(folder):
         (False, platform.CUDA, "vime_nccl"),
     ],
 )
-def test_the_transport_follows_from_placement_and_platform(folder, colocate, on, backend):
+def test_placement_and_platform_decide_the_transport(folder, colocate, on, backend):
     cfg = make_config(folder, cluster={"colocate": colocate})
     assert json.loads(value(argv(cfg, on=on), "--weight-transfer-config")) == {"backend": backend}
 
 
-def test_the_context_is_as_long_as_the_longest_sequence_needs(folder):
+def test_the_context_fits_the_longest_sequence(folder):
     rollout = {"max_prompt_len": 32, "max_response_len": 64}
     assert value(argv(make_config(folder, rollout=rollout)), "--max-model-len") == "96"
     longer = {"interval": 5, "prompt_data": ["p"], "max_response_len": 128}
@@ -95,7 +95,7 @@ def test_the_context_is_as_long_as_the_longest_sequence_needs(folder):
     )
 
 
-def test_the_context_is_the_models_when_prompts_have_no_bound(folder):
+def test_prompts_without_a_bound_leave_the_context_to_the_model(folder):
     assert "--max-model-len" not in argv(make_config(folder))
 
 
@@ -107,7 +107,7 @@ def test_a_users_flag_wins(folder):
     assert value(words, "--max-num-seqs") == "8"
 
 
-def test_latent_attention_on_cpu_is_the_one_that_knows_float32(folder):
+def test_latent_attention_on_cpu_uses_the_backend_that_computes_in_float32(folder):
     assert "--attention-backend" not in argv(make_config(folder))
     latent = folder / "latent"
     latent.mkdir()
@@ -119,8 +119,8 @@ def test_latent_attention_on_cpu_is_the_one_that_knows_float32(folder):
     assert (value(words, "--attention-backend"), words.count("CPU_MLA")) == ("AMX_MLA", 0)
 
 
-def test_packed_answers_do_not_go_around_a_key(folder, monkeypatch):
-    """The route is in front of where vLLM asks for the key; from a flag or from the environment."""
+def test_packed_answers_do_not_bypass_an_api_key(folder, monkeypatch):
+    """The middleware runs before vLLM checks the key, which a flag or the environment may set."""
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     cfg = make_config(folder)
     with_flag = make_config(folder, engine={"vllm_args": {"api_key": ["k1", "k2"]}})
@@ -132,7 +132,7 @@ def test_packed_answers_do_not_go_around_a_key(folder, monkeypatch):
     assert (server.api_key(cfg), server.api_key(with_flag)) == ("k3", "k1")
 
 
-def test_a_gpu_recipes_memory_share_is_left_out_on_cpu_and_a_notice_says_so(folder, monkeypatch):
+def test_on_cpu_the_share_of_gpu_memory_is_dropped_with_a_notice(folder, monkeypatch):
     cfg = make_config(folder, engine={"vllm_args": {"gpu_memory_utilization": "0.7"}})
     assert "--gpu-memory-utilization" not in argv(cfg)
     assert value(argv(cfg, on=platform.CUDA), "--gpu-memory-utilization") == "0.7"
@@ -142,7 +142,7 @@ def test_a_gpu_recipes_memory_share_is_left_out_on_cpu_and_a_notice_says_so(fold
     assert cpu.memory_notice(cfg) is None
 
 
-def test_the_kv_cache_on_cpu_holds_one_full_sequence_at_least(folder):
+def test_the_kv_cache_on_cpu_holds_at_least_one_full_sequence(folder):
     (folder / "config.json").write_text(
         json.dumps(SHAPE | {"num_hidden_layers": 64, "max_position_embeddings": 262144})
     )
@@ -176,7 +176,7 @@ def check(folder, **given) -> list[str]:
     return check_vllm_flags(make_config(folder, engine={"vllm_args": given}))
 
 
-def test_the_recipes_flags_are_accepted_without_asking_vllm(folder, monkeypatch):
+def test_common_flags_are_accepted_without_vllms_parser(folder, monkeypatch):
     monkeypatch.setattr("vime.backends.vllm.flags.subprocess", None)
     assert not check(
         folder,
@@ -194,7 +194,7 @@ def test_an_unusable_value_is_refused_with_the_flag_and_a_remedy(folder):
     assert "0.7" in problem
 
 
-def test_what_vime_sets_itself_is_refused_with_the_flag_to_use(folder):
+def test_a_flag_that_vime_sets_is_refused_with_the_flag_to_use(folder):
     (problem,) = check(folder, tensor_parallel_size="2")
     assert "--rollout-num-gpus-per-engine" in problem
 
@@ -247,13 +247,13 @@ def test_stopping_ends_the_whole_group(tmp_path):
     process.stop()
 
 
-def test_a_server_that_dies_is_an_error_with_its_last_words(tmp_path):
+def test_a_server_that_dies_raises_an_error_with_the_end_of_its_log(tmp_path):
     process = guarded(tmp_path, "import sys; print('out of memory'); sys.exit(3)")
     with pytest.raises(EngineError, match=r"(?s)code 3.*server\.log.*out of memory"):
         process.wait_until(lambda: False, 120, "--flag")
 
 
-def test_a_server_that_never_gets_healthy_is_stopped_and_names_the_flag(tmp_path):
+def test_a_server_that_never_gets_healthy_is_stopped_and_the_error_names_the_flag(tmp_path):
     process = guarded(tmp_path, "import time; time.sleep(600)")
     with pytest.raises(EngineError, match="--vllm-start-timeout-sec"):
         process.wait_until(lambda: False, 0.3, "--vllm-start-timeout-sec")
@@ -293,7 +293,7 @@ def test_a_server_dies_with_its_killed_guard(tmp_path):
     assert gone(process.guard.pid)
 
 
-def test_an_engine_that_is_not_there_is_an_error_that_names_both_sides():
+def test_the_error_for_a_missing_engine_names_both_sides():
     client = EngineClient(f"http://127.0.0.1:{free_port()}", who="trainer rank 0")
     assert not client.healthy()
     with pytest.raises(EngineError, match="trainer rank 0 lost the engine: POST http"):
@@ -313,12 +313,12 @@ class Runner:
 
     def _bookkeeping_sync(self) -> None:
         for i in self.input_batch.generators:
-            if self.discard_request_mask.np[i]:  # as vLLM does; a CPU generator refuses
+            if self.discard_request_mask.np[i]:  # vLLM does this; a CPU generator refuses
                 generator = self.input_batch.generators[i]
                 generator.set_offset(generator.get_offset() - 4)
 
 
-def test_a_seeded_request_whose_prompt_is_split_keeps_its_generator_as_it_is():
+def test_a_seeded_request_with_a_split_prompt_keeps_its_generator():
     with pytest.raises(RuntimeError, match="offset"):
         Runner([False, False, True])._bookkeeping_sync()
     patched = type("Patched", (Runner,), {})

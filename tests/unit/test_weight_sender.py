@@ -1,4 +1,4 @@
-"""The order of an update and what happens when it breaks, with engines that only take notes."""
+"""The order of the calls in an update, also when one fails. The engines only record calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WEIGHTS = [(f"w{i}", torch.randn(8, 8)) for i in range(5)]
 
 
 class Notes:
-    """An engine that writes down its calls and reads what it is sent."""
+    """An engine that records its calls and reads the buckets that it gets."""
 
     url = "http://127.0.0.1:9"
 
@@ -106,7 +106,7 @@ def test_sleeping_engines_are_neither_paused_nor_resumed():
 
 
 @pytest.mark.parametrize("call", ["pause keep", "start", "update", "finish", "version 7"])
-def test_engines_resume_whatever_call_fails(call):
+def test_engines_resume_after_any_call_fails(call):
     broken, healthy = Notes(fail_on=call), Notes()
     with pytest.raises(EngineError, match="today"):
         sender(broken, healthy).send(iter(WEIGHTS), 7)
@@ -114,14 +114,14 @@ def test_engines_resume_whatever_call_fails(call):
     assert healthy.calls[-1] == "resume"
 
 
-def test_a_half_done_update_is_closed_and_its_weights_are_marked():
+def test_a_failed_update_is_ended_and_the_engine_is_marked():
     broken = Notes(fail_on="update")
     with pytest.raises(EngineError, match="no update today"):
         sender(broken).send(iter(WEIGHTS), 7)
     assert broken.calls[-3:] == ["finish", f"version {BROKEN}", "resume"]
 
 
-def test_an_engine_that_acknowledges_another_version_is_an_error():
+def test_an_engine_that_acknowledges_another_version_raises_an_error():
     with pytest.raises(EngineError, match=r"holds weight versions \[6\] after an update to 7"):
         sender(Notes(), Notes(acknowledges=6)).send(iter(WEIGHTS), 7)
 
@@ -135,7 +135,7 @@ def test_the_export_is_read_to_its_end_when_an_engine_fails():
 
 
 class Counts(SharedMemory):
-    """Every rank sends, or skips, each bucket once: the ranks meet there."""
+    """Counts buckets. The ranks meet at each, so each must be sent or skipped once."""
 
     met = 0
 
@@ -148,7 +148,7 @@ class Counts(SharedMemory):
 
 
 @pytest.mark.parametrize("call", ["pause keep", "start", "update", "finish"])
-def test_no_other_rank_waits_in_vain_whatever_call_fails(call):
+def test_no_other_rank_waits_in_vain_after_any_call_fails(call):
     broken = sender(Notes(fail_on=call))
     broken.transport = Counts(broken.engines.clients, 10)
     with pytest.raises(EngineError, match="today"):
@@ -174,7 +174,7 @@ def test_the_first_bucket_is_gathered_while_the_engines_pause():
     assert seen == [True]
 
 
-def test_other_ranks_export_and_talk_to_nobody():
+def test_other_ranks_export_and_call_no_engine():
     engine, exported = Notes(), []
     weights = ((exported.append(n) or n, t) for n, t in WEIGHTS)
     assert sender(engine, rank=1).send(weights, 7).version == 7
@@ -182,7 +182,7 @@ def test_other_ranks_export_and_talk_to_nobody():
     assert engine.calls == []
 
 
-def test_different_bytes_are_found_by_their_checksum():
+def test_a_checksum_finds_different_bytes():
     honest = Notes()
     sender(honest, compare_checksums=True).send(iter(WEIGHTS), 1)
     damaged = Notes()
@@ -191,7 +191,7 @@ def test_different_bytes_are_found_by_their_checksum():
         sender(damaged, compare_checksums=True).send(iter(WEIGHTS), 2)
 
 
-def test_a_missing_tensor_is_found_by_its_checksum():
+def test_checksums_find_a_tensor_that_was_not_sent():
     engine = Notes()
     engine.received = {"extra": "00"}
     with pytest.raises(EngineError, match="extra"):
@@ -230,7 +230,7 @@ def test_debug_train_only_sends_nothing(tmp_path):
 
 
 def test_no_file_stays_in_shared_memory(tmp_path, monkeypatch):
-    # a folder of the test's own: another run on this machine may be sending weights just now
+    # Another run on this machine may be sending weights, so the test has a folder of its own.
     monkeypatch.setattr(transports, "SHARED_MEMORY", tmp_path)
     with pytest.raises(EngineError, match="no update today"):
         sender(Notes(fail_on="update")).send(iter(WEIGHTS), 7)

@@ -1,4 +1,4 @@
-"""Buckets, packing and calls that need each other: no engine needed."""
+"""Buckets, packing, and calls that wait for each other. Needs no engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def named(*shapes, dtype=torch.float32):
     return [(f"t{i}", torch.randn(s).to(dtype)) for i, s in enumerate(shapes)]
 
 
-def test_unpack_gives_back_what_was_packed_whatever_the_types():
+def test_unpack_returns_the_packed_tensors_of_any_dtype():
     bucket = [
         ("odd", torch.randn(3, 5)),
         ("half", torch.randn(7).to(torch.bfloat16)),
@@ -53,7 +53,7 @@ def test_calls_that_wait_for_each_other_run_together():
     assert sorted(run_together([barrier.wait] * 3, 60, "meeting")) == [0, 1, 2]
 
 
-def test_a_failure_is_raised_at_once_though_others_still_wait():
+def test_a_failure_is_raised_at_once_while_other_calls_wait():
     def fail():
         raise EngineError("engine 1 refused")
 
@@ -64,7 +64,7 @@ def test_a_failure_is_raised_at_once_though_others_still_wait():
     told.set()
 
 
-def test_a_call_that_never_returns_ends_in_an_error_with_the_flag():
+def test_the_error_for_a_call_that_never_returns_names_the_flag():
     told = threading.Event()
     with pytest.raises(EngineError, match="weight-transfer-timeout-sec"):
         run_together([lambda: told.wait(60)], 0.1, "update")

@@ -1,4 +1,5 @@
 import json
+import math
 import tracemalloc
 
 import pytest
@@ -32,6 +33,51 @@ def test_rows_come_in_the_files_order_with_label_as_text_and_metadata(tmp_path):
 def test_a_slice_has_pythons_meaning(tmp_path, piece, wanted):
     path = write(tmp_path / "a.jsonl", *[row(i) for i in range(6)])
     assert [r.label for r in PromptDataset(f"{path}@{piece}", KEYS)] == [str(i) for i in wanted]
+
+
+def test_a_byte_order_mark_blank_lines_and_nan_are_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    lines = [row(0), " " * 40, '{"prompt": "q1", "label": 1, "metadata": {"x": NaN}}', "\t", row(2)]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    for scan_bytes in (1 << 20, *range(7, 60)):  # the file is read in pieces
+        monkeypatch.setattr("vime.data.datasets._SCAN_BYTES", scan_bytes)
+        monkeypatch.setattr("vime.data.datasets._drop_pages", lambda *_: None)
+        rows = list(PromptDataset(str(path), KEYS))
+        assert [(r.prompt, r.label) for r in rows] == [("q0", "0"), ("q1", "1"), ("q2", "2")]
+        assert math.isnan(rows[1].metadata["x"])
+        assert [r.where.rpartition(" ")[2] for r in rows] == ["1", "3", "5"]
+
+
+@pytest.mark.parametrize(
+    "number", ["18446744073709551617", "-9223372036854775809", "0.00001", "1e-5", "3.140", "7"]
+)
+def test_a_number_as_label_keeps_the_files_spelling(tmp_path, number):
+    path = write(tmp_path / "a.jsonl", f'{{"prompt": "q", "label": {number}}}')
+    assert PromptDataset(path, KEYS)[0].label == number
+
+
+def test_parquet_gives_messages_and_tools_as_they_were_written(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    def tool(name, argument):
+        properties = {argument: {"type": "string"}}
+        parameters = {"type": "object", "properties": properties}
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    ask = {"role": "user", "content": "q"}
+    call = {"type": "function", "function": {"name": "a", "arguments": {"x": "1"}}}
+    called = [ask, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    rows = [
+        {"prompt": called, "label": "1", "tools": [tool("a", "x")]},
+        {"prompt": [ask], "label": "2", "tools": [tool("b", "y")]},
+    ]
+    table = pyarrow.Table.from_pylist(rows)
+    counts = pyarrow.array([{"a": 1}, None], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    pyarrow.parquet.write_table(table.append_column("metadata", counts), tmp_path / "a.parquet")
+    found = list(PromptDataset(f"{tmp_path}/a.parquet", KEYS))
+    assert [(r.prompt, r.tools) for r in found] == [(r["prompt"], r["tools"]) for r in rows]
+    assert [r.metadata for r in found] == [{"a": 1}, {}]
 
 
 def test_parquet_gives_the_same_rows_as_jsonl(tmp_path):
@@ -80,7 +126,7 @@ def test_rows_with_the_same_problem_are_told_once_with_their_number(tmp_path):
     missing, broken = check_prompt_data(path, input_key="prompt")
     assert missing == (
         f"--prompt-data {path} line 2 has no key 'prompt' (--input-key); its keys are: text. Give "
-        "--input-key one of these, or correct the file. (1,200 rows are so.)"
+        "--input-key one of these, or correct the file. (1,200 rows have this problem.)"
     )
     assert "line 1202 is not valid JSON" in broken
 

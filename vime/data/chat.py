@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -34,19 +36,60 @@ def render(
                             with it, without a mark of its end
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = _joined_parts(tokenizer, messages)
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
             "--apply-chat-template: the tokenizer of --hf-checkpoint has no chat template. Add "
             "chat_template.jinja to the folder, or give prompts as strings without the flag."
         )
-    return tokenizer.apply_chat_template(
-        messages,
-        tools=tools,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt and not continue_final_message,
-        continue_final_message=continue_final_message,
-        **dict(template_kwargs or {}),
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+            **dict(template_kwargs or {}),
+        )
+    except Exception as error:  # a template may fail in any way on messages it does not expect
+        raise ConfigError(
+            f"the chat template refuses the messages: {type(error).__name__}: {error}. Correct the "
+            "messages, or use a template that takes them."
+        ) from error
+
+
+def _joined_parts(tokenizer: Any, messages: Messages) -> Messages:
+    """The messages with lists of text parts joined, where the template wants strings.
+
+    Content may be OpenAI's list of parts. Templates that expect a string would drop it.
+    """
+    if not any(isinstance(m.get("content"), list) for m in messages):
+        return messages
+    if _reads_parts(tokenizer.chat_template):
+        return messages
+    return [{**m, "content": _joined(m.get("content"))} for m in messages]
+
+
+def _joined(content: Any) -> Any:
+    if not isinstance(content, list):
+        return content
+    texts = [part if isinstance(part, str) else part.get("text") for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        kinds = sorted({str(part.get("type")) for part in content if isinstance(part, dict)})
+        raise ConfigError(
+            f"a message has content parts of type {', '.join(kinds)}, and the chat template takes "
+            "text only. Give text, or a model whose template takes such parts."
+        )
+    return "\n".join(texts)  # as vLLM's chat server joins them
+
+
+@lru_cache(maxsize=16)
+def _reads_parts(template: Any) -> bool:
+    """Whether a chat template loops over the parts of a message's content."""
+    return isinstance(template, str) and _PARTS_LOOP.search(template) is not None
+
+
+_PARTS_LOOP = re.compile(r"for\s+\w+\s+in\s+[\w.\[\]'\"]*content\b")
 
 
 def render_prompt(
@@ -89,14 +132,22 @@ def assistant_tokens(
     tools: list[dict[str, Any]] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """(token ids, mask) of a conversation; the mask is 1 on what an assistant turn generates.
+    """(token ids, mask) of a conversation; the mask is 1 on the tokens of assistant turns.
 
-    That is the turn's text with its end mark, without the header that the generation prompt
-    supplies. The pieces are encoded one by one, so that what precedes an answer is encoded exactly
-    as it is when a model is asked for that answer.
+    A turn is all that the template writes between the generation prompt and the turn's end mark:
+    reasoning, text, tool calls, and the end mark itself. The pieces are encoded one by one, so that
+    the text before an answer is encoded exactly as it is when a model is asked for that answer.
+    Raises ConfigError where the template does not show where a turn ends.
     """
     kwargs = {"tools": tools, "template_kwargs": template_kwargs}
     text = render(tokenizer, messages, add_generation_prompt=False, **kwargs)
+    if any(m.get("tool_calls") for m in messages):
+        without = [{k: v for k, v in m.items() if k != "tool_calls"} for m in messages]
+        if render(tokenizer, without, add_generation_prompt=False, **kwargs) == text:
+            raise ConfigError(
+                "the chat template leaves out the messages' tool_calls, so they could not be "
+                "learned. Use a template that writes them."
+            )
     pieces: list[str] = []
     marks: list[int] = []
     at = 0
@@ -104,13 +155,13 @@ def assistant_tokens(
         if message["role"] != "assistant":
             continue
         head = render(tokenizer, messages[:i], **kwargs)
-        if not text.startswith(head):
+        if not text.startswith(head) or len(head) < at:
             raise ConfigError(
                 f"the chat template writes the messages before message {i} differently once the "
-                "answer follows, so what the assistant generates cannot be told apart. Give "
+                "answer follows, so the assistant's tokens cannot be told apart. Give "
                 "conversations whose last message is their only assistant turn."
             )
-        end = _turn_end(tokenizer, text, len(head), messages[: i + 1], kwargs)
+        end = _turn_end(tokenizer, text, len(head), messages, i, kwargs)
         pieces += [text[at : len(head)], text[len(head) : end]]
         marks += [0, 1]
         at = end
@@ -122,21 +173,66 @@ def assistant_tokens(
     return tokens, mask
 
 
-def _turn_end(tokenizer: Any, text: str, start: int, upto: Messages, kwargs: dict) -> int:
-    """Where in `text` the turn that begins at `start` ends, its end mark included."""
-    content = upto[-1].get("content")
-    said = content.strip() if isinstance(content, str) else None
-    found = -1 if said is None else text.find(said, start)
-    if said is not None and found >= 0:
-        end = found + len(said)
-    else:  # tool calls, or content in parts: trust the template
-        through = render(tokenizer, upto, add_generation_prompt=False, **kwargs)
-        if not text.startswith(through):
-            raise ConfigError("the chat template rewrites an assistant turn that is not the last.")
-        return len(through.rstrip())
-    mark = tokenizer.eos_token
-    if mark:
-        after = len(text) - len(text[end:].lstrip())
-        if text.startswith(mark, after):
-            return after + len(mark)
-    return end
+# Two texts that no template treats specially and that differ in their first character.
+_PROBES = ("\ue000", "\ue001")
+
+
+def _turn_end(
+    tokenizer: Any, text: str, start: int, messages: Messages, i: int, kwargs: dict[str, Any]
+) -> int:
+    """Where in `text` the turn of message `i` ends, behind its end mark.
+
+    The turn begins at `start`. It ends with the last end mark before the next message's content.
+    """
+    mark = end_mark(tokenizer, kwargs["template_kwargs"])
+    limit = len(text)
+    if i + 1 < len(messages):
+        following = [
+            [*messages[: i + 1], {**messages[i + 1], "content": probe}, *messages[i + 2 :]]
+            for probe in _PROBES
+        ]
+        rendered = [render(tokenizer, m, add_generation_prompt=False, **kwargs) for m in following]
+        limit = len(os.path.commonprefix([text, *rendered]))
+        if rendered[0] == rendered[1]:
+            raise ConfigError(
+                f"the chat template leaves out the content of message {i + 1}, so the end of the "
+                "assistant's turn before it cannot be told. Use a template that writes it."
+            )
+    found = text.rfind(mark, start, limit)
+    rest = text[found + len(mark) :] if found >= 0 else text
+    if found < 0 or (i + 1 == len(messages) and rest.strip() and not _is_special(tokenizer, rest)):
+        raise ConfigError(
+            f"the chat template does not end message {i} with {mark!r}, so the end of the "
+            "assistant's turn cannot be told. Correct the template."
+        )
+    return found + len(mark)
+
+
+def end_mark(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> str:
+    """The text that the chat template writes behind an assistant's answer, such as `<|im_end|>`.
+
+    Raises ConfigError where the template writes nothing there: a model trained on such turns would
+    never stop.
+    """
+    question, answer = _PROBES
+    talk = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    kwargs = {"template_kwargs": template_kwargs}
+    text = render(tokenizer, talk, add_generation_prompt=False, **kwargs)
+    tail = text.rpartition(answer)[2].strip()
+    special = [mark for mark in _special_tokens(tokenizer) if tail.startswith(mark)]
+    mark = max(special, key=len) if special else tail
+    if not mark:
+        raise ConfigError(
+            "the chat template writes no end mark behind an assistant's answer, so a model could "
+            "not learn to stop. Use a template that ends each turn."
+        )
+    return mark
+
+
+def _special_tokens(tokenizer: Any) -> set[str]:
+    return {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+
+
+def _is_special(tokenizer: Any, text: str) -> bool:
+    """Whether the text is one special token, such as the end of the sequence behind the turn's."""
+    return text.strip() in _special_tokens(tokenizer)

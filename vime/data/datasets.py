@@ -20,13 +20,13 @@ import numpy as np
 from vime.errors import ConfigError
 
 try:
-    import orjson
-
-    _loads = orjson.loads
+    from orjson import loads as _fast_loads
 except ImportError:
-    _loads = json.loads
+    _fast_loads = json.loads
 
 _SLICE = re.compile(r"^(?P<path>.+)@\[(?P<start>-?\d*):(?P<stop>-?\d*)\]$")
+_WHITE_SPACE = np.frombuffer(b" \t\r\n", np.uint8)
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SCAN_BYTES = 64 << 20
 _ROWS_CHECKED_IN_FULL = 1_000_000
 
@@ -79,30 +79,41 @@ class JsonlRows:
         self._map = (
             mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if self._size else b""
         )
-        starts, ends = self._line_bounds()
-        blank = np.flatnonzero(ends - starts <= 2)
-        blank = [i for i in blank.tolist() if not self._map[starts[i] : ends[i]].strip()]
+        starts, ends, indented = self._scan()
+        if self._map[:3] == _BYTE_ORDER_MARK:
+            starts[0] = len(_BYTE_ORDER_MARK)
+        blank = [i for i in indented if not self._map[starts[i] : ends[i]].strip()]
         self._line_ids = None
         if blank:
             self._line_ids = np.delete(np.arange(len(starts)), blank)
             starts, ends = starts[self._line_ids], ends[self._line_ids]
         self._starts = starts
 
-    def _line_bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        newlines = []
+    def _scan(self) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """(start of each line, its end, the lines that begin with white space), in one pass."""
+        newlines: list[np.ndarray] = []
+        indented: list[int] = []
+        num_lines, begins_line = 0, True
         for at in range(0, self._size, _SCAN_BYTES):
             count = min(_SCAN_BYTES, self._size - at)
             part = np.frombuffer(self._map, np.uint8, count=count, offset=at)
-            newlines.append(np.flatnonzero(part == 10) + at)
-            if isinstance(self._map, mmap.mmap):  # an empty file has no mapping
-                self._map.madvise(mmap.MADV_DONTNEED, at, count)  # seen: the pages may go
+            found = np.flatnonzero(part == 10)
+            firsts = found[found + 1 < count] + 1
+            if begins_line:
+                firsts = np.concatenate([[0], firsts])
+            white = np.flatnonzero(np.isin(part[firsts], _WHITE_SPACE))
+            indented += (white + num_lines).tolist()
+            num_lines += len(firsts)
+            begins_line = bool(part[-1] == 10)
+            newlines.append(found + at)
+            _drop_pages(self._map, at, count)
         ends = np.concatenate(newlines) if newlines else np.empty(0, np.int64)
         if self._size and (not len(ends) or ends[-1] != self._size - 1):
             ends = np.append(ends, self._size)
         starts = np.empty_like(ends)
         if len(ends):
             starts[0], starts[1:] = 0, ends[:-1] + 1
-        return starts, ends
+        return starts, ends, indented
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -111,10 +122,17 @@ class JsonlRows:
         line = i if self._line_ids is None else int(self._line_ids[i])
         return f"{self.path} line {line + 1}"
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def _line(self, i: int) -> bytes:
         start = int(self._starts[i])
         end = self._map.find(b"\n", start)
-        text = self._map[start : end if end >= 0 else self._size]
+        return self._map[start : end if end >= 0 else self._size]
+
+    def spelt(self, i: int, key: str) -> Any:
+        """The value of one field, with numbers as the text that stands in the file."""
+        return json.loads(self._line(i), parse_float=str, parse_int=str)[key]
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        text = self._line(i)
         try:
             row = _loads(text)
         except ValueError as error:
@@ -130,6 +148,12 @@ class JsonlRows:
         return row
 
 
+def _drop_pages(mapped: Any, at: int, count: int) -> None:
+    """Lets the pages go that were seen, so that a scan does not hold the file in memory."""
+    if isinstance(mapped, mmap.mmap):  # an empty file has no mapping
+        mapped.madvise(mmap.MADV_DONTNEED, at, count)
+
+
 class ParquetRows:
     """The rows of a Parquet file as dicts; `columns` limits what is read."""
 
@@ -143,6 +167,10 @@ class ParquetRows:
             path, columns=[name for name in names if name in columns], memory_map=True
         )
 
+    def spelt(self, i: int, key: str) -> Any:
+        """The value of one field; a Parquet number has one spelling."""
+        return str(self[i][key])
+
     def __len__(self) -> int:
         return self._table.num_rows
 
@@ -150,8 +178,10 @@ class ParquetRows:
         return f"{self.path} row {i + 1}"
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        row = self._table.slice(i, 1).to_pylist()[0]
-        return row if row else {name: None for name in self.columns}
+        row = self._table.slice(i, 1).to_pylist(maps_as_pydicts="lossy")[0]
+        if not row:
+            return {name: None for name in self.columns}
+        return {name: _without_filling(value) for name, value in row.items()}
 
 
 class PromptDataset:
@@ -182,7 +212,7 @@ class PromptDataset:
 
     def __getitem__(self, i: int) -> Row:
         at = self._range[i]
-        return self._to_row(self._rows[at], self._rows.where(at))
+        return self._to_row(self._rows[at], at)
 
     def where(self, i: int) -> str:
         """ "file line 12", also for a row that cannot be read."""
@@ -191,8 +221,8 @@ class PromptDataset:
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
 
-    def _to_row(self, row: dict[str, Any], where: str) -> Row:
-        keys = self.keys
+    def _to_row(self, row: dict[str, Any], at: int) -> Row:
+        keys, where = self.keys, self._rows.where(at)
         for key in keys.required:
             if key not in row:
                 have = getattr(self._rows, "columns", None) or list(row)
@@ -208,6 +238,8 @@ class PromptDataset:
                 f"a role each, not {_shorten(prompt)}."
             )
         label = row[keys.label] if keys.label else None
+        if isinstance(label, (int, float)) and not isinstance(label, bool):
+            label = self._rows.spelt(at, keys.label)
         tools = _decoded(row.get(keys.tools)) if keys.tools else None
         return Row(
             prompt=prompt,
@@ -273,9 +305,14 @@ def check_prompt_data(
             if len(first) == max_problems:
                 break
     return [
-        f"{flag} {where}{what}" + (f" ({rows[what]:,} rows are so.)" if rows[what] > 1 else "")
+        f"{flag} {where}{what}"
+        + (f" ({rows[what]:,} rows have this problem.)" if rows[what] > 1 else "")
         for what, where in first.items()
     ]
+
+
+def _shared_by(num_rows: int) -> str:
+    return f" ({num_rows:,} rows have this problem.)" if num_rows > 1 else ""
 
 
 def _is_prompt(prompt: Any) -> bool:
@@ -286,6 +323,28 @@ def _is_prompt(prompt: Any) -> bool:
         and bool(prompt)
         and all(isinstance(message, dict) and "role" in message for message in prompt)
     )
+
+
+def _loads(text: bytes | str) -> Any:
+    """Like json.loads, which also takes NaN; ten times faster for the usual line."""
+    try:
+        return _fast_loads(text)
+    except ValueError:
+        return json.loads(text)
+
+
+def _without_filling(value: Any) -> Any:
+    """The value without the keys that Parquet fills in.
+
+    Parquet gives every struct of a column all the keys of that column, and None where a row lacks
+    one. A message's empty content stays.
+    """
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if v is not None or k == "content"}
+        return {k: _without_filling(v) for k, v in kept.items()}
+    if isinstance(value, list):
+        return [_without_filling(v) for v in value]
+    return value
 
 
 def _decoded(value: Any) -> Any:

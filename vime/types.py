@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+import copy
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -78,7 +79,9 @@ class Sample:
         return float(self.reward)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "status": self.status.value}
+        """A copy that shares nothing mutable with the sample."""
+        values = {f.name: _copied(getattr(self, f.name)) for f in fields(self)}
+        return {**values, "status": self.status.value}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Sample:
@@ -87,6 +90,13 @@ class Sample:
         if unknown:
             raise KeyError(f"unknown Sample fields: {sorted(unknown)}")
         return cls(**{**data, "status": Status(data.get("status", "pending"))})
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy. A list of numbers, as long as a response, is copied without a look at each."""
+    if type(value) is list and (not value or isinstance(value[0], (int, float))):
+        return value.copy()
+    return value if isinstance(value, (str, int, float, type(None))) else copy.deepcopy(value)
 
 
 Sample.Status = Status  # type: ignore[attr-defined]  # the spelling that plugins of this field use

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,6 +129,32 @@ def test_a_group_that_is_too_stale_starts_over_with_its_prompt(hf, tmp_path):
         assert again[0].tokens == tokens
     assert (again[0].status, again[0].response_length) == (Status.PENDING, 0)
     assert source.num_stale_groups == 1
+
+
+def test_a_prompt_that_fits_is_found_among_many_that_do_not(hf, tmp_path):
+    source = make_source(hf, tmp_path, 30, rollout={"max_prompt_len": 2})
+    assert labels(source.get_samples(25)) == [*map(str, range(10)), *map(str, range(10)), *"01234"]
+    assert source.num_long_prompts == 40
+
+
+def test_a_row_that_the_template_refuses_is_left_out_with_its_place(hf, tmp_path, caplog):
+    source = make_source(hf, tmp_path, 3, data={"apply_chat_template": True})
+    contents = {"a": "a", "refused": [{"type": "image"}], "b": "b"}
+    lines = [
+        {"prompt": [{"role": "user", "content": content}], "label": label}
+        for label, content in contents.items()
+    ]
+    path = tmp_path / "refused.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = replace(source.cfg.data, prompt_data=str(path))
+    source = RolloutDataSourceWithBuffer(ArgsView(replace(source.cfg, data=data)))
+    assert labels(source.get_samples(4)) == ["a", "b", "a", "b"]
+    assert source.skipped == {"rollout/data/long_prompts": 0, "rollout/data/refused_rows": 2}
+    assert f"{path} line 2 is left out: a message has content parts of type image" in caplog.text
+    path.write_text(json.dumps(lines[1]))
+    source = RolloutDataSourceWithBuffer(ArgsView(replace(source.cfg, data=data)))
+    with pytest.raises(ConfigError, match="the chat template refuses every prompt"):
+        source.get_samples(1)
 
 
 def test_prompts_over_the_limit_are_dropped_and_counted(hf, tmp_path):

@@ -13,6 +13,10 @@ from vime.errors import ConfigError
 Messages = list[dict[str, Any]]
 
 
+class TemplateRefusal(ConfigError):
+    """The chat template cannot render these messages; another row of the file may be fine."""
+
+
 @lru_cache(maxsize=4)
 def load_tokenizer(hf_checkpoint: str) -> Any:
     """The tokenizer of an HF folder, loaded once a process."""
@@ -52,7 +56,7 @@ def render(
             **dict(template_kwargs or {}),
         )
     except Exception as error:  # a template may fail in any way on messages it does not expect
-        raise ConfigError(
+        raise TemplateRefusal(
             f"the chat template refuses the messages: {type(error).__name__}: {error}. Correct the "
             "messages, or use a template that takes them."
         ) from error
@@ -76,7 +80,7 @@ def _joined(content: Any) -> Any:
     texts = [part if isinstance(part, str) else part.get("text") for part in content]
     if not all(isinstance(text, str) for text in texts):
         kinds = sorted({str(part.get("type")) for part in content if isinstance(part, dict)})
-        raise ConfigError(
+        raise TemplateRefusal(
             f"a message has content parts of type {', '.join(kinds)}, and the chat template takes "
             "text only. Give text, or a model whose template takes such parts."
         )
@@ -137,14 +141,14 @@ def assistant_tokens(
     A turn is all that the template writes between the generation prompt and the turn's end mark:
     reasoning, text, tool calls, and the end mark itself. The pieces are encoded one by one, so that
     the text before an answer is encoded exactly as it is when a model is asked for that answer.
-    Raises ConfigError where the template does not show where a turn ends.
+    Raises TemplateRefusal where the template does not show where a turn ends.
     """
     kwargs = {"tools": tools, "template_kwargs": template_kwargs}
     text = render(tokenizer, messages, add_generation_prompt=False, **kwargs)
     if any(m.get("tool_calls") for m in messages):
         without = [{k: v for k, v in m.items() if k != "tool_calls"} for m in messages]
         if render(tokenizer, without, add_generation_prompt=False, **kwargs) == text:
-            raise ConfigError(
+            raise TemplateRefusal(
                 "the chat template leaves out the messages' tool_calls, so they could not be "
                 "learned. Use a template that writes them."
             )
@@ -156,7 +160,7 @@ def assistant_tokens(
             continue
         head = render(tokenizer, messages[:i], **kwargs)
         if not text.startswith(head) or len(head) < at:
-            raise ConfigError(
+            raise TemplateRefusal(
                 f"the chat template writes the messages before message {i} differently once the "
                 "answer follows, so the assistant's tokens cannot be told apart. Give "
                 "conversations whose last message is their only assistant turn."
@@ -166,7 +170,9 @@ def assistant_tokens(
         marks += [0, 1]
         at = end
     if not pieces:
-        raise ConfigError("a conversation without an assistant message has nothing to learn from.")
+        raise TemplateRefusal(
+            "a conversation without an assistant message has nothing to learn from."
+        )
     ids = encode(tokenizer, pieces)
     tokens = [token for piece in ids for token in piece]
     mask = [mark for piece, mark in zip(ids, marks, strict=True) for _ in piece]
@@ -194,14 +200,14 @@ def _turn_end(
         rendered = [render(tokenizer, m, add_generation_prompt=False, **kwargs) for m in following]
         limit = len(os.path.commonprefix([text, *rendered]))
         if rendered[0] == rendered[1]:
-            raise ConfigError(
+            raise TemplateRefusal(
                 f"the chat template leaves out the content of message {i + 1}, so the end of the "
                 "assistant's turn before it cannot be told. Use a template that writes it."
             )
     found = text.rfind(mark, start, limit)
     rest = text[found + len(mark) :] if found >= 0 else text
     if found < 0 or (i + 1 == len(messages) and rest.strip() and not _is_special(tokenizer, rest)):
-        raise ConfigError(
+        raise TemplateRefusal(
             f"the chat template does not end message {i} with {mark!r}, so the end of the "
             "assistant's turn cannot be told. Correct the template."
         )
@@ -211,8 +217,8 @@ def _turn_end(
 def end_mark(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> str:
     """The text that the chat template writes behind an assistant's answer, such as `<|im_end|>`.
 
-    Raises ConfigError where the template writes nothing there: a model trained on such turns would
-    never stop.
+    Raises TemplateRefusal where the template writes nothing there: a model trained on such turns
+    would never stop.
     """
     question, answer = _PROBES
     talk = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -222,7 +228,7 @@ def end_mark(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -
     special = [mark for mark in _special_tokens(tokenizer) if tail.startswith(mark)]
     mark = max(special, key=len) if special else tail
     if not mark:
-        raise ConfigError(
+        raise TemplateRefusal(
             "the chat template writes no end mark behind an assistant's answer, so a model could "
             "not learn to stop. Use a template that ends each turn."
         )

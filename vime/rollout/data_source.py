@@ -54,6 +54,7 @@ class RolloutDataSourceWithBuffer:
         self.group_index = 0
         self.sample_index = 0
         self.num_long_prompts = 0  # dropped for --rollout-max-prompt-len, since the run began
+        self.num_refused_rows = 0  # dropped because the chat template refuses them
         self.num_stale_groups = 0  # started over for --rollout-max-staleness
         self._order: np.ndarray | None = None
         self._filter = self.cfg.rollout.plugin("buffer_filter_path")
@@ -93,22 +94,29 @@ class RolloutDataSourceWithBuffer:
         if self.dataset is None:  # --disable-rollout-global-dataset: who generates finds prompts
             row = Row("", None, {}, None, "no dataset")
             return [self._to_group(row, "", []) for _ in range(count)]
-        num_skipped = 0
+        num_skipped = 0  # since the last prompt that was taken
         while len(groups) < count:
             rows = [self._next_row() for _ in range(count - len(groups))]
-            prompts, tokens = self._render(rows)
-            for row, prompt, ids in zip(rows, prompts, tokens, strict=True):
-                if self._is_too_long(ids):
-                    self.num_long_prompts += 1
-                    num_skipped += 1
-                    if num_skipped >= len(self.dataset):
-                        raise ConfigError(
-                            f"--rollout-max-prompt-len {self.cfg.rollout.max_prompt_len} drops "
-                            f"every prompt of {self.dataset.path}. Raise it."
-                        )
-                    continue
-                groups.append(self._to_group(row, prompt, ids))
+            rendered = self._render(rows)
+            fitting = [part for part in rendered if not self._is_too_long(part[2])]
+            self.num_refused_rows += len(rows) - len(rendered)
+            self.num_long_prompts += len(rendered) - len(fitting)
+            groups += [self._to_group(*part) for part in fitting]
+            num_skipped = 0 if fitting else num_skipped + len(rows)
+            if num_skipped >= 2 * len(self.dataset):  # an epoch at least, wherever it began
+                raise ConfigError(self._nothing_fits())
         return groups
+
+    def _nothing_fits(self) -> str:
+        if self.num_long_prompts:
+            return (
+                f"--rollout-max-prompt-len {self.cfg.rollout.max_prompt_len} drops every prompt of "
+                f"{self.dataset.path}. Raise it."
+            )
+        return (
+            f"the chat template refuses every prompt of {self.dataset.path}; the warnings above "
+            "name rows and reasons. Correct the file, or use a template that takes its messages."
+        )
 
     def _next_row(self) -> Row:
         if self.offset >= len(self.dataset):
@@ -124,10 +132,18 @@ class RolloutDataSourceWithBuffer:
             self._order = rng.permutation(np.arange(len(self.dataset), dtype=np.int32))
         return self.dataset[int(self._order[at])]
 
-    def _render(self, rows: list[Row]) -> tuple[list[Any], list[list[int]]]:
+    def _render(self, rows: list[Row]) -> list[Rendered]:
         if not self.cfg.algorithm.wants_reward:
-            return [row.prompt for row in rows], [[] for _ in rows]
-        return render_prompts(self.cfg, rows)
+            return [(row, row.prompt, []) for row in rows]
+        return render_rows(self.cfg, rows)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Metrics: prompts that were passed over since the run began, by reason."""
+        return {
+            "rollout/data/long_prompts": self.num_long_prompts,
+            "rollout/data/refused_rows": self.num_refused_rows,
+        }
 
     def _is_too_long(self, ids: list[int]) -> bool:
         cap = self.cfg.rollout.max_prompt_len
@@ -152,6 +168,7 @@ class RolloutDataSourceWithBuffer:
             "sample_group_index": self.group_index,
             "sample_index": self.sample_index,
             "num_long_prompts": self.num_long_prompts,
+            "num_refused_rows": self.num_refused_rows,
             "num_stale_groups": self.num_stale_groups,
             "buffer": [[sample.to_dict() for sample in group] for group in self.buffer],
             "made_from": self._made_from(),
@@ -178,6 +195,7 @@ class RolloutDataSourceWithBuffer:
         self.group_index = state["sample_group_index"]
         self.sample_index = state["sample_index"]
         self.num_long_prompts = state["num_long_prompts"]
+        self.num_refused_rows = state.get("num_refused_rows", 0)  # added after version 1
         self.num_stale_groups = state["num_stale_groups"]
         groups = copy.deepcopy(state["buffer"])
         self.buffer = [[Sample.from_dict(sample) for sample in group] for group in groups]
@@ -228,24 +246,35 @@ def state_path(root: str, rollout_id: int) -> Path:
     return Path(root) / "rollout" / f"global_dataset_state_dict_{rollout_id}.pt"
 
 
-def render_prompts(cfg: Config, rows: list[Row]) -> tuple[list[str], list[list[int]]]:
-    """(texts, token ids) of the rows' prompts, as the engine will get them."""
+Rendered = tuple[Row, Any, list[int]]  # a row, its prompt as text, the prompt's token ids
+
+
+def render_rows(cfg: Config, rows: list[Row]) -> list[Rendered]:
+    """The rows' prompts as the engine gets them.
+
+    Rows that the chat template refuses are left out, each with a warning that names its place.
+    """
     tokenizer = chat.load_tokenizer(cfg.model.hf_checkpoint)
-    if cfg.data.apply_chat_template:
+    texts: list[tuple[Row, str]] = []
+    for row in rows:
+        if not cfg.data.apply_chat_template and isinstance(row.prompt, str):
+            texts.append((row, row.prompt))
+            continue
+        if not cfg.data.apply_chat_template:
+            raise ConfigError(
+                f"{row.where}: the prompt is a list of messages, which needs --apply-chat-template."
+            )
         kwargs = cfg.data.apply_chat_template_kwargs
-        texts = [
-            chat.render_prompt(tokenizer, row.prompt, tools=row.tools, template_kwargs=kwargs)
-            for row in rows
-        ]
-    else:
-        for row in rows:
-            if not isinstance(row.prompt, str):
-                raise ConfigError(
-                    f"{row.where}: the prompt is a list of messages, which needs "
-                    "--apply-chat-template."
-                )
-        texts = [row.prompt for row in rows]
-    return texts, chat.encode(tokenizer, texts)
+        try:
+            text = chat.render_prompt(
+                tokenizer, row.prompt, tools=row.tools, template_kwargs=kwargs
+            )
+        except chat.TemplateRefusal as error:
+            logger.warning("%s is left out: %s", row.where, error)
+        else:
+            texts.append((row, text))
+    ids = chat.encode(tokenizer, [text for _, text in texts])
+    return [(row, text, i) for (row, text), i in zip(texts, ids, strict=True)]
 
 
 def to_sample(row: Row, prompt: Any, ids: list[int], *, group_index: int, index: int) -> Sample:

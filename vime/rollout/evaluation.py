@@ -17,7 +17,7 @@ from vime.data.datasets import DataKeys, PromptDataset
 from vime.errors import ConfigError, EngineError
 from vime.rollout import metrics
 from vime.rollout.client import GenerateClient
-from vime.rollout.data_source import render_prompts, to_sample
+from vime.rollout.data_source import Rendered, render_rows, to_sample
 from vime.rollout.generation import Rollout, finish_group, make_client
 from vime.types import Group, RolloutFnEvalOutput, Status
 
@@ -75,6 +75,11 @@ def make_groups(dataset: EvalDataset) -> list[Group]:
     """Fresh samples of every prompt; the same indices, hence seeds, in every evaluation."""
     count = dataset.cfg.eval.samples_per_prompt
     rendered, num_long = _rendered(_Once(dataset))
+    if not rendered and not num_long:
+        raise ConfigError(
+            f"the chat template refuses every prompt of {dataset.path}; the warnings above name "
+            "rows and reasons. Correct the file, or use a template that takes its messages."
+        )
     if not rendered:
         raise ConfigError(
             f"--eval-max-prompt-len (or --rollout-max-prompt-len) "
@@ -114,15 +119,12 @@ class _Once:
 
 
 @lru_cache(maxsize=32)
-def _rendered(once: _Once) -> tuple[list[tuple], int]:
-    """([(row, prompt, token ids)], prompts left out), read and tokenised once a process."""
+def _rendered(once: _Once) -> tuple[list[Rendered], int]:
+    """(prompts that fit, how many are too long), read and tokenised once a process."""
     data, cap = once.cfg.data, once.cap
     keys = DataKeys(
         input=data.input_key, label=data.label_key, metadata=data.metadata_key, tools=data.tool_key
     )
-    rows = list(PromptDataset(once.path, keys))
-    prompts, ids = render_prompts(once.cfg, rows)
-    kept = [
-        item for item in zip(rows, prompts, ids, strict=True) if cap is None or len(item[2]) <= cap
-    ]
-    return kept, len(rows) - len(kept)
+    rendered = render_rows(once.cfg, list(PromptDataset(once.path, keys)))
+    kept = [part for part in rendered if cap is None or len(part[2]) <= cap]
+    return kept, len(rendered) - len(kept)

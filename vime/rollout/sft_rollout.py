@@ -6,12 +6,15 @@ label. Loss falls on assistant turns only.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from vime.config import Config
 from vime.data import chat
 from vime.errors import ConfigError
 from vime.types import Group, RolloutFnTrainOutput, Sample, Status
+
+logger = logging.getLogger(__name__)
 
 
 def generate_rollout(
@@ -34,23 +37,48 @@ def generate_rollout(
     source = cfg.data.plugin("data_source_path")
     assert source is not None
     groups: list[Group] = []
-    num_skipped = 0
+    skipped: dict[str, float] = {"rollout/skipped_long": 0, "rollout/skipped_refused": 0}
+    num_in_a_row = 0
     while len(groups) < cfg.batch.prompts:
         wanted = cfg.batch.prompts - len(groups)
         for group in source.call_method(data_source, "get_samples", wanted):
-            for sample in group:
-                to_demonstration(cfg, tokenizer, sample)
-                sample.rollout_id = rollout_id
-            cap = cfg.rollout.max_context_len
-            if cap is not None and any(len(sample.tokens) > cap for sample in group):
-                num_skipped += 1
-                if num_skipped > max(len(data_source), cfg.batch.prompts):
-                    raise ConfigError(
-                        f"--rollout-max-context-len {cap} skips every demonstration. Raise it."
-                    )
+            reason = _demonstrate(cfg, tokenizer, group, rollout_id)
+            if reason is None:
+                groups.append(group)
+                num_in_a_row = 0
                 continue
-            groups.append(group)
-    return RolloutFnTrainOutput(groups, {"rollout/skipped_long": num_skipped})
+            skipped[reason] += 1
+            num_in_a_row += 1
+            if num_in_a_row >= 2 * max(len(data_source), cfg.batch.prompts):
+                raise ConfigError(_nothing_fits(cfg, reason))
+    return RolloutFnTrainOutput(groups, skipped)
+
+
+def _demonstrate(cfg: Config, tokenizer: Any, group: Group, rollout_id: int) -> str | None:
+    """Makes demonstrations of a group's samples. Returns the metric that counts a skipped group."""
+    for sample in group:
+        try:
+            to_demonstration(cfg, tokenizer, sample)
+        except chat.TemplateRefusal as error:
+            logger.warning(
+                "a demonstration is left out: %s It begins: %.200r", error, sample.prompt
+            )
+            return "rollout/skipped_refused"
+        sample.rollout_id = rollout_id
+    cap = cfg.rollout.max_context_len
+    if cap is not None and any(len(sample.tokens) > cap for sample in group):
+        return "rollout/skipped_long"
+    return None
+
+
+def _nothing_fits(cfg: Config, reason: str) -> str:
+    if reason == "rollout/skipped_long":
+        cap = cfg.rollout.max_context_len
+        return f"--rollout-max-context-len {cap} skips every demonstration. Raise it."
+    return (
+        f"the chat template refuses every demonstration of {cfg.data.prompt_data}; the warnings "
+        "above say why. Correct the file, or use a template that takes its messages."
+    )
 
 
 def to_demonstration(cfg: Config, tokenizer: Any, sample: Sample) -> None:

@@ -72,6 +72,7 @@ async def _generate_rollout(args: Any, rollout_id: int, data_source: Any) -> Rol
     grading.warn_of_missing_marks(args, samples)
     values = metrics.of_rollout(args, sampled, time.perf_counter() - started)
     values["rollout/buffer/returned"] = num_kept_for_later
+    values |= getattr(data_source, "skipped", {})
     values["rollout/request_retries"] = client.endpoint.num_retries
     values["perf/reward_time"] = rollout.reward_s
     return RolloutFnTrainOutput(sampled.kept, values)

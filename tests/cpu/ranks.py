@@ -1,26 +1,34 @@
-"""Runs one function on several ranks, each a fresh process, and brings back what each returned.
+"""Runs one function on several ranks, each a process of its own, and brings back the results.
 
     results = run_ranks(my_case, 2, tp=2)      # my_case(rank, world_size, port, tp=2)
 
-The function lives at the top level of a module; arguments and results are pickled. A rank that
-fails or hangs ends the others (only processes started here) and raises with the ranks' output.
+The function lives at the top level of a module; arguments and results are pickled. When a rank
+fails or hangs, the others are ended and the error shows the output of all.
+
+An import of torch and Megatron takes ten seconds of CPU. So each rank number has a server, which
+imports both once and forks a process for each call. The servers end with the test process.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import pickle
+import select
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 _ENV = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+_servers: dict[int, subprocess.Popen] = {}  # by rank
 
 
 def free_port() -> int:
@@ -46,58 +54,111 @@ def agree_on_port(folder: str | Path, name: str, rank: int, timeout_s: float = 6
 def run_ranks(
     fn: Callable[..., Any], num_ranks: int, *, timeout_s: float = 240.0, **kwargs: Any
 ) -> list[Any]:
-    """[what `fn(rank, world_size, port, **kwargs)` returned, by rank]. Raises AssertionError."""
-    port = free_port()
+    """[the result of `fn(rank, world_size, port, **kwargs)`, by rank]. Raises AssertionError."""
+    port, ranks = free_port(), range(num_ranks)
     with tempfile.TemporaryDirectory(prefix="vime-ranks-") as tmp:
-        call = Path(tmp, "call.pkl")
-        call.write_bytes(pickle.dumps((fn.__code__.co_filename, fn.__name__, kwargs)))
-        logs = [Path(tmp, f"{rank}.log") for rank in range(num_ranks)]
-        processes = []
-        for rank, log in enumerate(logs):
-            with log.open("wb") as out:
-                argv = [sys.executable, __file__, str(call), str(rank), str(num_ranks), str(port)]
-                env = {**os.environ, **_ENV}
-                processes.append(
-                    subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, env=env)
-                )
+        call = (fn.__code__.co_filename, fn.__name__, kwargs, dict(os.environ))
+        Path(tmp, "call.pkl").write_bytes(pickle.dumps(call))
         try:
-            _wait(processes, time.monotonic() + timeout_s)
-        except RuntimeError as error:
-            output = "\n".join(f"--- rank {i}\n{p.read_text()[-6000:]}" for i, p in enumerate(logs))
+            for rank in ranks:
+                words = json.dumps([tmp, rank, num_ranks, port])
+                _server(rank).stdin.write(f"{words}\n".encode())
+            _wait(num_ranks, time.monotonic() + timeout_s)
+        except BaseException as error:
+            for rank in ranks:
+                _end_server(rank)
+            if not isinstance(error, RuntimeError):
+                raise
+            logs = [Path(tmp, f"{rank}.log") for rank in ranks]
+            output = "\n".join(f"--- {p.stem}\n{p.read_text()[-6000:]}" for p in logs if p.exists())
             raise AssertionError(f"{fn.__name__} on {num_ranks} ranks: {error}\n{output}") from None
-        return [pickle.loads(Path(tmp, f"{rank}.out").read_bytes()) for rank in range(num_ranks)]
+        return [pickle.loads(Path(tmp, f"{rank}.out").read_bytes()) for rank in ranks]
 
 
-def _wait(processes: list[subprocess.Popen], deadline: float) -> None:
+def _server(rank: int) -> subprocess.Popen:
+    import torch
+
+    if rank not in _servers:
+        # CUDA does not survive a fork: with a GPU, each rank imports torch itself.
+        words = [sys.executable, __file__, *([] if torch.cuda.is_available() else ["import"])]
+        _servers[rank] = subprocess.Popen(
+            words,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env={**os.environ, **_ENV},
+            start_new_session=True,
+        )
+    return _servers[rank]
+
+
+def _end_server(rank: int) -> None:
+    """With the rank that it is waiting for."""
+    server = _servers.pop(rank, None)
+    if server is None:
+        return
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+    server.stdin.close()
+    server.stdout.close()
+
+
+def _wait(num_ranks: int, deadline: float) -> None:
+    codes: dict[int, int] = {}
+    while len(codes) < num_ranks:
+        waiting = {_servers[rank].stdout: rank for rank in range(num_ranks) if rank not in codes}
+        left = deadline - time.monotonic()
+        ready, _, _ = select.select(list(waiting), [], [], max(0.0, left))
+        if not ready:
+            raise RuntimeError(f"no end before the deadline; exit codes {codes}")
+        for pipe in ready:
+            codes[waiting[pipe]] = int(pipe.readline() or 1)  # b"": the server itself is gone
+        if any(codes.values()):
+            raise RuntimeError(f"exit codes {codes}")
+
+
+def _serve(*, imports: bool) -> None:
+    """A call a line in, the exit code of its rank out."""
+    out = os.dup(1)
+    os.dup2(2, 1)  # imports may print
+    if imports:
+        from vime.backends.megatron import compat
+
+        compat.apply()  # before Megatron, as in a trainer
+
+        import vime.backends.megatron.training.actor
+        import vime.backends.megatron.training.critic  # noqa: F401
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            _run(*json.loads(line))
+        _, status = os.waitpid(pid, 0)
+        os.write(out, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+
+
+def _run(folder: str, rank: int, num_ranks: int, port: int) -> None:
+    """The life of a rank."""
+    log = os.open(Path(folder, f"{rank}.log"), os.O_WRONLY | os.O_CREAT)
+    for fd in (1, 2):
+        os.dup2(log, fd)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:
-        while True:
-            codes = [p.poll() for p in processes]
-            if any(codes):
-                raise RuntimeError(f"exit codes {codes}")
-            if all(code == 0 for code in codes):
-                return
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"no end before the deadline; exit codes {codes}")
-            time.sleep(0.02)
-    finally:
-        for p in processes:
-            if p.poll() is None:
-                p.kill()
-            p.wait()
-
-
-def _child(call: str, rank: str, num_ranks: str, port: str) -> None:
-    filename, name, kwargs = pickle.loads(Path(call).read_bytes())
-    sys.path.insert(0, str(Path(filename).parent))
-    spec = importlib.util.spec_from_file_location(Path(filename).stem, filename)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    result = getattr(module, name)(int(rank), int(num_ranks), int(port), **kwargs)
-    Path(call).with_name(f"{rank}.out").write_bytes(pickle.dumps(result))
+        filename, name, kwargs, environment = pickle.loads(Path(folder, "call.pkl").read_bytes())
+        os.environ.update(environment | _ENV)
+        sys.path.insert(0, str(Path(filename).parent))
+        spec = importlib.util.spec_from_file_location(Path(filename).stem, filename)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        result = getattr(module, name)(rank, num_ranks, port, **kwargs)
+        Path(folder, f"{rank}.out").write_bytes(pickle.dumps(result))
+    except BaseException:
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)
     sys.stdout.flush()
     os._exit(0)  # process groups may outlive the case; nobody needs an orderly end here
 
 
 if __name__ == "__main__":
-    _child(*sys.argv[1:])
+    _serve(imports="import" in sys.argv[1:])

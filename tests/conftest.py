@@ -1,4 +1,4 @@
-"""What all tests share: what is hidden, what is skipped and why."""
+"""Options and fixtures for all tests: hiding the heavy libraries, skipping tests without GPUs."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer of one token a character, and nothing else."""
+    """A folder that holds only a tokenizer, with one token per character."""
     from tests.unit.fake_engine import write_tokenizer
 
     return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs more GPUs than there are; everything in tests/gpu needs one at least."""
+    """Skips tests that need more GPUs than this machine has. All of tests/gpu need at least one."""
     for item in items:
         if TESTS / "gpu" in item.path.parents and item.get_closest_marker("gpu") is None:
             item.add_marker(pytest.mark.gpu(1))

@@ -1,4 +1,4 @@
-"""Live engines, started once for all tests that need one: a start takes 15 to 40 s on 2 cores."""
+"""Live engines, started once for all tests that use them: a start takes 15 to 40 s on 2 cores."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HEAD_DIM = 32  # the least that vLLM attends with on CPU
+HEAD_DIM = 32  # the smallest that vLLM's attention takes on CPU
 
 
 @dataclass(slots=True)
 class LiveEngine:
-    """A running server with the tiny model that it started from."""
+    """A running server and the tiny model that it started from."""
 
     url: str
     hf_dir: Path
@@ -27,7 +27,7 @@ class LiveEngine:
 
 @pytest.fixture(scope="session")
 def tied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Qwen3 in HF format whose output layer is its embedding."""
+    """A tiny random Qwen3 in HF format, whose output layer is tied to its embedding."""
     from tests.cpu.tiny import write_tiny_hf
 
     return write_tiny_hf(tmp_path_factory.mktemp("tied"), tied=True, head_dim=HEAD_DIM)
@@ -35,7 +35,7 @@ def tied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def untied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Moonlight of dense layers: latent attention, an output layer of its own."""
+    """A tiny random Moonlight with dense layers, latent attention and an untied output layer."""
     from scripts.quickstart.model import make_tokenizer
     from tests.cpu.live_families import shape_for_engine
     from tests.cpu.model_families import make_model
@@ -43,7 +43,7 @@ def untied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, shape = tmp_path_factory.mktemp("untied"), shape_for_engine("Moonlight")
     shape |= {"first_k_dense_replace": 2, "max_position_embeddings": 512}
     make_model(folder, "Moonlight", **shape)
-    make_tokenizer().save_pretrained(folder)  # vLLM wants one, whatever it says
+    make_tokenizer().save_pretrained(folder)  # vLLM refuses a folder without one
     return folder
 
 
@@ -82,7 +82,7 @@ def tied_engine(tied_checkpoint: Path, tmp_path_factory) -> Iterator[LiveEngine]
 
 @pytest.fixture(scope="session")
 def untied_engine(untied_checkpoint: Path, tmp_path_factory) -> Iterator[LiveEngine]:
-    """Decoupled: weights arrive over gloo. Another process owns it, so that it can be killed."""
+    """Decoupled: weights arrive over gloo. Its owner is a process that a test can kill."""
     pytest.importorskip("vllm", reason="needs vLLM")
     from tests.cpu.tiny import make_config
 

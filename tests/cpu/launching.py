@@ -1,4 +1,4 @@
-"""Runs `train.py` as a user does: a process, flags, a folder."""
+"""Runs `train.py` as a user does: in a process of its own, with flags, in a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(slots=True)
 class Job:
-    """One run of an entry point. Flags map to values; None is a switch; "" takes a flag away."""
+    """One run of an entry point. Flags map to values: None makes a switch, "" removes the flag."""
 
     folder: Path
     checkpoint: Path
@@ -67,7 +67,7 @@ class Job:
                 stdin=subprocess.DEVNULL,
                 env=env,
                 start_new_session=True,
-                # a suite that runs in the background of a shell ignores SIGINT, and so would this
+                # a shell starts its background jobs with SIGINT ignored, and children inherit that
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         self.started.append(process)
@@ -83,7 +83,7 @@ class Job:
         assert code == 0, self.log.read_text()[-6000:]
 
     def end(self) -> None:
-        """Ends what a failed test left running."""
+        """Ends the processes that a failed test left running."""
         for process in self.started:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -113,7 +113,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def alive(pids: Iterable[int]) -> list[str]:
-    """Command lines of those processes that still run; zombies do not."""
+    """The command lines of the processes that still run. Zombies do not count."""
     lines = []
     for pid in pids:
         try:

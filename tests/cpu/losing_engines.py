@@ -1,7 +1,9 @@
-"""Hooks that lose the run's engine at moments which a test can name, each moment once.
+"""Hooks that kill the run's engine at given moments, each moment once.
 
-LOSE_IN   rollouts whose requests find it dead
-LOSE_AFTER  rollouts after whose last answer it dies
+Two environment variables hold rollout ids, separated by spaces:
+
+LOSE_IN     the engine dies before the first request of these rollouts
+LOSE_AFTER  the engine dies after the last answer of these rollouts
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def _lose(args: Any, moment: str, rollout_id: int) -> None:
 
 
 def _is_server(pid: int, port: str) -> bool:
-    """Right below its guard, whose words end with the server's; EngineCore is further down."""
+    """Whether `pid` is a server. Its parent, the guard, has the same command line with a prefix."""
     try:
         parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
         own, above = (_words(p) for p in (pid, parent))

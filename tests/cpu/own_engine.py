@@ -1,4 +1,4 @@
-"""Owns one decoupled engine until it is killed: `python -m tests.cpu.own_engine HF_DIR RUN_DIR`."""
+"""Runs one decoupled engine until killed: `python -m tests.cpu.own_engine HF_DIR RUN_DIR`."""
 
 from __future__ import annotations
 

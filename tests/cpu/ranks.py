@@ -157,7 +157,7 @@ def _run(folder: str, rank: int, num_ranks: int, port: int) -> None:
         sys.stdout.flush()
         os._exit(1)
     sys.stdout.flush()
-    os._exit(0)  # process groups may outlive the case; nobody needs an orderly end here
+    os._exit(0)  # an orderly exit could wait for process groups that the case left open
 
 
 if __name__ == "__main__":

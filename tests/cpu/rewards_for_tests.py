@@ -4,9 +4,9 @@ import os
 
 
 async def share_of_sevens(args, sample, **kwargs) -> float:
-    """The share of sevens in the response: a reward that a random model can climb at once.
+    """The share of sevens in the response: a reward that a random model can raise at once.
 
-    Also notes which prompt was trained on, so that a test can compare the order of two runs.
+    It also writes down the prompt, so that a test can compare the order of prompts in two runs.
     """
     if log := os.environ.get("PROMPT_LOG"):
         with open(log, "a") as f:

@@ -1,4 +1,4 @@
-"""A router and rollouts against the shared live engine. Import the fixtures where they are used."""
+"""Fixtures for rollouts against the shared live engine behind a router. Import them by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EVEN = "tests.cpu.rollout_setting.is_even"
 
 
 async def is_even(args, sample, **kwargs):
-    """A reward by chance."""
+    """A random reward, 0 or 1."""
     return float(sample.tokens[-1] % 2 == 0)
 
 
@@ -26,7 +26,7 @@ def router(tied_engine):
 
 @pytest.fixture
 def setting(tied_engine, router, hf, tmp_path):
-    """make(**sections) -> (args, data source): four groups of four, rewarded by chance."""
+    """make(**sections) -> (args, data source): four groups of four samples with random rewards."""
 
     def make(**sections):
         prompts = write_prompts(tmp_path / "p.jsonl", 160)

@@ -1,4 +1,4 @@
-"""The calculator environment with a live engine, which scores what it appended as it stands."""
+"""The calculator environment with a live engine, which also scores the resulting tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vime.types import Status
 def test_turns_are_appended_and_the_engine_agrees_with_every_token(
     setting, tied_engine, monkeypatch
 ):
-    """A random model asks for nothing, so the question is put into its mouth: the rest is real."""
+    """A random model never calls the tool, so the test inserts the calls. The rest is real."""
 
     def always_ask(sample):
         done = sample.response.count(environment.TOOL)

@@ -1,4 +1,4 @@
-"""--debug-rollout-only, then training on what it wrote, each as a user starts it."""
+"""--debug-rollout-only, then training on the rollouts that it saved, both as a user starts them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def make_job(tmp_path, assets, name: str, **flags: str | None) -> Job:
 
 
 def prompts_of(job: Job, folder: Path) -> tuple[set[str], set[str]]:
-    """The prompts of rollout 0, whose end is saved in `folder`, and those of rollout 1."""
+    """(prompts of rollout 0, of rollout 1); saves the data source's state between to `folder`."""
     cfg = parse_config(job.command()[2:])
     cfg = replace(cfg, checkpoint=replace(cfg.checkpoint, save=str(folder)))
     source = RolloutDataSourceWithBuffer(ArgsView(cfg))
@@ -80,6 +80,6 @@ def test_rollouts_are_generated_without_a_trainer_and_trained_on_without_an_engi
         m["rollout/raw_reward"] for m in first.metrics()
     ]
     assert all("train/loss" in m for m in steps)
-    # the same weights: what the engines sampled is what the trainer computes
+    # same weights: the trainer computes the log-probabilities that the engines sampled with
     assert steps[0]["train/train_rollout_logprob_abs_diff"] < 1e-4
     assert not (second.folder / "logs/engine-0.log").exists()

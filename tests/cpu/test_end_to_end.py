@@ -11,7 +11,7 @@ import pytest
 
 from tests.cpu.launching import Job, alive, descendants
 
-EXACT = 1e-4  # float32: trainer and engine measure the same distribution
+EXACT = 1e-4  # in float32, trainer and engine compute the same distribution
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_reward_rises_and_the_engine_never_drifts_from_the_trainer(straight_run)
     assert max(drifts) < EXACT, drifts
     assert abs(steps[0]["train/ppo_kl"]) < 1e-6
     assert abs(steps[0]["train/kl_loss"]) < 1e-6
-    assert steps[-1]["train/kl_loss"] > 1e-6  # the reference stayed where the actor began
+    assert steps[-1]["train/kl_loss"] > 1e-6  # the reference did not move
 
 
 def test_every_step_is_logged_once_with_its_number(straight_run):
@@ -215,7 +215,7 @@ def wait_for_text(process, file: Path, text: str, timeout_s: float = 180) -> Non
 
 
 def wait_for_checkpoint(process, folder: Path, iteration: int) -> list[int]:
-    """The processes below, as soon as the tracker names the iteration."""
+    """Waits until the tracker names the iteration. Returns the run's processes."""
     wait_for_text(process, folder / "latest_checkpointed_iteration.txt", str(iteration))
     return descendants(process.pid)
 

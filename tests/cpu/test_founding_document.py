@@ -1,6 +1,6 @@
-"""What the founding document promises, one test a letter of the list in which it is kept.
+"""The promises (a) to (h) of the founding document, one test for each.
 
-(a) to (e), (g) and (h) run against a live engine wherever an engine takes part.
+Where an engine takes part, the test uses a live one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HERE = __name__
 # -- (a) ---------------------------------------------------------------------------------------
 
 
-def check_reward_nonzero_std(args, samples: list[Sample], **kwargs):  # as the document has it
+def check_reward_nonzero_std(args, samples: list[Sample], **kwargs):  # copied from the document
     rewards = [sample.reward for sample in samples]
     return torch.tensor(rewards, dtype=torch.float).std() > 0.0
 
@@ -50,7 +50,7 @@ def with_a_reason(args, samples, **kwargs):
         ("with_a_reason", {"dull"}),
     ],
 )
-def test_a_the_filter_may_say_a_tensor_a_bool_or_a_reason(setting, name, reasons):
+def test_a_filter_may_return_a_tensor_a_bool_or_a_reason(setting, name, reasons):
     args, source = setting(
         rollout={"max_response_len": 2, "dynamic_filter_path": f"{HERE}.{name}"},
         batch={"prompts": 12, "samples_per_prompt": 2},
@@ -80,7 +80,7 @@ def pop_first_and_note(args, rollout_id, buffer, num_samples):
     return pop_first(args, rollout_id, buffer, num_samples)
 
 
-def test_b_pop_first_works_as_the_document_has_it_and_gets_the_rollout_id(setting):
+def test_b_pop_first_of_the_document_works_and_gets_the_rollout_id(setting):
     assert Plugin("--buffer-filter-path", f"{HERE}.pop_first", BUFFER_FILTER).problem() is None
     path = f"{HERE}.pop_first_and_note"
     args, source = setting(
@@ -131,13 +131,13 @@ def test_c_a_sample_beyond_the_cap_is_a_micro_batch_of_its_own_and_cp_shares_the
     assert (0,) in packs
     totals = [sum(sizes[p] for p in pack) for pack in packs if pack != (0,)]
     assert max(totals) <= cap
-    assert len(totals) == 2  # 1.75 caps of short samples: CP ranks together hold CP x the cap
+    assert len(totals) == 2  # the short samples fill 1.75 caps, and CP ranks share CP caps
 
 
 # -- (d) ---------------------------------------------------------------------------------------
 
 
-def test_d_rollout_num_gpus_is_ignored_under_colocate_and_said_so(tmp_path, capsys):
+def test_d_rollout_num_gpus_is_ignored_under_colocate_with_a_notice(tmp_path, capsys):
     flags = {"--actor-num-gpus-per-node": "4", "--rollout-num-gpus": "6"}
     apart = parse_config(words(tmp_path, flags))
     assert (apart.cluster.rollout_gpus, apart.total_gpus) == (6, 10)
@@ -151,7 +151,7 @@ def test_d_rollout_num_gpus_is_ignored_under_colocate_and_said_so(tmp_path, caps
 
 
 def test_e_evaluation_inherits_what_no_eval_flag_overrides(setting, tmp_path):
-    """Greedy by --rollout-top-k; longer by --eval-max-response-len."""
+    """--rollout-top-k 1 makes it greedy; --eval-max-response-len makes it longer."""
     path = write_prompts(tmp_path / "eval.jsonl", 4)
     evaluation = {"interval": 1, "prompt_data": ["held", str(path)], "samples_per_prompt": 2}
     args, _ = setting(
@@ -180,7 +180,7 @@ PLANS = {
 
 
 def loss_and_gradient(model, batch, dtype):
-    """Each rank adds up its micro-batches; then the ranks are added up, as training does."""
+    """Sums over each rank's micro-batches, then over ranks, as training does."""
     model.zero_grad()
     totals = []
     for rank in range(len(batch.steps[0].micro_batches)):
@@ -200,8 +200,10 @@ def loss_and_gradient(model, batch, dtype):
 
 @pytest.mark.parametrize("per_token", [False, True], ids=["per sample", "per token"])
 def test_f_the_loss_and_its_gradient_do_not_depend_on_how_the_batch_is_split(tmp_path, per_token):
-    """Micro-batches, packing, balancing and data parallel ranks, in float32; with TP, PP, CP and
-    the trainer itself: tests/cpu/test_gradient_parity.py."""
+    """Micro-batches, packing, balancing and data parallel ranks, in float32.
+
+    tests/cpu/test_gradient_parity.py does the same for TP, PP and CP with the trainer itself.
+    """
     model = hf_model(write_tiny_hf(tmp_path / "model", tied=True, num_hidden_layers=1))
     groups = samples_of(4, 4)
     results = {}
@@ -210,7 +212,7 @@ def test_f_the_loss_and_its_gradient_do_not_depend_on_how_the_batch_is_split(tmp
             "none",
             cluster={"actor_gpus_per_node": dp},
             batch={"prompts": 4, "samples_per_prompt": 4} | batch,
-            # rewards as they are: scores of both signs would leave a loss of rounding errors
+            # raw rewards: scores of both signs would cancel to a loss of rounding errors
             algorithm={"per_token_loss": per_token, "normalize_rewards": False},
         )
         results[name] = loss_and_gradient(model, build_train_batch(groups, cfg, 0), torch.float32)
@@ -261,7 +263,7 @@ async def short_for_the_first_two(args, sample, sampling_params):
     return await generate(args, sample, sampling_params)
 
 
-def test_h_the_target_aborts_the_rest_which_goes_on_in_the_next_rollout(setting):
+def test_h_reaching_the_target_aborts_the_rest_which_continues_in_the_next_rollout(setting):
     rollout = {
         "partial": True,
         "over_sampling": 6,
@@ -275,7 +277,7 @@ def test_h_the_target_aborts_the_rest_which_goes_on_in_the_next_rollout(setting)
     waiting = [s for group in source.buffer for s in group]
     assert [s.group_index for s in waiting] == [2, 2, 3, 3, 4, 4, 5, 5]
     assert {s.status for s in waiting} == {Status.ABORTED}
-    assert all(s.response_length < 400 for s in waiting)  # nobody waited for them to finish
+    assert all(s.response_length < 400 for s in waiting)  # the rollout did not wait for them
     begun = {s.index: replace(s) for s in waiting if s.response_length}
     assert begun
     for sample in begun.values():

@@ -1,4 +1,4 @@
-"""Answers made to stop a grader, against real grader processes."""
+"""Answers written to block a grader, against real grader processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vime.rollout import grading
 from vime.rollout.metrics import timed_out
 from vime.types import Status
 
-UNCLOSED = "nest of braces"  # which is no answer; the others would keep a grader busy for long
+UNCLOSED = "nest of braces"  # not an answer; the others would keep a grader busy for years
 HOSTILE = {
     "power tower": "9^{9^{9^{9}}}",
     UNCLOSED: "{" * 100_000,
@@ -19,8 +19,8 @@ HOSTILE = {
 }
 
 
-def test_hostile_answers_cost_their_deadline_and_stop_nothing():
-    """A whole group of them with honest answers between: those keep their rewards."""
+def test_hostile_answers_time_out_and_block_no_other_answer():
+    """A group that alternates hostile and honest answers. The honest ones keep their rewards."""
     honest = {"rm_type": "deepscaler"}
     group = []
     for i, (name, answer) in enumerate(HOSTILE.items()):

@@ -1,4 +1,4 @@
-"""Rollouts made by hand, and what a plain Hugging Face model makes of them."""
+"""Rollouts made by hand, and the losses that a plain Hugging Face model gives them."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def hf_policy_loss(
     entropy_coef: float,
     teacher: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """The mean over sequences of token means of clip + k3 - entropy, written out.
+    """Clipped loss + KL (k3) - entropy, written out: the mean over sequences of token means.
 
-    teacher  log-probabilities, under on-policy distillation
+    teacher  its log-probabilities, for on-policy distillation
     """
     loss = torch.zeros((), dtype=old[0].dtype)
     for i, (seq, old_logp, ref_logp) in enumerate(zip(sequences, old, ref, strict=True)):
@@ -84,7 +84,7 @@ def hf_policy_loss(
 
 
 def named_gradients(model: Any) -> dict[str, Tensor]:
-    """{HF name: gradient of the latest step}, before clipping; not with a sharded optimizer."""
+    """{HF name: gradient of the latest step before clipping}. The optimizer must not be sharded."""
     from vime.backends.megatron.weights.export import export_hf
 
     params = [p for chunk in model.chunks for p in chunk.parameters()]

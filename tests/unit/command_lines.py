@@ -1,4 +1,4 @@
-"""Command lines for the configuration's tests: files that exist and flags that parse."""
+"""Command lines for tests of the configuration, with files that exist and flags that parse."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write_prompts(path: Path, num_rows: int = 4) -> Path:
 
 
 def words(folder: Path, changes: Flags) -> list[str]:
-    """A command line that parses, with `changes` made to it. A value's words are split."""
+    """A command line that parses, with `changes` applied. Values are split at spaces."""
     flags: Flags = {
         "--hf-checkpoint": str(write_checkpoint(folder / "hf")),
         "--prompt-data": str(write_prompts(folder / "train.jsonl")),

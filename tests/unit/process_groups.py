@@ -1,4 +1,4 @@
-"""Who is alive: tests start servers and end them."""
+"""Which processes are alive, for tests that start servers and end them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def group_members(pgid: int) -> list[int]:
-    """Live processes of a group: server, EngineCore and all."""
+    """The live processes of a group: the server, EngineCore and their children."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

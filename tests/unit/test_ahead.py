@@ -1,4 +1,4 @@
-"""A rollout generated ahead of training, through its file and back."""
+"""A rollout generated ahead of training is saved with the checkpoint and loaded again."""
 
 import re
 
@@ -22,7 +22,7 @@ def rollout(rollout_id: int, **fields) -> Ahead:
     return Ahead(rollout_id, output, {"sample_offset": 4, "buffer": []})
 
 
-def test_what_was_generated_ahead_comes_back_with_the_checkpoint_before_it(cfg, tmp_path):
+def test_a_rollout_generated_ahead_belongs_to_the_checkpoint_before_it(cfg, tmp_path):
     kept = rollout(6, reward=1.0, metadata={"turns": [1]})
     save_ahead(cfg, 5, kept)
     assert load_ahead(cfg, 5) == kept
@@ -31,14 +31,14 @@ def test_what_was_generated_ahead_comes_back_with_the_checkpoint_before_it(cfg, 
 
 
 @pytest.mark.parametrize("latest", [None, rollout(5)], ids=["none", "trained already"])
-def test_without_a_rollout_ahead_that_of_an_earlier_attempt_goes(cfg, latest):
+def test_without_a_rollout_ahead_the_file_of_an_earlier_attempt_is_deleted(cfg, latest):
     save_ahead(cfg, 5, rollout(6))
     save_ahead(cfg, 5, latest)
     assert load_ahead(cfg, 5) is None
     assert not ahead_path(cfg.checkpoint.save, 5).exists()
 
 
-def test_other_sampling_flags_have_it_generated_again(cfg, caplog):
+def test_other_sampling_flags_make_it_generate_again(cfg, caplog):
     save_ahead(cfg, 5, rollout(6))
     warmer = make_config(
         "none", checkpoint={"load": cfg.checkpoint.save}, rollout={"temperature": 2.0}
@@ -47,7 +47,7 @@ def test_other_sampling_flags_have_it_generated_again(cfg, caplog):
     assert "other sampling flags" in caplog.text
 
 
-def test_a_damaged_file_is_named_with_its_remedy(cfg):
+def test_a_damaged_file_is_named_with_a_remedy(cfg):
     save_ahead(cfg, 5, rollout(6))
     path = ahead_path(cfg.checkpoint.save, 5)
     path.write_bytes(path.read_bytes()[:-200])
@@ -55,7 +55,7 @@ def test_a_damaged_file_is_named_with_its_remedy(cfg):
         load_ahead(cfg, 5)
 
 
-def test_numpy_rewards_come_back_plain_and_what_would_not_is_refused_before_the_commit(cfg):
+def test_numpy_rewards_become_plain_and_unsavable_values_are_refused_before_the_commit(cfg):
     save_ahead(cfg, 5, rollout(6, reward=np.float64(0.5)))
     found = load_ahead(cfg, 5)
     assert found is not None

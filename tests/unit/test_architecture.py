@@ -1,4 +1,4 @@
-"""The arrows between rooms, read from the imports. docs/architecture.md draws them."""
+"""The imports between rooms, as docs/architecture.md draws them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "vime"
 
-# A room imports from lower ones only. Rooms of one height do not know each other.
+# A room imports only from lower rooms. Rooms of equal height do not import each other.
 HEIGHT = {
     "errors": 0,
     "files": 0,
@@ -36,13 +36,13 @@ HEIGHT = {
     "ray": 10,
     "__main__": 11,
 }
-FORBIDDEN = {  # further than height says
+FORBIDDEN = {  # beyond what the heights forbid
     "observe": {"platform"},
     "backends.vllm": {"rollout", "rollout.rm_hub", "cli"},
     "backends.megatron": {"rollout", "rollout.rm_hub", "cli"},
     "ray": {"cli"},
 }
-ONLY_HOME = {  # a library: the places that may import it
+ONLY_HOME = {  # {library: the places that may import it}
     "ray": ("vime/ray/", "train.py", "train_async.py"),
     "megatron": ("vime/backends/megatron/",),
     "vllm": ("vime/backends/vllm/plugin",),
@@ -62,7 +62,7 @@ def sources() -> list[Path]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Every module that a file imports anywhere, as "vime.data.packing" or "vime.data.x"."""
+    """The modules that a file imports anywhere, as "vime.data.packing" or "vime.data.packing.x"."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -115,8 +115,8 @@ def test_a_library_has_one_home(library):
     assert [user for user in users if not user.startswith(ONLY_HOME[library])] == []
 
 
-def test_rooms_without_the_stack_import_where_it_is_missing():
-    """Ray, Megatron and vLLM need not be installed for what does not start them."""
+def test_rooms_above_no_stack_import_without_it():
+    """Rooms that start neither Ray, Megatron nor vLLM work where these are not installed."""
     rooms = ("config", "cli", "algorithms", "data", "rollout", "observe")
     modules = [name_of(p) for r in rooms for p in (PACKAGE / r).rglob("*.py")]
     modules = [name.removesuffix(".__init__") for name in modules]

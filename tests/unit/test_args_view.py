@@ -1,4 +1,4 @@
-"""What plugins read: every flag by its name, resolved, and never to be written."""
+"""The read-only `args` that plugins get: every flag by its name, with its resolved value."""
 
 import copy
 import pickle
@@ -16,14 +16,14 @@ def view(folder, changes: Flags | None = None, **runtime) -> ArgsView:
     return ArgsView(parse_config(words(folder, changes or {})), **runtime)
 
 
-def test_every_flag_is_read_by_its_name(tmp_path):
+def test_every_flag_can_be_read_by_its_name(tmp_path):
     args = view(tmp_path)
     specs = [s for name in SECTIONS for s in flags_in(type(getattr(args.config, name))).values()]
     assert len(specs) > 200
     assert [spec.name for spec in specs if not hasattr(args, spec.dest)] == []
 
 
-def test_flags_keep_their_outside_spelling(tmp_path):
+def test_flags_keep_their_command_line_spelling(tmp_path):
     args = view(tmp_path, {"--lr": "2e-4", "--reward-key": "score"})
     assert (args.rollout_batch_size, args.n_samples_per_prompt) == (32, 8)
     assert (args.lr, args.reward_key, args.rm_type) == (2e-4, "score", "math")
@@ -39,18 +39,18 @@ def test_derived_values_are_resolved(tmp_path):
     assert (args.num_steps_per_rollout, args.global_batch_size) == (1, 256)
 
 
-def test_evaluation_inherits_what_no_eval_flag_sets(tmp_path):
+def test_evaluation_inherits_rollout_flags_that_no_eval_flag_overrides(tmp_path):
     args = view(tmp_path, {"--rollout-temperature": "0.7", "--eval-max-response-len": "2048"})
     assert (args.eval_temperature, args.eval_top_p, args.eval_top_k) == (0.7, 1.0, -1)
     assert (args.eval_max_response_len, args.rollout_max_response_len) == (2048, 1024)
     assert (args.eval_input_key, args.eval_label_key) == ("prompt", "label")
 
 
-def test_an_eval_flag_of_zero_is_not_overridden(tmp_path):
+def test_an_eval_flag_of_zero_overrides_too(tmp_path):
     assert view(tmp_path, {"--eval-temperature": "0"}).eval_temperature == 0.0
 
 
-def test_negations_read_as_their_own_names(tmp_path):
+def test_a_negated_flag_has_its_own_name_too(tmp_path):
     args = view(tmp_path, {"--disable-grpo-std-normalization": None})
     assert args.disable_grpo_std_normalization is True
     assert args.grpo_std_normalization is False
@@ -62,7 +62,7 @@ def test_model_args_and_vllm_flags_are_there(tmp_path):
     assert args.vllm_max_model_len == "4096"
 
 
-def test_what_only_a_running_job_knows_is_added(tmp_path):
+def test_values_known_only_while_a_job_runs_are_added(tmp_path):
     args = view(tmp_path, vllm_router_ip="127.0.0.1", vllm_router_port=8123)
     assert (args.vllm_router_ip, args.vllm_router_port) == ("127.0.0.1", 8123)
 
@@ -76,21 +76,21 @@ def test_writing_says_what_to_do_instead(tmp_path):
     assert args.lr == 1e-6
 
 
-def test_an_unknown_name_gives_the_nearest(tmp_path):
+def test_an_unknown_name_suggests_the_nearest(tmp_path):
     args = view(tmp_path)
     with pytest.raises(AttributeError, match=r"Did you mean args.rollout_batch_size\?"):
         _ = args.rollout_batchsize
     assert getattr(args, "nothing_like_it", None) is None
 
 
-def test_it_travels_to_other_processes(tmp_path):
+def test_it_can_be_sent_to_other_processes(tmp_path):
     args = view(tmp_path, vllm_router_port=8123)
     for twin in (pickle.loads(pickle.dumps(args)), copy.deepcopy(args)):
         assert twin.config == args.config
         assert twin.vllm_router_port == 8123
 
 
-def test_values_of_the_users_own_stand_beside_the_flags(tmp_path):
+def test_a_users_own_values_stand_beside_the_flags(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text("tool_url: http://127.0.0.1:9\nlimits: {calls: 3}\n")
     args = view(tmp_path, {"--custom-config-path": str(own)})
@@ -108,7 +108,7 @@ def test_values_of_the_users_own_stand_beside_the_flags(tmp_path):
         (None, "cannot be read"),
     ],
 )
-def test_a_file_of_own_values_that_cannot_be_used_is_refused(capsys, tmp_path, text, words):
+def test_an_unusable_file_of_own_values_is_refused(capsys, tmp_path, text, words):
     own = tmp_path / "own.yaml"
     if text is not None:
         own.write_text(text)

@@ -1,4 +1,4 @@
-"""The arithmetic example's prompts and reward, and the benchmark's reading of its curve."""
+"""The prompts and reward of the arithmetic example, and the learning curve of its benchmark."""
 
 import asyncio
 import json
@@ -43,7 +43,7 @@ def work_of(row: dict) -> str:
     return given(row) + row["metadata"]["work"]
 
 
-def test_held_out_problems_are_not_among_the_prompts_or_the_examples(files):
+def test_held_out_problems_are_in_neither_the_prompts_nor_the_examples(files):
     train, two, three = (
         {question(r) for r in files[n]} for n in ("train", "two_digits", "three_digits")
     )
@@ -52,7 +52,7 @@ def test_held_out_problems_are_not_among_the_prompts_or_the_examples(files):
     assert not (train | two | three) & {str(e) for examples in EXAMPLES.values() for e in examples}
 
 
-def test_every_label_is_the_answer_and_none_is_below_0(files):
+def test_every_label_is_the_right_answer_and_none_is_negative(files):
     for row in [row for rows in files.values() for row in rows]:
         assert int(row["label"]) == eval(question(row)) >= 0
         *lines, answer = work_of(row).splitlines()
@@ -61,7 +61,7 @@ def test_every_label_is_the_answer_and_none_is_below_0(files):
         assert all(eval(line.replace("=", "==")) for line in lines)
 
 
-def test_training_prompts_end_after_any_digit_and_held_out_ones_before_the_first(files):
+def test_training_prompts_stop_after_any_digit_and_held_out_prompts_before_the_first(files):
     twos = [row for row in files["train"] if len(question(row).split()[0]) == 2]
     ends = Counter(len(given(row)) for row in twos if len(work_of(row)) == len(WORK))
     assert set(ends) == {0, 1, 2, 6, 7, 11, 12, 14, 15, 19, 23, 24}
@@ -72,7 +72,7 @@ def test_training_prompts_end_after_any_digit_and_held_out_ones_before_the_first
     assert not any(given(row) for name in ("two_digits", "three_digits") for row in files[name])
 
 
-def test_digits_and_signs_come_in_even_shares(files):
+def test_digits_and_signs_are_evenly_distributed(files):
     for name, share in (("train", 0.5), ("two_digits", 1), ("three_digits", 0)):
         rows = files[name]
         two = sum(len(question(r).split()[0]) == 2 for r in rows)
@@ -81,7 +81,7 @@ def test_digits_and_signs_come_in_even_shares(files):
         assert plus / len(rows) == pytest.approx(0.5, abs=0.1)
 
 
-def test_a_prompt_shows_two_problems_of_its_kind_as_it_is_to_be_worked():
+def test_a_prompt_shows_two_worked_problems_of_its_kind():
     messages = prompt(Problem(123, "+", 456))["prompt"]
     assert [m["role"] for m in messages] == ["system", *["user", "assistant"] * 2, "user"]
     assert [m["content"] for m in messages[1:]] == [
@@ -116,9 +116,9 @@ def test_an_answer_is_right_or_wrong(response, status, reward):
 
 
 def trained_on(hf, *groups):
-    """What the trainer's rank is given of groups of (response, reward): (sequences, advantages).
+    """(sequences, advantages) that a trainer rank gets from groups of (response, reward).
 
-    `hf` has a token a character; <|im_end|> is one.
+    The tokenizer in `hf` has one token per character, and <|im_end|> is one token.
     """
     algorithm = {"advantage_estimator": "maxrl", "per_token_loss": True}
     cfg = make_config(hf, batch={"prompts": len(groups)}, algorithm=algorithm)
@@ -143,8 +143,8 @@ def trained_on(hf, *groups):
     return batch.sequences, token_advantages(args, list(batch.sequences), None, None)
 
 
-def test_a_token_is_compared_with_those_after_the_same_beginning(hf):
-    """Two right samples and one that is wrong at its 9th token, of which the 10th is not read."""
+def test_a_token_is_compared_with_tokens_after_the_same_prefix(hf):
+    """Two right samples and one that is wrong at its 9th token. Its 10th token is ignored."""
     (right, _, wrong, other), advantages = trained_on(
         hf, [("1 + 2 = 3", 1.0), ("1 + 2 = 3", 1.0), ("1 + 2 = 43", 0.0)], [("3", 1.0)]
     )
@@ -158,27 +158,27 @@ def test_a_token_is_compared_with_those_after_the_same_beginning(hf):
     assert (right.raw_reward, wrong.raw_reward) == (1, 0)
 
 
-def test_another_way_to_a_right_answer_is_no_mistake(hf):
+def test_another_way_to_a_right_answer_is_not_a_mistake(hf):
     _, advantages = trained_on(hf, [("1 + 2 = 3", 1.0), ("2 + 1 = 3", 1.0), ("2 + 4", 0.0)])
-    mean = 2 / 3  # two of the three begin rightly; then each has a way of its own
+    mean = 2 / 3  # two of the three start right, and then differ
     assert advantages[0].tolist() == pytest.approx([(1 - mean) / mean] + [0] * 9)
     assert advantages[1].tolist() == pytest.approx([(1 - mean) / mean] + [0] * 9)
     assert advantages[2].tolist() == pytest.approx([-1, 0, 0, 0, 0, 0])
 
 
-def test_a_group_that_is_wrong_alike_has_nothing_to_compare(hf):
+def test_a_group_with_the_same_wrong_answer_has_nothing_to_compare(hf):
     _, advantages = trained_on(hf, [("1 + 2 = 4", 0.0)] * 2)
     assert advantages[0].tolist() == [0] * 10
 
 
-def test_a_response_that_was_cut_before_any_mistake_has_none(hf):
+def test_a_response_cut_before_any_mistake_has_no_mistake(hf):
     (cut, _), advantages = trained_on(hf, [("1 + 2", None), ("2", 0.0)])
     assert cut.loss_mask.tolist() == [1] * 5
     assert advantages[0].tolist() == pytest.approx([1, 0, 0, 0, 0])
     assert advantages[1].tolist() == pytest.approx([-1, 0])
 
 
-def test_the_target_is_met_at_the_first_evaluation_that_reaches_it():
+def test_the_target_counts_as_met_at_the_first_evaluation_that_reaches_it():
     def evaluated(step: int, time: float, two: float, three: float) -> dict:
         rates = {"two_digits": two, "three_digits": three}
         tokens = {f"eval/{name}-response_len": 30.0 for name in rates}

@@ -1,4 +1,4 @@
-"""The bar of the converters, where no terminal is."""
+"""The converters' progress bar, with and without a terminal."""
 
 from __future__ import annotations
 

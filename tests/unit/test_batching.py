@@ -1,4 +1,4 @@
-"""Every token's weight is final before training starts, whatever happened to its neighbours."""
+"""The batch gives each token its final weight, whatever happened to other samples."""
 
 import dataclasses
 import json
@@ -64,7 +64,7 @@ def sample(index, group, response=3, reward=0.0, prompt=2, **kw):
 
 
 def two_groups(**changes):
-    """Rewards 1 0 | 1 1, responses of 2, 4, 3, 1 tokens; changes: {index: fields}."""
+    """Rewards 1 0 | 1 1, responses of 2, 4, 3, 1 tokens; `changes` is {s + index: fields}."""
     samples = [
         sample(0, 0, response=2, reward=1.0),
         sample(1, 0, response=4, reward=0.0),
@@ -112,7 +112,7 @@ def test_scores_are_relative_to_the_group():
     assert m["perf/packing_efficiency"] == 18 / 64
 
 
-def test_a_removed_sample_counts_in_its_group_and_its_step_and_weighs_nothing():
+def test_a_removed_sample_counts_in_its_group_and_step_but_has_no_weight():
     batch = build_train_batch(two_groups(s1={"remove_sample": True}), make_config(), 0)
     assert batch.sequences[1].weight.sum() == 0
     assert batch.sequences[0].reward == pytest.approx(0.707106, abs=1e-5)
@@ -123,10 +123,10 @@ def test_a_removed_sample_counts_in_its_group_and_its_step_and_weighs_nothing():
 @pytest.mark.parametrize(
     "fields", [{"status": Status.FAILED, "failure": "grader died"}, {"reward": None}]
 )
-def test_a_failed_sample_is_out_of_the_loss_and_the_statistics_and_is_counted(fields):
+def test_a_failed_sample_is_counted_but_has_no_part_in_loss_and_statistics(fields):
     batch = build_train_batch(two_groups(s1=fields), make_config(), 0)
     assert [s.index for s in batch.sequences] == [0, 2, 3]
-    assert batch.sequences[0].reward == 0.0  # alone in its group now
+    assert batch.sequences[0].reward == 0.0  # now alone in its group
     assert batch.metrics["rollout/failed_samples"] == 1
     assert batch.metrics["rollout/raw_reward"] == 1.0
     assert sum(s.weight.sum() for s in batch.sequences) == pytest.approx(1.0)
@@ -138,7 +138,7 @@ def test_all_samples_failed_is_an_error_with_the_reason():
         build_train_batch(groups, make_config(1, 1), 3)
 
 
-def test_an_empty_response_counts_in_the_statistics_and_has_no_sequence():
+def test_an_empty_response_counts_in_the_statistics_but_has_no_sequence():
     empty = {"tokens": [1, 2], "response_length": 0, "rollout_log_probs": []}
     batch = build_train_batch(two_groups(s1=empty), make_config(), 0)
     assert [s.index for s in batch.sequences] == [0, 2, 3]
@@ -157,7 +157,7 @@ def test_a_list_that_does_not_match_the_response_is_refused(name):
         build_train_batch(two_groups(s2={name: [1]}), make_config(), 0)
 
 
-def test_the_reward_key_picks_from_a_dict_and_a_missing_one_is_named():
+def test_the_reward_key_picks_from_a_dict_and_a_missing_key_is_named():
     groups = [[sample(0, 0, reward={"acc": 1.0}), sample(1, 0, reward={"acc": 0.0})]]
     cfg = make_config(1, 2, reward={"reward_key": "acc"})
     assert build_train_batch(groups, cfg, 0).metrics["rollout/raw_reward"] == 0.5
@@ -165,14 +165,14 @@ def test_the_reward_key_picks_from_a_dict_and_a_missing_one_is_named():
         build_train_batch(groups, make_config(1, 2, reward={"reward_key": "score"}), 0)
 
 
-def test_sft_needs_neither_rewards_nor_sampled_log_probabilities():
+def test_sft_needs_neither_rewards_nor_rollout_log_probabilities():
     groups = [[sample(0, 0, reward=None, rollout_log_probs=None)]]
     batch = build_train_batch(groups, make_config(1, 1, algorithm={"loss_type": "sft_loss"}), 0)
     assert batch.sequences[0].rollout_logp is None
     assert "rollout/raw_reward" not in batch.metrics
 
 
-def test_a_missing_sampled_log_probability_stays_missing():
+def test_missing_rollout_log_probabilities_stay_missing():
     batch = build_train_batch(two_groups(s2={"rollout_log_probs": None}), make_config(), 0)
     assert batch.sequences[2].rollout_logp is None
     assert batch.sequences[1].rollout_logp is not None
@@ -185,7 +185,7 @@ def test_a_step_whose_samples_all_failed_is_left_out():
     assert sum(s.weight.sum() for s in batch.sequences) == pytest.approx(1.0)
 
 
-def test_forward_only_passes_get_their_own_packing_when_asked():
+def test_forward_only_passes_have_their_own_packing_on_request():
     assert build_train_batch(two_groups(), make_config(), 0).forward is None
     cfg = make_config(max_tokens_per_gpu=6, log_probs_max_tokens_per_gpu=100)
     batch = build_train_batch(two_groups(), cfg, 0)
@@ -231,13 +231,13 @@ def test_weights_do_not_care_how_tokens_are_split(lengths, dp, steps, dynamic, b
         np.testing.assert_array_equal(a.weight, b.weight)
 
 
-def test_a_sequence_without_loss_tokens_weighs_nothing_in_both_modes():
+def test_a_sequence_without_loss_tokens_has_no_weight_in_both_modes():
     masks = [np.zeros(3, np.float32), np.ones(2, np.float32)]
     assert [w.sum() for w in token_weights(masks, per_token=False)] == [0.0, 0.5]
     assert [w.sum() for w in token_weights(masks, per_token=True)] == [0.0, 1.0]
 
 
-def test_dr_grpo_divides_by_a_constant_and_never_by_a_std():
+def test_dr_grpo_divides_by_a_constant_and_not_by_a_std():
     cfg = make_config(algorithm={"advantage_estimator": "dr_grpo"})  # responses of up to 1024
     batch = build_train_batch(two_groups(), cfg, 0)
     assert [s.reward for s in batch.sequences] == [0.5, -0.5, 0.0, 0.0]
@@ -249,14 +249,14 @@ def test_a_response_in_the_overlong_buffer_loses_reward_before_the_baseline():
     cfg = make_config(
         algorithm={"overlong_buffer_len": 1022, "overlong_penalty": 511.0, "grpo_std": False}
     )
-    batch = build_train_batch(two_groups(), cfg, 0)  # up to 2 tokens are free, each more costs 0.5
+    batch = build_train_batch(two_groups(), cfg, 0)  # 2 tokens are free, each more costs 0.5
     # rewards 1 and 0 - 1, then 1 - 0.5 and 1
     assert [s.reward for s in batch.sequences] == pytest.approx([1.0, -1.0, -0.25, 0.25])
     assert [s.raw_reward for s in batch.sequences] == [1.0, 0.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("flag", ["use_rollout_logprobs", "use_tis", "mismatch_metrics"])
-def test_what_needs_the_engines_log_probabilities_names_the_sample_that_lacks_one(flag):
+def test_a_missing_log_probability_that_a_flag_needs_is_refused_with_its_sample(flag):
     cfg = make_config(algorithm={flag: True})
     assert build_train_batch(two_groups(), cfg, 0)
     masked = {"rollout_log_probs": [-1.0, float("nan"), -1.0], "loss_mask": [1, 0, 1]}
@@ -266,7 +266,7 @@ def test_what_needs_the_engines_log_probabilities_names_the_sample_that_lacks_on
             build_train_batch(two_groups(s2={"rollout_log_probs": missing}), cfg, 0)
 
 
-def test_a_users_weights_take_the_place_of_the_mean_and_respect_the_mask():
+def test_a_users_weights_replace_the_mean_and_respect_the_mask():
     groups = two_groups(s1={"loss_mask": [1, 0, 0, 1]})
     batch = build_train_batch(
         groups, make_config(), 0, weigh=lambda masks, per_token: [0.5 + 0 * m for m in masks]
@@ -282,21 +282,21 @@ def test_a_reward_that_is_not_finite_is_refused_with_the_samples_index(reward):
         build_train_batch(groups, make_config(), 0)
 
 
-def test_a_group_of_one_has_a_sequence_and_no_advantage():
+def test_a_group_of_one_has_a_sequence_but_no_advantage():
     batch = build_train_batch([[sample(0, 0, reward=5.0)]], make_config(1, 1), 0)
     (seq,) = batch.sequences
     assert seq.reward == 0.0
     assert seq.weight.sum() == pytest.approx(1.0)
 
 
-def test_a_sample_whose_tokens_are_all_masked_counts_in_the_step_and_weighs_nothing():
+def test_a_fully_masked_sample_counts_in_the_step_but_has_no_weight():
     batch = build_train_batch(two_groups(s0={"loss_mask": [0, 0]}), make_config(), 0)
     assert batch.sequences[0].weight.tolist() == [0.0, 0.0]
     assert batch.sequences[1].reward == pytest.approx(-0.707106, abs=1e-5)
     np.testing.assert_allclose(batch.sequences[1].weight, 1 / 16)
 
 
-def test_balancing_by_flops_asks_the_model(tmp_path):
+def test_balancing_by_flops_depends_on_the_model(tmp_path):
     shape = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     shape |= {"intermediate_size": 16, "vocab_size": 100}
     (tmp_path / "config.json").write_text(json.dumps(shape))
@@ -309,7 +309,7 @@ def test_balancing_by_flops_asks_the_model(tmp_path):
     assert PackingRules.of(make_config()).attention_equals_rest == ATTENTION_EQUALS_REST
 
 
-def test_a_batch_names_the_newest_weights_that_made_a_token_with_loss():
+def test_a_batch_names_the_newest_weights_that_generated_a_token_with_loss():
     groups = [[sample(0, 0, weight_versions=[3, 3, 4]), sample(1, 0, weight_versions=[-1] * 3)]]
     assert build_train_batch(groups, make_config(1), 0).weight_version == 4
     groups[0][0].loss_mask = [1, 1, 0]

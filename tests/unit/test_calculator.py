@@ -1,4 +1,4 @@
-"""The example's tool and environment, without an engine: limits, tokens, loss mask."""
+"""The tool and environment of the calculator example, without an engine."""
 
 import subprocess
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_the_tool_computes_arithmetic_and_nothing_else(calculator, expression, r
         ("1" * 100_000, "error: too long"),
     ],
 )
-def test_a_hostile_expression_meets_its_limit_and_the_next_one_is_answered(
+def test_a_hostile_expression_hits_a_limit_and_the_next_expression_is_answered(
     calculator, hostile, answer
 ):
     assert calculator.run(hostile) == answer
@@ -62,7 +62,7 @@ def test_a_hostile_expression_meets_its_limit_and_the_next_one_is_answered(
         assert calculator.run("1+1") == "2"
 
 
-def test_the_tool_runs_in_a_process_of_its_own_with_limits(calculator):
+def test_the_tool_runs_in_its_own_process_with_limits(calculator):
     calculator.run("1")
     pid = calculator._process.pid
     limits = Path(f"/proc/{pid}/limits").read_text()
@@ -92,10 +92,10 @@ def config(hf, tmp_path):
 
 
 def turns(*texts):
-    """Answers a request by how many turns its tokens hold already."""
+    """The answer to a request depends on the number of turns in its tokens."""
 
     def answer(tokens, params):
-        asked = tokens.count(END) // 2  # the user's, then a call and its result a turn
+        asked = tokens.count(END) // 2  # the user's turn, then a call and a result for each turn
         return [*ids_of(texts[min(asked, len(texts) - 1)]), END], 0.001
 
     return answer
@@ -107,7 +107,7 @@ def run(engine, cfg, rollout_id=0, source=None):
     return generate_rollout(args, rollout_id, source), source
 
 
-def test_a_call_is_answered_in_a_tool_turn_without_loss_and_nothing_is_encoded_again(config):
+def test_a_call_gets_a_tool_turn_without_loss_and_no_token_is_encoded_twice(config):
     with FakeEngine(turns("calc: 3-3", "\\boxed{0}")) as engine:
         output, _ = run(engine, config())
         sent = [body["token_ids"] for body in engine.log]
@@ -125,7 +125,7 @@ def test_a_call_is_answered_in_a_tool_turn_without_loss_and_nothing_is_encoded_a
     assert sample.non_generation_time > 0
     prompt_ids = sample.tokens[: sample.prompt_length]
     assert sent.count(prompt_ids) == 2  # two samples
-    assert sent.count(prompt_ids + call + seen) == 2  # the call's tokens as they were sampled
+    assert sent.count(prompt_ids + call + seen) == 2  # the call's tokens exactly as sampled
     batch = build_train_batch(output.samples, config(), 0)
     weights = batch.sequences[0].weight
     assert float(weights[len(call) : len(call) + len(seen)].sum()) == 0.0
@@ -133,7 +133,7 @@ def test_a_call_is_answered_in_a_tool_turn_without_loss_and_nothing_is_encoded_a
     assert output.metrics["perf/non_generation_time/mean"] > 0
 
 
-def test_calls_end_after_the_last_that_is_allowed(config):
+def test_calls_end_at_the_maximum(config):
     with FakeEngine(turns("calc: 1+1")) as engine:
         output, _ = run(engine, config())
     sample = output.samples[0][0]
@@ -166,7 +166,7 @@ def test_a_call_is_the_whole_of_the_last_turn(response, expression):
     assert environment.find_call(sample) is None
 
 
-def test_demonstrations_look_as_the_environment_writes_them_and_have_no_loss_on_the_tool(hf):
+def test_demonstrations_look_like_the_environments_turns_without_loss_on_the_tool(hf):
     import random
 
     from vime.data.chat import load_tokenizer

@@ -6,15 +6,22 @@ Besides this file only the layer spec, the transports and offloading name cuda, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+# Without one of these (Linux, Tegra, WSL) there is no CUDA, and torch, which takes seconds to
+# import, need not be asked.
+_DEVICE_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvmap", "/dev/dxg")
 
 
 @dataclass(frozen=True, slots=True)
 class Platform:
     device_type: str  # "cuda" or "cpu"
     collectives: str  # torch.distributed backend
-    default_dtype: torch.dtype
+    default_dtype: str
     ray_resource: str  # Ray's name for the resource of one slot in a placement group
 
     @property
@@ -22,16 +29,24 @@ class Platform:
         return self.device_type == "cuda"
 
     def device(self, local_rank: int = 0) -> torch.device:
+        import torch
+
         return torch.device("cuda", local_rank) if self.is_cuda else torch.device("cpu")
 
     def dtype(self, name: str) -> torch.dtype:
         """`--dtype` resolved: "auto", "float32" or "bfloat16"."""
-        return self.default_dtype if name == "auto" else getattr(torch, name)
+        import torch
+
+        return getattr(torch, self.default_dtype if name == "auto" else name)
 
 
-CUDA = Platform("cuda", "nccl", torch.bfloat16, "GPU")
-CPU = Platform("cpu", "gloo", torch.float32, "CPU")
+CUDA = Platform("cuda", "nccl", "bfloat16", "GPU")
+CPU = Platform("cpu", "gloo", "float32", "CPU")
 
 
 def current() -> Platform:
+    if not any(Path(file).exists() for file in _DEVICE_FILES):
+        return CPU
+    import torch
+
     return CUDA if torch.cuda.is_available() else CPU

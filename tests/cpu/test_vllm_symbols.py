@@ -216,6 +216,8 @@ def test_wrong_flags_are_refused_with_the_nearest_name_and_right_ones_remembered
     assert check_vllm_flags(right) == []
     wrong = make_config(tied_checkpoint, engine={"vllm_args": {"stream_intervall": "4"}})
     assert "Did you mean --vllm-stream-interval?" in check_vllm_flags(wrong)[0]
+    again = {p.split()[0].rstrip(":"): p for p in check_vllm_flags(cfg)}
+    assert again == problems
 
 
 def test_importing_our_rooms_does_not_import_vllm():

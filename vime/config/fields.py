@@ -125,10 +125,14 @@ class Section:
         paths = value if isinstance(value, list) else [value] if value else []
         return [Plugin(spec.name, path, asked[0] if asked else spec.hook) for path in paths]
 
-    def all_plugins(self) -> list[Plugin]:
-        """Every function that this section names."""
-        hooks = [name for name, spec in flags_in(type(self)).items() if spec.hook]
-        return [plugin for name in hooks for plugin in self.plugins(name)]
+    def own_plugins(self) -> list[Plugin]:
+        """Every function that this section names and that is not vime's default."""
+        return [
+            plugin
+            for f in fields(self)
+            if (spec := flag_of(f)) and spec.hook and getattr(self, f.name) != default_of(f)
+            for plugin in self.plugins(f.name)
+        ]
 
     def problems(self) -> Iterator[str]:
         """Values of this section that do not fit each other."""

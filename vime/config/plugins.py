@@ -22,7 +22,7 @@ def plugins_named_in(cfg: Config) -> Iterator[Plugin]:
 
 def _plugins_in(cfg: Config) -> Iterator[Plugin]:
     for section in fields(cfg):
-        yield from getattr(cfg, section.name).all_plugins()
+        yield from getattr(cfg, section.name).own_plugins()
 
 
 def check_plugins(cfg: Config) -> list[str]:

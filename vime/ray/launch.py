@@ -1,4 +1,7 @@
-"""From a configuration to a run that is ready for its loop, and back to a quiet machine."""
+"""From a configuration to a run that is ready for its loop, and back to a quiet machine.
+
+Ray is imported when a run starts, not before: `--help` and the refusal of a flag take no seconds.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
-
-import ray
+from typing import TYPE_CHECKING, Any
 
 from vime.config import Config
 from vime.config.view import resolved
 from vime.errors import ConfigError
-from vime.observe import RunLog
 from vime.platform import current
-from vime.ray.placement_group import local_slots, place
-from vime.ray.run import Run
+from vime.ray.slots import local_slots
+
+if TYPE_CHECKING:
+    from vime.ray.run import Run
 
 
 @contextmanager
@@ -27,6 +29,10 @@ def launch(cfg: Config) -> Iterator[Run]:
 
     SIGTERM ends a run as Ctrl-C does, so no process is left behind when a scheduler stops the run.
     """
+    from vime.observe import RunLog
+    from vime.ray.placement_group import place
+    from vime.ray.run import Run
+
     flags = {name: value for name, value in resolved(cfg).items() if name != "vllm_api_key"}
     with RunLog(cfg.log, fallback_dir=cfg.checkpoint.save, config=flags) as log, _ray(cfg):
         cfg = replace(cfg, log=replace(cfg.log, run_dir=str(log.run_dir)))
@@ -43,6 +49,8 @@ def launch(cfg: Config) -> Iterator[Run]:
 
 @contextmanager
 def _ray(cfg: Config) -> Iterator[None]:
+    import ray
+
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     joining = "RAY_ADDRESS" in os.environ

@@ -7,7 +7,6 @@ generate.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,55 +14,15 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from vime.config import ClusterConfig, Config
+from vime.config import Config
 from vime.errors import ConfigError
 from vime.platform import Platform, current
+from vime.ray.slots import too_many
 from vime.ray.wait import wait, wait_all
 
 # Parts of a bundle that trainer and engine share under --colocate; the sum must stay below 1.
 _SHARE = {"trainer": 0.4, "engine": 0.2}
 _PLACE_TIMEOUT_S = 120.0
-
-
-def local_slots(cluster: ClusterConfig) -> int:
-    """CPU slots of a local Ray on a machine without GPUs: --cpu-slots, or the number of cores."""
-    return cluster.cpu_slots or len(os.sched_getaffinity(0))
-
-
-def check_slots(cfg: Config) -> list[str]:
-    """A problem if the run needs more slots than a Ray cluster on this machine would have.
-
-    `place` asks an existing cluster, after the connection. A dry run needs no slots.
-    """
-    platform = current()
-    if os.environ.get("RAY_ADDRESS") or cfg.debug.dry_run:
-        return []
-    if platform.is_cuda:
-        import torch
-
-        slots = torch.cuda.device_count()
-    else:
-        slots = local_slots(cfg.cluster)
-    return _too_many(cfg, platform, slots)
-
-
-def _too_many(cfg: Config, platform: Platform, slots: float) -> list[str]:
-    cluster = cfg.cluster
-    if cfg.total_gpus <= slots:
-        return []
-    asked = (
-        f"--actor-num-nodes {cluster.actor_num_nodes} x --actor-num-gpus-per-node "
-        f"{cluster.actor_gpus_per_node}"
-    )
-    if cfg.total_gpus > cluster.trainer_gpus:
-        asked += f" + --rollout-num-gpus {cluster.rollout_gpus}"
-    unit = "GPUs" if platform.is_cuda else "CPU slots (one stands for one GPU)"
-    remedy = "Ask for fewer"
-    if cfg.total_gpus > cluster.trainer_gpus:
-        remedy += ", share them with --colocate"
-    if not platform.is_cuda:
-        remedy += ", or offer more with --cpu-slots"
-    return [f"{asked} needs {cfg.total_gpus} {unit}, Ray has {slots:g}. {remedy}."]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +55,7 @@ def place(cfg: Config) -> Placement:
     """Reserve bundles. Raises ConfigError if Ray has too few, TimeoutError if they stay busy."""
     platform, cluster = current(), cfg.cluster
     have = ray.cluster_resources().get(platform.ray_resource, 0)
-    if problems := _too_many(cfg, platform, have):
+    if problems := too_many(cfg, platform, have):
         raise ConfigError(*problems)
     num = cfg.total_gpus
     group = placement_group([{platform.ray_resource: 1}] * num, strategy="PACK")

@@ -1,18 +1,49 @@
-"""The checks before any process starts. Each lists its problems: flag, value, remedy."""
+"""The checks before any process starts. Each lists its problems: flag, value, remedy.
 
-from vime.backends.megatron.checkpoints.start import check_start
-from vime.backends.megatron.hf.check import check_training
-from vime.backends.vllm.flags import check_vllm_flags
+A check imports its library when it runs: `--help` and the refusal of a wrong flag take no seconds.
+"""
+
 from vime.config import Config
 from vime.config.plugins import check_plugins
 from vime.data.checks import check_chat_template
-from vime.observe.trackers import missing_packages
-from vime.ray.placement_group import check_slots
-from vime.rollout.grading import check_rewards
-from vime.rollout.teacher import check_teacher
+from vime.ray.slots import check_slots
+
+
+def check_model(cfg: Config) -> list[str]:
+    from vime.backends.megatron.hf.check import check_training
+
+    return check_training(cfg)
+
+
+def check_checkpoints(cfg: Config) -> list[str]:
+    from vime.backends.megatron.checkpoints.start import check_start
+
+    return check_start(cfg)
+
+
+def check_engine_flags(cfg: Config) -> list[str]:
+    from vime.backends.vllm.flags import check_vllm_flags
+
+    return check_vllm_flags(cfg)
+
+
+def check_graders(cfg: Config) -> list[str]:
+    from vime.rollout.grading import check_rewards
+
+    return check_rewards(cfg)
+
+
+def check_served_teacher(cfg: Config) -> list[str]:
+    if cfg.algorithm.opd_teacher_url is None:
+        return []
+    from vime.rollout.teacher import check_teacher
+
+    return check_teacher(cfg)
 
 
 def check_trackers(cfg: Config) -> list[str]:
+    from vime.observe.trackers import missing_packages
+
     return missing_packages(use_tensorboard=cfg.log.use_tensorboard, use_wandb=cfg.log.use_wandb)
 
 
@@ -27,13 +58,13 @@ def check_decoupled(cfg: Config) -> list[str]:
 
 
 CHECKS = (
-    check_training,
-    check_start,
+    check_model,
+    check_checkpoints,
     check_chat_template,
-    check_vllm_flags,
+    check_engine_flags,
     check_slots,
     check_plugins,
-    check_rewards,
-    check_teacher,
+    check_graders,
+    check_served_teacher,
     check_trackers,
 )

@@ -1,7 +1,7 @@
 """Every flag of the installed vLLM is accepted as --vllm-*, and checked before any model loads.
 
 vLLM's own parser checks it in another process, because importing the parser takes some 14 s on 2
-cores. Its answers are cached per version. The few flags of most recipes need no parser.
+cores. `verdicts.py` keeps its answers. The few flags of most recipes need no parser.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from vime.backends.vllm import dialect as dialects
 from vime.backends.vllm import plugin_flags
 from vime.backends.vllm.cpu import head_size_problems
 from vime.backends.vllm.spelling import whole_number, words_of
+from vime.backends.vllm.verdicts import Verdicts
 from vime.config import Config
 from vime.config.spelling import as_flag, did_you_mean
-from vime.files import write_text
 
 PARSER_TIMEOUT_S = 300.0
 
@@ -98,23 +97,23 @@ def _ask_vllm(given: dict[str, Any]) -> list[str]:
     version = dialects.installed_version()
     if version is None:
         return [f"{_spelled(*next(iter(given.items())))}: vLLM is not installed to check it."]
-    cache = Cache(version)
+    verdicts = Verdicts(version)
     asked = {
         name: value
         for name, value in given.items()
-        if (cache.has(name) or not cache.names) and not cache.accepted(name, value)
+        if (verdicts.has(name) or not verdicts.names) and not verdicts.knows(name, value)
     }
-    refused: dict[str, str] = {}
     if asked:
         answer = _run_parser(asked)
-        cache.names = set(answer["names"])
-        refused = {name: why for name, why in answer["refused"].items() if cache.has(name)}
-        cache.accept({n: v for n, v in asked.items() if cache.has(n) and n not in refused})
-    unknown = [name for name in given if not cache.has(name)]
-    return [_unknown(name, given[name], cache.names, version) for name in unknown] + [
-        f"{_spelled(name, given[name])}: vLLM {version} refuses it: {why}"
-        for name, why in refused.items()
-    ]
+        verdicts.names = set(answer["names"])
+        verdicts.learn(asked, answer["refused"])
+    problems = []
+    for name, value in given.items():
+        if not verdicts.has(name):
+            problems.append(_unknown(name, value, verdicts.names, version))
+        elif why := verdicts.why(name, value):
+            problems.append(f"{_spelled(name, value)}: vLLM {version} refuses it: {why}")
+    return problems
 
 
 def _unknown(name: str, value: Any, names: set[str], version: str) -> str:
@@ -136,31 +135,3 @@ def _run_parser(given: dict[str, Any]) -> dict[str, Any]:
     if done.returncode != 0:
         raise RuntimeError(f"vLLM's flags could not be read: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-class Cache:
-    """Earlier answers of a version's parser: {"names": [...], "accepted": [[flag, value], ...]}."""
-
-    def __init__(self, version: str) -> None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.file = home / "vime" / f"vllm-flags-{version}.json"
-        try:
-            held = json.loads(self.file.read_text())
-        except (OSError, ValueError):
-            held = {}
-        self.names: set[str] = set(held.get("names", ()))
-        self.known: list[list[Any]] = held.get("accepted", [])
-
-    def has(self, name: str) -> bool:
-        return name.split(".")[0] in self.names
-
-    def accepted(self, name: str, value: Any) -> bool:
-        return [name, value] in self.known
-
-    def accept(self, given: dict[str, Any]) -> None:
-        self.known += [[n, v] for n, v in given.items()]
-        try:
-            content = {"names": sorted(self.names), "accepted": self.known}
-            write_text(self.file, json.dumps(content))
-        except OSError:  # without a cache the next check takes longer
-            return

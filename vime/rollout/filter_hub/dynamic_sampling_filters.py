@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from vime.types import DynamicFilterOutput, Sample
 
 
 def check_reward_nonzero_std(args: Any, samples: list[Sample], **kwargs: Any):
     """Keeps a group whose rewards are not all equal (DAPO, arXiv:2503.14476)."""
+    import torch  # it takes seconds, and the check before a run imports this file
+
     rewards = [sample.get_reward_value(args) for sample in samples]
     return torch.tensor(rewards, dtype=torch.float).std() > 0.0
 

@@ -116,7 +116,7 @@ def _problem_of(cfg: Config, find: Callable[[], Start]) -> str | None:
     try:
         check_hf_fits(cfg, start.folder)
         if not cfg.debug.dry_run:  # a plan needs no weights
-            HFFiles(start.folder)
+            HFFiles(start.folder, framework="np")
     except CheckpointError as error:
         return f"{_flag_of(cfg, start.folder)} {start.folder}: {error}"
     return None

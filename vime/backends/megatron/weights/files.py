@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from vime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 
 
 class HFFiles:
-    """The tensors of an HF folder by name, read one at a time."""
+    """The tensors of an HF folder by name, read one at a time.
 
-    def __init__(self, hf_dir: str | Path) -> None:
-        self.folder = Path(hf_dir)
+    framework  safetensors' name of it; "np" names tensors and shapes without importing torch
+    """
+
+    def __init__(self, hf_dir: str | Path, framework: str = "pt") -> None:
+        self.folder, self._framework = Path(hf_dir), framework
         self._open: dict[str, Any] = {}
         self.file_of: dict[str, str] = {}  # {tensor: file}, in the files' own order
         index = self.folder / INDEX
@@ -47,7 +52,7 @@ class HFFiles:
         if name not in self._open:
             path = self.folder / name
             try:
-                self._open[name] = safe_open(path, framework="pt")
+                self._open[name] = safe_open(path, framework=self._framework)
             except FileNotFoundError:
                 raise CheckpointError(
                     f"{path} is missing, but {INDEX} names it. Download it again."

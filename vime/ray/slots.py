@@ -1,0 +1,50 @@
+"""How many GPUs, or CPU slots in their place, a run needs and this machine has."""
+
+from __future__ import annotations
+
+import os
+
+from vime.config import ClusterConfig, Config
+from vime.platform import Platform, current
+
+
+def local_slots(cluster: ClusterConfig) -> int:
+    """CPU slots of a local Ray on a machine without GPUs: --cpu-slots, or the number of cores."""
+    return cluster.cpu_slots or len(os.sched_getaffinity(0))
+
+
+def check_slots(cfg: Config) -> list[str]:
+    """A problem if the run needs more slots than a Ray cluster on this machine would have.
+
+    `place` asks an existing cluster, after the connection. A dry run needs no slots.
+    """
+    platform = current()
+    if os.environ.get("RAY_ADDRESS") or cfg.debug.dry_run:
+        return []
+    if platform.is_cuda:
+        import torch
+
+        slots = torch.cuda.device_count()
+    else:
+        slots = local_slots(cfg.cluster)
+    return too_many(cfg, platform, slots)
+
+
+def too_many(cfg: Config, platform: Platform, slots: float) -> list[str]:
+    """A problem if the run needs more than `slots`."""
+    cluster = cfg.cluster
+    if cfg.total_gpus <= slots:
+        return []
+    asked = (
+        f"--actor-num-nodes {cluster.actor_num_nodes} x --actor-num-gpus-per-node "
+        f"{cluster.actor_gpus_per_node}"
+    )
+    if cfg.total_gpus > cluster.trainer_gpus:
+        asked += f" + --rollout-num-gpus {cluster.rollout_gpus}"
+    unit = "GPUs" if platform.is_cuda else "CPU slots (one stands for one GPU)"
+    remedy = "Ask for fewer"
+    if cfg.total_gpus > cluster.trainer_gpus:
+        remedy += ", share them with --colocate"
+    if not platform.is_cuda:
+        remedy += ", or offer more with --cpu-slots"
+    return [f"{asked} needs {cfg.total_gpus} {unit}, Ray has {slots:g}. {remedy}."]

@@ -1,9 +1,9 @@
-"""Attention of a pack on this GPU, forward and backward, by every kernel that is there.
+"""Speed of every attention kernel on this GPU, forward and backward, over a pack of sequences.
 
-python benchmarks/attention_kernels.py     a table of milliseconds and TFLOP/s (causal FLOPs)
+    python benchmarks/attention_kernels.py     a table of milliseconds and TFLOP/s (causal FLOPs)
 
-The last lines are one rank's share under context parallelism, in packs that were never seen before:
-in RL every pack has lengths of its own.
+The last lines measure one rank's share under context parallelism. Each pack has new lengths there,
+because in RL no two packs have the same lengths.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.train_mfu import timed  # noqa: E402
+from benchmarks.gpu_timing import timed  # noqa: E402
 from vime.backends.megatron.kernels.attention import Spans, attend, missing  # noqa: E402
 from vime.backends.megatron.kernels.choice import ATTENTION  # noqa: E402
 
@@ -43,14 +43,14 @@ def main() -> int:
         make = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
         q = torch.randn(bounds[-1], heads, WIDTH, **make)
         k, v = (torch.randn(bounds[-1], groups, WIDTH, **make) for _ in range(2))
-        flops = sum(2 * heads * WIDTH * n * n for n in lengths)  # causal; twice that backward
+        flops = sum(2 * heads * WIDTH * n * n for n in lengths)  # causal; backward: twice
         for name in ATTENTION:
             if problem := missing(name):
                 print(f"  {name:8}{problem}")
                 continue
             try:
                 measure(name, q, k, v, spans, flops)
-            except Exception as error:  # noqa: BLE001 - the other kernels are still of interest
+            except Exception as error:  # noqa: BLE001 - go on with the other kernels
                 print(f"  {name:8}{type(error).__name__}: {str(error)[:300]}")
     print(f"new packs of {NEW_SEQUENCES} sequences, 32 heads on 8, rank 0 of {CP}")
     for name in ATTENTION:
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def measure_new_packs(name: str) -> None:
-    """Forward and backward of one layer's keys, values and attention; each pack is new."""
+    """Forward and backward of one layer's keys, values and attention, over new packs each time."""
     from vime.backends.megatron.model.attention import seen_by
 
     draw, taken_ms, tokens = random.Random(0), [], []

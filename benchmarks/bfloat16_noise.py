@@ -1,19 +1,18 @@
-"""How far bfloat16 alone takes log-probabilities from float32, on random weights in Qwen3 shapes.
+"""How far bfloat16 alone moves log-probabilities from float32, on random weights in Qwen3 shapes.
 
     python benchmarks/bfloat16_noise.py      two minutes on a CPU; 4B is drawn in float32, 16 GB
 
-One model of Hugging Face's, its bfloat16 weights used in bfloat16 and in float32, on 96 random
-tokens; the mean of |difference| over tokens drawn from what it predicts. The figure to hold
-`train/train_rollout_logprob_abs_diff` of such weights against: trainer and engine round
-differently, and cannot be closer than that. Writes benchmarks/results/bfloat16_noise_SHAPE.json.
+A Hugging Face model computes 96 random tokens twice with the same bfloat16 weights: in bfloat16 and
+in float32. The figure is the mean |difference| of the log-probabilities, over tokens drawn from the
+model's predictions. Compare `train/train_rollout_logprob_abs_diff` with this figure: trainer and
+engine round differently, so they cannot agree more closely. Writes
+benchmarks/results/bfloat16_noise_SHAPE.json.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -24,11 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu_assets import random_model  # noqa: E402
+from benchmarks.records import RESULTS, save, versions  # noqa: E402
 
-RESULTS = ROOT / "benchmarks/results"
 TOKENS, DRAWN = 96, 8
 QUARTILES = torch.tensor([0.25, 0.75])
-COLUMNS = 8192  # of the vocabulary in float32 at a time
+COLUMNS = 8192  # columns of the vocabulary that are in float32 at a time
 
 
 def main() -> int:
@@ -49,16 +48,16 @@ def main() -> int:
             "spread": [round(float(x), 5) for x in apart.flatten().quantile(QUARTILES)],
             "entropy": round(entropy, 3),
             "device": "CPU",
-            "versions": {p: version(p) for p in ("torch", "transformers")},
+            "versions": versions(("torch", "transformers")),
         }
-        (RESULTS / f"{record['name']}.json").write_text(json.dumps(record, indent=2) + "\n")
+        save(RESULTS / f"{record['name']}.json", record)
         del model
     return 0
 
 
 @torch.no_grad()
 def log_probs(model: Qwen3ForCausalLM, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """[T, V] float32. A float32 copy exists of one layer at a time."""
+    """[T, V] float32. At most one layer has a float32 copy at a time."""
 
     def as_asked(module: torch.nn.Module) -> torch.nn.Module:
         return module if dtype == torch.bfloat16 else copy.deepcopy(module).to(dtype)

@@ -1,9 +1,9 @@
-"""Converting a checkpoint of Qwen3-4B's shapes, there and back: seconds and peak memory.
+"""Converts a checkpoint of Qwen3-4B's shapes there and back: seconds and peak memory.
 
     make bench-convert       random bfloat16 weights; needs 26 GB of disk under TMPDIR, freed after
 
-Memory is what the process itself holds (RssAnon, sampled every 20 ms), without file pages, which
-the kernel takes back when it likes. The peer is a plain copy of the model's files. The exported
+Memory is the process's own (RssAnon, sampled every 20 ms). File pages do not count, because the
+kernel can take them back at any time. The peer is a plain copy of the model's files. The exported
 files must have the bytes of the originals.
 """
 
@@ -13,23 +13,21 @@ import argparse
 import filecmp
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.cpu_step import PACKAGES, cpu_name
+from benchmarks.records import RESULTS, on_this_cpu, save
 from benchmarks.tables import markdown, put
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "benchmarks/results/convert_4b.json"
+RESULT = RESULTS / "convert_4b.json"
 SHAPE = json.loads((ROOT / "tests/unit/hf_configs/qwen3-4B.json").read_text())
 SHARD_BYTES = 2_000_000_000
 
@@ -41,7 +39,7 @@ def main() -> int:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="vime-convert-") as tmp:
         figures = measure(Path(tmp), given.layers)
-    given.output.write_text(json.dumps(figures, indent=1) + "\n")
+    save(given.output, figures)
     if given.output == RESULT:
         put("models.md", "convert", table_of(figures))
     for figure in figures:
@@ -50,7 +48,7 @@ def main() -> int:
 
 
 def table_of(figures: list[dict[str, Any]]) -> str:
-    """Markdown: seconds and peak memory of either direction, beside a plain copy's seconds."""
+    """Markdown: seconds and peak memory of both directions, and the seconds of a plain copy."""
     value = {f["name"].removeprefix("convert_4b/"): f["value"] for f in figures}
     rows = [[f"{value['model']:.1f} GB of weights", "seconds", "peak memory"]]
     for way, what in (
@@ -92,8 +90,7 @@ def measure(root: Path, num_layers: int) -> list[dict[str, Any]]:
     common = {
         "peer": "shutil.copytree of the same files",
         "spread": None,
-        "device": f"{cpu_name()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        **on_this_cpu(),
     }
     return [
         {"name": f"convert_4b/{name}", "value": round(value, 3), "unit": unit, **common}
@@ -102,7 +99,7 @@ def measure(root: Path, num_layers: int) -> list[dict[str, Any]]:
 
 
 def write_random(folder: Path, num_layers: int) -> tuple[int, int]:
-    """An HF folder in shards; (bytes of all weights, bytes of the largest)."""
+    """Writes an HF folder in shards; (bytes of all weights, bytes of the largest)."""
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -113,7 +110,7 @@ def write_random(folder: Path, num_layers: int) -> tuple[int, int]:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}  # tied ones once
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}  # tied weights appear once
     generator, shards, held = torch.Generator().manual_seed(0), [], {}
     for name, shape in shapes.items():
         held[name] = torch.empty(shape, dtype=torch.bfloat16).uniform_(
@@ -133,7 +130,7 @@ def write_random(folder: Path, num_layers: int) -> tuple[int, int]:
 
 
 def run_tool(name: str, *words: Any) -> tuple[float, float]:
-    """(peak of the process's own memory in GB, seconds)"""
+    """(peak of the tool's own memory in GB, seconds)"""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tools" / name), *map(str, words)]
     started, peak = time.perf_counter(), 0
@@ -146,7 +143,7 @@ def run_tool(name: str, *words: Any) -> tuple[float, float]:
 
 
 def own_memory(pid: int) -> int:
-    """Bytes of RssAnon; 0 for a process that is going."""
+    """Bytes of RssAnon; 0 for a process that has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

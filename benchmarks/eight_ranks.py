@@ -1,42 +1,42 @@
-"""The founding recipe's placement with eight CPU slots in place of eight GPUs, and a tiny model.
+"""The placement of the founding recipe on eight CPU slots instead of GPUs, with a tiny model.
 
     python benchmarks/eight_ranks.py             colocated, decoupled, async; a few steps each
     python benchmarks/eight_ranks.py decoupled   one of them
 
-As in scripts/run-qwen3-4B.sh, trainers run TP 2 with sequence parallelism and engines span two
-slots: colocated 8 of each in turn (DP 4, 4 engines), decoupled 2 + 6 (3 engines), async the same
-with train_async.py. Real Ray, Megatron over gloo, vLLM; it shows that the layout works, not how
-fast GPUs would be. Rewards are random, so that every step moves the weights. Wants 24 GB of memory
-and minutes for each mode. Writes benchmarks/results/eight_ranks.json: the largest mean difference
-between engine's and trainer's log-probability in a step whose weights sampled its tokens (in async
-the first alone: later ones are one update behind, which must show), and the median step by phase.
+As in scripts/run-qwen3-4B.sh, trainers run TP 2 with sequence parallelism, and engines span two
+slots. Colocated: 8 slots train and generate in turn (DP 4, 4 engines). Decoupled: 2 train and 6
+generate (3 engines). Async: the same with train_async.py. Ray, Megatron over gloo, and vLLM are
+real. The run shows that the layout works, not the speed of GPUs. Rewards are random, so every step
+moves the weights. Each mode needs 24 GB of memory and some minutes.
+
+Writes benchmarks/results/eight_ranks.json: the median step by phase, and the largest mean
+difference between the log-probabilities of engine and trainer, over the steps whose own weights
+sampled the tokens. In async that is only the first step. Later steps are one update behind, and
+their difference must show it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.cpu_step import PACKAGES, cpu_name  # noqa: E402
+from benchmarks.records import RESULTS, on_this_cpu, save  # noqa: E402
 from vime.observe import read_metrics  # noqa: E402
 from vime.observe.reading import STEP_TIME, phase_seconds  # noqa: E402
 
-RESULT = ROOT / "benchmarks/results/eight_ranks.json"
+RESULT = RESULTS / "eight_ranks.json"
 RUN_DIR = ROOT / "runs/bench-eight-ranks"
 DRIFT = "train/train_rollout_logprob_abs_diff"
-TARGET = 1e-4  # float32: trainer and engine measure one distribution
+TARGET = 1e-4  # in float32 trainer and engine compute the same distribution
 MODE_TIMEOUT_S = 1800
 MODES = {
     "colocated": ("train.py", "--actor-num-gpus-per-node 8 --colocate"),
@@ -73,8 +73,7 @@ def main() -> int:
         figures += figures_of(mode, run(mode, assets, args.steps))
         for f in figures[-2:]:
             print(f"{f['name']:<36}{f['value']:>12.3g} {f['unit']}", flush=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(figures, indent=2) + "\n")
+    save(args.output, figures)
     print(f"written to {args.output}")
     return 0 if all(f["value"] <= f["target"] for f in figures if "target" in f) else 1
 
@@ -91,7 +90,7 @@ def make_assets() -> Path:
 
 
 def run(mode: str, assets: Path, steps: int) -> list[dict[str, Any]]:
-    """Its metrics, one record a step; what the run said is in RUN_DIR/MODE/out.log."""
+    """Runs a mode; its metrics, one record for each step. RUN_DIR/MODE/out.log has the output."""
     folder = RUN_DIR / mode
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -110,7 +109,7 @@ def run(mode: str, assets: Path, steps: int) -> list[dict[str, Any]]:
     try:
         code = process.wait(MODE_TIMEOUT_S)
     finally:
-        process.terminate()  # ends the run's own processes too; nothing where it has ended
+        process.terminate()  # also ends the run's own processes; does nothing if it has ended
         process.wait(60)
     if code:
         raise SystemExit(f"{mode} failed; the end of {log}:\n{log.read_text()[-3000:]}")
@@ -118,18 +117,18 @@ def run(mode: str, assets: Path, steps: int) -> list[dict[str, Any]]:
 
 
 def figures_of(mode: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    common = {
-        "device": f"{cpu_name()}, {os.cpu_count()} cores, 8 slots",
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
-        "num_steps": len(records),
-    }
+    """Checks the steps of a mode, and returns its two figures."""
+    machine = on_this_cpu()
+    common = {**machine, "device": f"{machine['device']}, 8 slots", "num_steps": len(records)}
     still = [m["step"] for m in records if not m["train/grad_norm"] > 0]
     assert not still, f"{mode}: no gradient in steps {still}, so weight updates prove nothing"
     behind = [m["step"] - 1 - m["rollout/weight_version/min"] for m in records]  # updates
     assert max(behind) <= (mode == "async"), f"{mode}: rollouts {behind} updates behind"
     drifts = [m[DRIFT] for m, updates in zip(records, behind, strict=True) if updates == 0]
     moved = [m[DRIFT] for m, updates in zip(records, behind, strict=True) if updates > 0]
-    assert all(d > TARGET for d in moved), f"{mode}: updates left the log-probabilities: {moved}"
+    assert all(d > TARGET for d in moved), (
+        f"{mode}: updates left the log-probabilities as they were: {moved}"
+    )
     steps = [m[STEP_TIME] for m in records]
     phases = [phase_seconds(m) for m in records]
     medians = {

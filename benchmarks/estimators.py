@@ -1,14 +1,14 @@
-"""Every advantage estimator trains the quickstart's model: held-out pass rates as it learns.
+"""Trains the quickstart's model with every advantage estimator: held-out pass rates over time.
 
-    python benchmarks/estimators.py                  all of them, some two minutes each on two cores
-    python benchmarks/estimators.py --only rloo      some; the others' results stay as they are
-    python benchmarks/estimators.py --write          puts table and plot into docs/algorithms.md
+    python benchmarks/estimators.py                  all, some two minutes each on two cores python
+    benchmarks/estimators.py --only rloo      some; the results of the others stay python
+    benchmarks/estimators.py --write          also puts table and plot into docs/algorithms.md
 
-All start from one warmed-up checkpoint with the settings of scripts/run-tiny-cpu.sh, but with two
-optimizer steps a rollout, so that ratios leave 1 and the losses of the estimators differ; clip
-ranges are those of `FLAGS`. The pass rate is over 256 held-out problems with 4 samples each. An
-estimator that was cut off starts again, one that has finished is kept until its settings change.
-Exit code 1 when one ends no higher than it began.
+All estimators start from one warmed-up checkpoint with the settings of scripts/run-tiny-cpu.sh. But
+each rollout has two optimizer steps, so ratios differ from 1 and so do the losses of the
+estimators. `FLAGS` holds the clip ranges. The pass rate is over 256 held-out problems with 4
+samples each. An interrupted estimator starts again; a finished one is kept until its settings
+change. The exit code is 1 if an estimator ends no higher than it began.
 """
 
 from __future__ import annotations
@@ -16,17 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.cpu_step import PACKAGES, cpu_name  # noqa: E402
+from benchmarks.records import RESULTS, on_this_cpu, save  # noqa: E402
 from benchmarks.tables import markdown, put  # noqa: E402
 from scripts.quickstart.recipe import EVAL_NAME, GRPO_SCRIPT, Recipe  # noqa: E402
 from scripts.quickstart.stages import Stage, run_stages  # noqa: E402
@@ -35,14 +33,14 @@ from vime.config.fields import flags_in  # noqa: E402
 from vime.observe import read_metrics  # noqa: E402
 from vime.observe.plot import INK, learning_curves, plain  # noqa: E402
 
-RESULT = ROOT / "benchmarks/results/estimators.json"
+RESULT = RESULTS / "estimators.json"
 PLOT = ROOT / "docs/estimators.png"
 RUN_DIR = Path("runs/bench-estimators")
 NUM_ROLLOUT, EVAL_INTERVAL = 12, 3
 ALL = ["--num-steps-per-rollout", "2", "--eval-interval", str(EVAL_INTERVAL)]
 FLAGS: dict[str, list[str]] = {
     "cispo": ["--eps-clip", "1", "--eps-clip-high", "0.28"],  # no lower bound, as in its paper
-    "gspo": ["--eps-clip", "3e-4", "--eps-clip-high", "4e-4"],  # its paper's
+    "gspo": ["--eps-clip", "3e-4", "--eps-clip-high", "4e-4"],  # as in its paper
     "ppo": ["--critic-lr", "1e-3", "--lambd", "0.95", "--normalize-advantages"],
 }
 COLORS = (
@@ -75,8 +73,7 @@ def main() -> int:
     curves = {str(f["estimator"]): [(x, y) for x, y in f["curve"]] for f in figures}
     table = table_of(curves)
     print(table)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(figures, indent=2) + "\n")
+    save(args.output, figures)
     plot = plot_curves(curves, PLOT if args.write else RUN_DIR / "estimators.png")
     print(f"written to {args.output} and {plot}")
     if args.write:
@@ -93,7 +90,7 @@ def names() -> list[str]:
 
 
 def train(recipe: Recipe, name: str) -> Curve:
-    """[(rollouts trained, held-out pass rate)] of one estimator; trains unless that is done."""
+    """[(rollouts trained, held-out pass rate)] of one estimator; trains it if necessary."""
     folder = RUN_DIR / name
     variables = {
         "RUN_DIR": str(folder),
@@ -118,7 +115,7 @@ def train(recipe: Recipe, name: str) -> Curve:
 
 
 def figure(name: str, curve: Curve, seed: int) -> dict[str, Any]:
-    """An entry of the result file: by how much the held-out pass rate rose."""
+    """An entry of the result file: the rise of the held-out pass rate."""
     before, after = curve[0][1], curve[-1][1]
     return {
         "name": f"estimators/{name}_gain",
@@ -131,20 +128,19 @@ def figure(name: str, curve: Curve, seed: int) -> dict[str, Any]:
         "flags": [*ALL, *FLAGS.get(name, [])],
         "seed": seed,
         "target": "above 0",
-        "device": f"{cpu_name()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        **on_this_cpu(),
     }
 
 
 def with_earlier(output: Path, figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`figures` and those that the result file has of other estimators, in the flag's order."""
+    """`figures`, and the result file's figures of other estimators, in the flag's order."""
     earlier = json.loads(output.read_text()) if output.exists() else []
     by_name = {f["estimator"]: f for f in [*earlier, *figures]}
     return [by_name[name] for name in names() if name in by_name]
 
 
 def table_of(curves: Mapping[str, Curve]) -> str:
-    """Markdown: a row per estimator, a column per number of rollouts trained."""
+    """Markdown: a row for each estimator, a column for each number of rollouts trained."""
     trained = sorted({x for curve in curves.values() for x, _ in curve})
     rows = [["rollouts trained", *map(str, trained)]]
     for name, curve in curves.items():
@@ -154,7 +150,7 @@ def table_of(curves: Mapping[str, Curve]) -> str:
 
 
 def plot_curves(curves: Mapping[str, Curve], path: Path) -> Path:
-    """One line per estimator, each with its name at its end, as a PNG."""
+    """A PNG with one line for each estimator, named at its end."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -182,7 +178,7 @@ def plot_curves(curves: Mapping[str, Curve], path: Path) -> Path:
 
 
 def spread_out(heights: list[float], distance: float) -> list[float]:
-    """Ascending heights of labels, pushed apart to `distance`, their middle where it was."""
+    """Ascending heights of labels, pushed apart to `distance` around the same mean."""
     apart: list[float] = []
     for height in heights:
         apart.append(max(height, apart[-1] + distance) if apart else height)

@@ -1,30 +1,26 @@
-"""Every family in every layout against Hugging Face, as the table in docs/models.md.
+"""Compares every model family in every layout with Hugging Face: the table in docs/models.md.
 
     make bench-families                              measures, writes the results and the table
     python -m benchmarks.families --only Moonlight   one model; prints, writes nothing
 
-Tiny random models in float32: one and two gloo ranks, then one vLLM engine a model, which gets the
-weights of another random model from a trainer. Ten minutes on two cores. Exit code 1 when a
-figure is out of bounds.
+The models are tiny and random, in float32. They run on one and two gloo ranks. Then one vLLM engine
+for each model receives the weights of another random model from a trainer. The whole takes ten
+minutes on two cores. The exit code is 1 if a figure is out of bounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import sys
 import tempfile
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.cpu_step import PACKAGES, cpu_name
+from benchmarks.records import RESULTS, on_this_cpu, save
 from benchmarks.tables import markdown, put
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "benchmarks/results/families.json"
+RESULT = RESULTS / "families.json"
 sys.path.insert(0, str(ROOT / "tests" / "cpu"))
 
 from live_families import LiveFinding, examine_live  # noqa: E402
@@ -48,7 +44,7 @@ def main() -> int:
     print(table)
     if given.write:
         put("models.md", "table", table)
-        RESULT.write_text(json.dumps(as_results(found, live), indent=1) + "\n")
+        save(RESULT, as_results(found, live))
     return int(not all(map(is_good, found.values())) or not all(f.is_good for f in live.values()))
 
 
@@ -88,7 +84,7 @@ def table_of(
     found: dict[tuple[str, str], Finding],
     live: dict[str, LiveFinding],
 ) -> str:
-    """Markdown: a row per model; logits / gradient / round trip per layout, then the engine."""
+    """Markdown: a row for each model; logits / gradient / round trip by layout, then the engine."""
     rows = [["model", *LAYOUTS, "live engine"]]
     for model in models:
         cells = [found.get((model, layout)) for layout in LAYOUTS]
@@ -107,12 +103,7 @@ def marked(text: str, good: bool) -> str:
 
 
 def as_results(found: dict[tuple[str, str], Finding], live: dict[str, LiveFinding]) -> list[dict]:
-    common = {
-        "peer": "transformers",
-        "spread": None,
-        "device": f"{cpu_name()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
-    }
+    common = {"peer": "transformers", "spread": None, **on_this_cpu()}
     bad = sum(not is_good(f) for f in found.values())
     bad_live = sum(not f.is_good for f in live.values())
     layouts = {f"{model}, {layout}": asdict(f) for (model, layout), f in found.items()}

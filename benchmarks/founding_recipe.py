@@ -1,15 +1,15 @@
-"""scripts/run-qwen3-4B.sh as it is, on 8 GPUs of one host (or 4), with random weights, by phase.
+"""Runs scripts/run-qwen3-4B.sh on 8 GPUs of one host (or 4, 2, 1), with random weights, by phase.
 
     python benchmarks/founding_recipe.py                        10 steps of each of the three modes
     python benchmarks/founding_recipe.py async --steps 5 --response 2048
     python benchmarks/founding_recipe.py --gpus 4               decoupled: 2 train, 2 generate
     python benchmarks/founding_recipe.py colocated --gpus 1     without tensor parallelism
 
-The recipe's own flags, less checkpoints and evaluation, on a model with random weights in
-Qwen3-4B shapes, whose answers have log-normal lengths (`gpu_assets.length_of`: mean 1,024 tokens)
-up to --response. Prints each mode's median step by phase and writes
-benchmarks/results/founding_recipe_MODE_N_gpus.json; training's share is model FLOPs over the matrix
-rate that train_mfu_4b.json holds, where that is there.
+The flags are the recipe's own, without checkpoints and evaluation. The model has random weights in
+Qwen3-4B shapes. Its answers have log-normal lengths (`gpu_assets.length_of`: mean 1,024 tokens) up
+to --response. The program prints the median step of each mode by phase, and writes
+benchmarks/results/founding_recipe_MODE_N_gpus.json. Training's share is model FLOPs over the matrix
+rate in train_mfu_4b.json, if that file exists.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu_assets import PROMPT_TOKENS, length_of, write_model, write_prompts  # noqa: E402
-from benchmarks.gpu_step import MISMATCH, PHASES, WARM_UP, device, summarize  # noqa: E402
+from benchmarks.gpu_step import MISMATCH, PHASES, WARM_UP, summarize  # noqa: E402
+from benchmarks.records import RESULTS, on_these_gpus, save  # noqa: E402
 from benchmarks.scaling_model import QWEN3_4B, SAMPLES  # noqa: E402
 from vime.observe import read_metrics  # noqa: E402
 
 SCRIPT = ROOT / "scripts/run-qwen3-4B.sh"
-RESULTS = ROOT / "benchmarks/results"
 MODES = ("colocated", "decoupled", "async")
 TRAIN_GPUS = 2
 LEFT_OUT = ("--save", "--load", "--eval-", "--n-samples-per-eval-prompt", "--rm-type")
-PACKAGES = ("torch", "vllm", "megatron-core", "ray")
 
 
 def main() -> int:
@@ -51,7 +49,7 @@ def main() -> int:
     if unknown := set(args.modes) - set(MODES):
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(MODES)}")
     if args.gpus <= TRAIN_GPUS and args.modes != ["colocated"]:
-        parser.error(f"--gpus {args.gpus} leaves no GPU to generate on: give it colocated alone")
+        parser.error(f"--gpus {args.gpus} leaves no GPU to generate on: choose only colocated")
     prompts = write_prompts(args.work_dir / "prompts.jsonl")
     model = args.work_dir / "qwen3-4B"
     if not args.print:
@@ -66,8 +64,7 @@ def main() -> int:
         subprocess.run(command, check=True, env=env, cwd=ROOT)
         row = row_of(mode, args, run_dir)
         show(row)
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / f"{row['name']}.json").write_text(json.dumps(row, indent=2) + "\n")
+        save(RESULTS / f"{row['name']}.json", row)
     return 0
 
 
@@ -104,7 +101,7 @@ def command_of(
 
 
 def without(words: list[str], names: tuple[str, ...]) -> list[str]:
-    """The words less every flag that begins with one of the names, and its values."""
+    """The words without the flags that begin with one of the names, and without their values."""
     kept, dropping = [], False
     for word in words:
         if word.startswith("--"):
@@ -127,8 +124,7 @@ def row_of(mode: str, args: argparse.Namespace, run_dir: Path) -> dict[str, Any]
         **figures["step"],
         "unit": "s",
         "peer": None,
-        "device": device(),
-        "versions": {p: version(p) for p in PACKAGES},
+        **on_these_gpus(),
         "phases": {name: figures[name] for name in PHASES},
         **{name: figures[name] for name in figures if "share" in name},
         "tokens_per_s_per_gpu": round(trained / step / args.gpus, 1),
@@ -140,12 +136,12 @@ def row_of(mode: str, args: argparse.Namespace, run_dir: Path) -> dict[str, Any]
 
 
 def train_share(lengths: list[int], tok_per_s: float) -> float | None:
-    """Model FLOPs, counted as benchmarks/train_mfu.py does, over its matrix rate."""
+    """Model FLOPs over the matrix rate, both as in benchmarks/train_mfu.py."""
     path = RESULTS / "train_mfu_4b.json"
     if not path.exists():
         return None
     whole = [length + PROMPT_TOKENS for length in lengths]
-    flops = QWEN3_4B.training_flops(whole) / sum(whole)  # of a token
+    flops = QWEN3_4B.training_flops(whole) / sum(whole)  # for each token
     rate = json.loads(path.read_text())["peer"]["value"] * 1e12
     return round(flops * tok_per_s / rate, 4)
 

@@ -1,7 +1,7 @@
 """A model with random weights in the shapes of a Qwen3, its tokenizer and prompts, for GPU figures.
 
-Random weights serve for speed, memory and exactness; they say nothing about learning. Ids past the
-small tokenizer's decode to nothing, so an answer's text is short whatever its length in tokens.
+Random weights are good enough to measure speed, memory and exactness, but not learning. Token ids
+beyond the small tokenizer decode to nothing, so the text of a long answer is short too.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ QWEN3 = {
 }
 NUM_PROMPTS = 512
 PROMPT_DIGITS = 144  # one token each
-PROMPT_TOKENS = PROMPT_DIGITS + 6  # with the chat template's
-LONG_TAIL_MEAN, LONG_TAIL_SIGMA = 1024, 1.0  # of a log-normal distribution, before it is cut
+PROMPT_TOKENS = PROMPT_DIGITS + 6  # the chat template adds 6
+LONG_TAIL_MEAN, LONG_TAIL_SIGMA = 1024, 1.0  # of a log-normal distribution, before the cut
 
 
 def described(shape: str) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def described(shape: str) -> dict[str, Any]:
 
 
 def visible_gpus() -> list[str]:
-    """Numbers or names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them."""
+    """Numbers or names of the GPUs that this process may use, as in CUDA_VISIBLE_DEVICES."""
     import torch
 
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -56,9 +56,9 @@ def visible_gpus() -> list[str]:
 
 
 def write_model(folder: Path, shape: str) -> Path:
-    """An HF folder: config, bfloat16 weights drawn on the GPU where there is one, tokenizer.
+    """Writes an HF folder: config, tokenizer, bfloat16 weights drawn on the GPU if there is one.
 
-    In a process of its own, because torch keeps the GPU memory that it once had.
+    This runs in its own process, because torch does not return GPU memory.
     """
     if not (folder / "tokenizer_config.json").exists():
         subprocess.run([sys.executable, __file__, str(folder), shape], check=True)
@@ -66,9 +66,9 @@ def write_model(folder: Path, shape: str) -> Path:
 
 
 def random_model(shape: str, *, seed: int = 0, **special: int) -> Any:
-    """Hugging Face's, bfloat16 weights drawn on the GPU where there is one.
+    """A Hugging Face model with bfloat16 weights, drawn on the GPU if there is one.
 
-    special  ids of special tokens, as config.json names them
+    special  ids of special tokens, named as in config.json
     """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -102,14 +102,14 @@ def write_prompts(path: Path, *, seed: int = 0) -> Path:
 
 
 def length_of(index: int, longest: int) -> int:
-    """The response length of a run's sample number `index`, the same in every run."""
+    """The response length of sample number `index`, the same in every run."""
     mu = math.log(LONG_TAIL_MEAN) - LONG_TAIL_SIGMA**2 / 2
     drawn = random.Random(index).lognormvariate(mu, LONG_TAIL_SIGMA)
     return max(1, min(longest, round(drawn)))
 
 
 async def long_tail(args: Any, sample: Any, sampling_params: dict[str, Any]) -> Any:
-    """--custom-generate-function-path: lengths as of trained models, of a model that never ends."""
+    """--custom-generate-function-path: a model that never stops gets lengths of a trained one."""
     from vime.rollout.generation import generate
 
     count = length_of(sample.index, sampling_params["max_tokens"])

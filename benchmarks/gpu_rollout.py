@@ -1,11 +1,11 @@
-"""What the way through rollout function, router and HTTP costs on a GPU, in Qwen3 shapes.
+"""The cost of rollout function, router and HTTP on a GPU, in Qwen3 shapes.
 
     python benchmarks/gpu_rollout.py --shape 0.6B        512 requests of 1,024 tokens
     python benchmarks/gpu_rollout.py --shape 4B          256 requests of 1,024 tokens
 
-Random weights; `generate_rollout` through vllm-router and a vLLM server first, then the same engine
-in process on the same GPU with the same prompts and lengths. Medians of the repeats after the first
-of each. The ratio has a target of 0.95.
+The weights are random. First `generate_rollout` generates through vllm-router and a vLLM server.
+Then the same engine generates in process, on the same GPU with the same prompts and lengths. The
+figures are medians of the repeats after the first. The ratio has a target of 0.95.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.cpu_step import spread  # noqa: E402
 from benchmarks.gpu_assets import visible_gpus, write_model, write_prompts  # noqa: E402
-from benchmarks.gpu_step import write  # noqa: E402
 from benchmarks.process_group import wait_for_group  # noqa: E402
+from benchmarks.records import quartiles, save_gpu_figure  # noqa: E402
 from benchmarks.rollout import make_config  # noqa: E402
 from vime.backends.vllm.engine import VLLMEngine  # noqa: E402
 from vime.backends.vllm.router import Router  # noqa: E402
@@ -68,7 +67,7 @@ def main() -> int:
 
 
 def through_http(cfg: Config, repeats: int) -> tuple[list[float], list[list[int]], float]:
-    """Tokens/s of each repeat, the prompts' token ids, and the client's CPU time a second."""
+    """Tokens/s of each repeat, the prompts' token ids, and the client's CPU seconds per second."""
     engine, router = VLLMEngine(cfg, 0, [int(visible_gpus()[0])]), Router(cfg)
     try:
         url = engine.start()
@@ -118,15 +117,15 @@ def in_process(
             seconds = json.loads(peer.stdout.readline())["seconds"]
             rates.append(len(prompts) * NUM_TOKENS / seconds)
     finally:
-        peer.stdin.close()  # its loop ends, and with it the engine's own process
+        peer.stdin.close()  # ends its loop, and so the engine's own process
         wait_for_group(peer)
     return rates[1:]
 
 
 def report(shape: str, served: list[float], direct: list[float], client_share: float) -> None:
-    peer = spread(direct)
-    ratio = spread([rate / peer["value"] for rate in served])
-    rate = spread(served)
+    peer = quartiles(direct)
+    ratio = quartiles([rate / peer["value"] for rate in served])
+    rate = quartiles(served)
     print(f"\nQwen3-{shape} shapes, {8 * PROMPTS[shape]} requests of {NUM_TOKENS} tokens")
     print(f"  through router and HTTP {rate['value']:10.0f} tok/s {rate['spread']}")
     print(f"  in process              {peer['value']:10.0f} tok/s {peer['spread']}")
@@ -134,7 +133,7 @@ def report(shape: str, served: list[float], direct: list[float], client_share: f
     print(f"  client                  {client_share:10.2f} cores")
     name = f"rollout_http_ratio_{shape.lower().replace('.', '_')}"
     also = {"tok_per_s": rate["value"], "target": TARGET, "client_cores": round(client_share, 3)}
-    write(name, ratio | also, "1", {"name": "vLLM in process, tok/s", **peer})
+    save_gpu_figure(name, ratio | also, "1", {"name": "vLLM in process, tok/s", **peer})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""All GPU benchmarks in one go, as many at a time as there are free GPUs; one table at the end.
+"""Runs all GPU benchmarks, as many at a time as there are free GPUs, and prints one table.
 
     python benchmarks/gpu_suite.py --minutes 25                      on every visible GPU
     python benchmarks/gpu_suite.py step_0_6b rollout_4b              only these
-    python benchmarks/gpu_suite.py --alone                           one at a time: a quiet host
-    python benchmarks/gpu_suite.py --hf SmolLM2-135M-Instruct        arithmetic too
+    python benchmarks/gpu_suite.py --alone                           one at a time, for a quiet host
+    python benchmarks/gpu_suite.py --hf SmolLM2-135M-Instruct        also arithmetic
 
-Each job gets GPUs of its own (CUDA_VISIBLE_DEVICES), a folder and a log under --work-dir. A job
-that wants more GPUs than there are is left out, and what runs when the time is up is ended. Jobs
-write benchmarks/results as if run by hand; the table shows those that have a target.
+Each job gets its own GPUs (CUDA_VISIBLE_DEVICES), and a folder and a log under --work-dir. A job
+that needs more GPUs than there are is left out. Jobs that still run when the time is up are ended.
+Jobs write benchmarks/results as if run by hand. The table shows the results that have a target.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from benchmarks.process_group import LOOK_S, signal_group, wait_for_group  # noq
 RESULTS = ROOT / "benchmarks/results"
 MODELS = ("0.6B", "4B")
 
-# One 80 GB GPU holds 4B with its gradients and Adam's state if only the norms train. Exporting,
-# sending and loading the weights is the same work.
+# One 80 GB GPU can hold 4B with gradients and Adam's state only if just the norms train. The work
+# of exporting, sending and loading the weights is the same.
 NORMS = "-- --only-train-params-name-list norm --recompute-granularity full "
 NORMS += "--recompute-method uniform --recompute-num-layers 1"
 STEP = "benchmarks/gpu_step.py --work-dir {work}"
-SCRATCH = "--output {work}/results"  # what is no figure of its own
+SCRATCH = "--output {work}/results"  # results that are not kept
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     name: str
     gpus: int
-    command: str  # Python's arguments; {work} is its folder
+    command: str  # arguments for Python; {work} is the job's folder
 
 
 JOBS = (  # in the order in which they start
@@ -79,7 +79,7 @@ JOBS = (  # in the order in which they start
     Job("train_mfu", 1, "benchmarks/train_mfu.py"),
     Job("rollout_0_6b", 1, "benchmarks/gpu_rollout.py --shape 0.6B --work-dir {work}"),
 )
-TARGETS = {  # result: (target, whether more is better)
+TARGETS = {  # result: (target, whether higher is better)
     "train_mfu_4b": (0.5, True),
     "train_mfu_0_6b": (0.35, True),
     "rollout_http_ratio_0_6b": (0.95, True),
@@ -99,9 +99,9 @@ def main() -> int:
     names = [job.name for job in JOBS]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("jobs", nargs="*", metavar="JOB", help=f"of {', '.join(names)}")
-    parser.add_argument("--minutes", type=float, default=60.0, help="all jobs together")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time limit for all jobs")
     parser.add_argument("--alone", action="store_true", help="one job at a time")
-    parser.add_argument("--hf", type=Path, help="SmolLM2-135M-Instruct's folder: arithmetic too")
+    parser.add_argument("--hf", type=Path, help="SmolLM2-135M-Instruct, for arithmetic")
     parser.add_argument("--work-dir", type=Path, default=Path("/tmp/vime-gpu-suite"))
     args = parser.parse_args()
     if unknown := set(args.jobs) - set(names):
@@ -119,7 +119,7 @@ def main() -> int:
 
 
 def write_models(folder: Path, gpus: Sequence[str]) -> None:
-    """Once, side by side: every job's folder has links to them."""
+    """Writes each model once, in parallel; the jobs' folders link to them."""
     started = []
     for shape, gpu in zip(MODELS, [*gpus, *gpus], strict=False):
         target = folder / f"qwen3-{shape}"
@@ -142,7 +142,7 @@ class Running:
 def run_all(
     jobs: Sequence[Job], gpus: Sequence[str], work_dir: Path, deadline: float, *, alone: bool
 ) -> dict[str, int]:
-    """{job: exit code} of those that began: always the first that fits the free GPUs."""
+    """{job: exit code} of the jobs that started. The first that fits the free GPUs is next."""
     free, waiting = list(gpus), [job for job in jobs if job.gpus <= len(gpus)]
     running: list[Running] = []
     codes: dict[str, int] = {}

@@ -1,18 +1,17 @@
-"""Rate and CPU of grading 10,000 answers, against one process that calls math-verify itself.
+"""Rate and CPU time of grading 10,000 answers, compared with one process that calls math-verify.
 
     make bench-grading
 
-The answers are those of a mathematics rollout: mostly plain numbers, some fractions, roots and
-formulas in several spellings, a third of them wrong, some without a box. vime grades numbers at
-once and the rest in `--rm-num-workers` processes with a deadline each. The peer is what a trainer
-without a pool does: parse and verify, one after the other, no deadline.
+The answers resemble those of a mathematics rollout: mostly plain numbers, some fractions, roots and
+formulas in several spellings. A third of them are wrong, and some have no box. vime grades numbers
+at once, and the rest in `--rm-num-workers` processes with a deadline for each answer. The peer
+parses and verifies one answer after the other, without a pool and without deadlines.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import statistics
@@ -20,19 +19,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.cpu_step import cpu_name  # noqa: E402
-from vime.config import Config  # noqa: E402
+from benchmarks.configs import config_of  # noqa: E402
+from benchmarks.records import RESULTS, extremes, on_this_cpu, save  # noqa: E402
 from vime.config.view import ArgsView  # noqa: E402
 from vime.rollout import grading  # noqa: E402
 from vime.rollout.rm_hub import math, pool  # noqa: E402
 from vime.types import Sample, Status  # noqa: E402
 
-RESULT = ROOT / "benchmarks/results/grading.json"
+RESULT = RESULTS / "grading.json"
 NUM_ANSWERS = 10_000
 GROUP = 8
 
@@ -47,15 +46,14 @@ def main() -> int:
     answers = make_answers(args.num_answers)
     runs: dict[str, list[dict[str, float]]] = {"vime": [], "one process": []}
     wrong = 0
-    for _ in range(args.repeats):  # in turn, so that a busy machine is unfair to neither
+    for _ in range(args.repeats):  # in turn, so a busy machine slows both
         runs["vime"].append(timed(lambda: grade_with_vime(answers, args.workers)))
         runs["one process"].append(timed(lambda: grade_in_one_process(answers)))
         wrong = disagreements(answers, args.workers)
     figures = summarize(runs, args.num_answers, args.workers, wrong)
     for figure in figures:
         print(f"{figure['name']:32} {figure['value']:>12} {figure['unit']}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(figures, indent=2) + "\n")
+    save(args.output, figures)
     print(f"written to {args.output}")
     return 0
 
@@ -84,8 +82,13 @@ def _one(rng: random.Random) -> tuple[str, str]:
 
 
 def grade_with_vime(answers: list[tuple[str, str]], workers: int) -> list[float]:
-    """As a rollout grades: group by group, all in flight; starting the processes is included."""
-    args = ArgsView(_config(workers))
+    """Rewards, graded as in a rollout: all groups in parallel. Includes starting the processes."""
+    cfg = config_of(
+        model={"hf_checkpoint": "none"},
+        batch={"prompts": 1},
+        reward={"rm_type": "math", "workers": workers},
+    )
+    args = ArgsView(cfg)
     samples = [
         Sample(index=i, response=response, label=label, status=Status.COMPLETED)
         for i, (response, label) in enumerate(answers)
@@ -97,8 +100,8 @@ def grade_with_vime(answers: list[tuple[str, str]], workers: int) -> list[float]
 
     try:
         asyncio.run(grade_all())
-    finally:  # ended here, so that their CPU time is counted
-        settings = args.config.reward
+    finally:  # end the processes here, so their CPU time counts
+        settings = cfg.reward
         pool.shared_pool(settings.workers, settings.timeout_s).close()
         pool.shared_pool.cache_clear()
     failed = [s.failure for s in samples if s.reward is None]
@@ -119,24 +122,14 @@ def grade_in_one_process(answers: list[tuple[str, str]]) -> list[float]:
 
 
 def disagreements(answers: list[tuple[str, str]], workers: int, count: int = 500) -> int:
-    """Of the first `count` answers, how many the pool grades otherwise than the grader alone."""
+    """How many of the first `count` answers the pool grades differently from the grader alone."""
     few = answers[:count]
     alone = [math.grade(response, label, {}) for response, label in few]
     return sum(a != b for a, b in zip(grade_with_vime(few, workers), alone, strict=True))
 
 
-def _config(workers: int) -> Config:
-    types = get_type_hints(Config)
-    given = {
-        "model": {"hf_checkpoint": "none"},
-        "batch": {"prompts": 1},
-        "reward": {"rm_type": "math", "workers": workers},
-    }
-    return Config(**{n: types[n](**given.get(n, {})) for n in Config.__dataclass_fields__})
-
-
 def timed(work: Callable[[], Any]) -> dict[str, float]:
-    """{"seconds", "cpu_s"}; children that have ended count."""
+    """{"seconds", "cpu_s"}; the CPU time includes children that have ended."""
     before, started = os.times(), time.perf_counter()
     work()
     after, seconds = os.times(), time.perf_counter() - started
@@ -146,11 +139,8 @@ def timed(work: Callable[[], Any]) -> dict[str, float]:
 def summarize(
     runs: dict[str, list[dict[str, float]]], count: int, workers: int, wrong: int
 ) -> list[dict[str, Any]]:
-    from importlib.metadata import version
-
     common = {
-        "device": f"{cpu_name()}, {os.cpu_count()} cores",
-        "versions": {p: version(p) for p in ("math-verify", "sympy")},
+        **on_this_cpu(("math-verify", "sympy")),
         "num_answers": count,
         "num_workers": workers,
     }
@@ -159,23 +149,16 @@ def summarize(
     peer = {name: statistics.median(values["one process"]) for name, values in
             (("rate", rates), ("cpu", cpu))}  # fmt: skip
     return [
-        {"name": "grading/rate", "unit": "answers/s", **_spread(rates["vime"]),
+        {"name": "grading/rate", "unit": "answers/s", **extremes(rates["vime"], 2),
          "peer": round(peer["rate"], 1), **common},
-        {"name": "grading/cpu_per_answer", "unit": "us", **_spread(cpu["vime"]),
+        {"name": "grading/cpu_per_answer", "unit": "us", **extremes(cpu["vime"], 2),
          "peer": round(peer["cpu"], 1), **common},
         {"name": "grading/speedup", "unit": "1",
-         **_spread([a / b for a, b in zip(rates["vime"], rates["one process"], strict=True)]),
+         **extremes([a / b for a, b in zip(rates["vime"], rates["one process"], strict=True)], 2),
          "peer": 1.0, **common},
         {"name": "grading/disagreements", "unit": "answers", "value": wrong, "spread": [wrong] * 2,
          "peer": 0, **common},
     ]  # fmt: skip
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    return {
-        "value": round(statistics.median(values), 2),
-        "spread": [round(min(values), 2), round(max(values), 2)],
-    }
 
 
 if __name__ == "__main__":

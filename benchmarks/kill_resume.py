@@ -1,14 +1,15 @@
-"""Kill -9 at random moments, saving included, and resume: is anything lost, repeated or different?
+"""Kills a run at random moments and resumes it: is anything lost, repeated or different?
 
     make bench-kill-resume                       20 kills of train.py, 10 of train_async.py
     python -m benchmarks.kill_resume --kills 3 --loop sync
 
-For each loop one run goes through undisturbed and one is killed and resumed until it is done; both
-are real: Ray, vLLM, Megatron, float32, a seed for each sample. Every second kill takes the whole
-run at once, as a power cut does; the others take the driver, whose death the rest must notice.
-With --folder, what an interrupted call got to is kept and gone on with. Afterwards the two runs are
-compared: samples of every rollout (prompts, responses, order), how
-often each sample was trained, the metrics of every step, the exported weights.
+For each loop, one run is undisturbed, and one is killed (kill -9) and resumed until it is done. The
+moments include the writing of checkpoints. Both runs use real Ray, vLLM and Megatron, float32, and
+a seed for each sample. Every second kill ends all processes of the run at once, like a power cut.
+The others end the driver, and the other processes must notice its death. With --folder an
+interrupted call can be continued. Afterwards the two runs are compared: the samples of every
+rollout (prompts, responses, order), how often each sample was trained, the metrics of every step,
+the exported weights.
 """
 
 from __future__ import annotations
@@ -39,33 +40,31 @@ from tests.cpu.launching import Job, alive, descendants
 
 LOOPS = {"sync": "train.py", "async": "train_async.py"}
 KILLS = {"sync": 20, "async": 10}
-ROLLOUTS_PER_KILL = 4  # more than are done between two kills: a run must outlive its kills
+ROLLOUTS_PER_KILL = 4  # more than finish between two kills, so the run outlives its kills
 SAVE_EVERY = 2
-START_S = 400.0  # the longest wait for the first sign of a run, on a busy machine
-STARTS = 3  # Ray gives up on a machine that is too busy; that is no death of a run
-SIGNS = ("anywhere", "training", "saving")  # what the moments of the kills are drawn from
+START_S = 400.0  # the longest wait for a run's first sign of life, on a busy machine
+STARTS = 3  # on a busy machine Ray may fail to start; that does not count as a kill
+SIGNS = ("anywhere", "training", "saving")  # the moments of the kills
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """One kill, and what it left on disk. Iterations are None where there is none."""
+    """One kill, and the state that it left on disk."""
 
     drawn_from: str
     whole_run: bool
-    after_s: float  # since the process was started
-    step: int | None  # the latest one logged
-    committed: int | None  # by the tracker
-    unfinished: list[str]  # what the next checkpoint had got to
+    after_s: float  # since the start of the process
+    step: int | None  # the last one logged
+    committed: int | None  # the iteration in the tracker
+    unfinished: list[str]  # the parts of the next checkpoint that exist
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--loop", choices=[*LOOPS, "both"], default="both")
-    parser.add_argument("--kills", type=int, help="of each loop (default: 20 sync, 10 async)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument(
-        "--flags", nargs="*", default=[], help="further switches, such as async-save"
-    )
+    parser.add_argument("--kills", type=int, help="kills of each loop (default: 20 sync, 10 async)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--flags", nargs="*", default=[], help="more switches, such as async-save")
     parser.add_argument("--write", action="store_true", help="update docs/models.md, results")
     parser.add_argument("--folder", type=Path, help="keep everything here")
     given = parser.parse_args()
@@ -86,7 +85,7 @@ def main() -> int:
 
 
 def examine(loop: str, num_kills: int, root: Path, seed: int, flags: list[str]):
-    """(kills, verdict) of one loop."""
+    """Runs one loop undisturbed and killed: (kills, verdict)."""
     make_assets(root)
     num_rollouts = ROLLOUTS_PER_KILL * num_kills
     straight = make_job(root, "straight", loop, num_rollouts, flags)
@@ -154,7 +153,7 @@ def make_job(root: Path, name: str, loop: str, num_rollouts: int, flags: list[st
 
 
 def start_and_kill(job: Job, number: int, rng: random.Random) -> tuple[Kill, list[int]]:
-    """The kill, and the processes that there were."""
+    """Starts the run and kills it: (the kill, the ids of the run's processes)."""
     drawn_from, whole_run = SIGNS[number % len(SIGNS)], number % 2 == 0
     for attempt in range(STARTS):
         process, started = job.start(), time.monotonic()
@@ -175,7 +174,7 @@ def start_and_kill(job: Job, number: int, rng: random.Random) -> tuple[Kill, lis
     if process.poll() is not None:
         sys.exit(f"the run ended before kill {number + 1}; see {job.log}")
     pids = descendants(process.pid)
-    os.killpg(process.pid, signal.SIGKILL)  # a group of its own: see Job.start
+    os.killpg(process.pid, signal.SIGKILL)  # its own process group: see Job.start
     if whole_run:
         for pid in pids:
             try:
@@ -189,7 +188,7 @@ def start_and_kill(job: Job, number: int, rng: random.Random) -> tuple[Kill, lis
 
 
 def wait_for_a_step(job: Job, process: subprocess.Popen) -> None:
-    """Until the run logs its first step, or ends."""
+    """Returns when the run logs its first step, or ends."""
     log = job.folder / "metrics.jsonl"
     before = log.stat().st_mtime_ns if log.exists() else 0
 
@@ -201,13 +200,13 @@ def wait_for_a_step(job: Job, process: subprocess.Popen) -> None:
 
 
 def checkpoint_files(job: Job) -> set[str]:
-    """What the saving of the next checkpoint adds to, file by file."""
+    """The files of the checkpoints and exports so far."""
     folders = (job.folder / "hf", job.folder / "ckpt")
     return {str(p) for folder in folders for p in folder.rglob("*")}
 
 
 def state_of(job: Job) -> tuple[int | None, int | None, list[str]]:
-    """(latest step logged, iteration committed, parts of a later checkpoint)"""
+    """(last step logged, iteration committed, existing parts of a later checkpoint)"""
     try:
         lines = (job.folder / "metrics.jsonl").read_text().splitlines()
         step = json.loads(lines[-1])["step"]
@@ -236,7 +235,7 @@ def wait_for(happened: Callable[[], Any], timeout_s: float = START_S) -> None:
 
 
 def wait_until_gone(pids: list[int], timeout_s: float, besides: str = "\0") -> None:
-    """Fails when processes of a killed run stay; those with `besides` in their command may."""
+    """Fails if processes of a killed run stay, except those with `besides` in their command."""
     deadline = time.monotonic() + timeout_s
     while left := [line for line in alive(pids) if besides not in line]:
         if time.monotonic() > deadline:

@@ -1,27 +1,24 @@
-"""What an undisturbed and a killed run have in common, as a verdict, a table and a figure."""
+"""Compares an undisturbed and a killed run: a verdict, a table and a figure."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from benchmarks.cpu_step import PACKAGES, cpu_name
+from benchmarks.records import RESULTS, on_this_cpu, save
 from benchmarks.tables import markdown, put
 from tests.cpu.launching import Job
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "benchmarks/results/kill_resume.json"
+RESULT = RESULTS / "kill_resume.json"
 FIGURE = ROOT / "docs/kill_resume.svg"
 BOUND = 1e-5
-ROWS = {  # figure: how the page calls it
+ROWS = {  # figure: its name in docs/models.md
     "rollouts": "rollouts in the end",
     "rollouts_with_other_samples": "rollouts with other samples, or in another order",
     "attempts_with_other_prompts": "attempts at a rollout with other prompts",
@@ -37,11 +34,11 @@ CURVES = ("train/loss", "train/kl_loss", "train/grad_norm", "rollout/raw_reward"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Counts and largest differences of a killed run against the undisturbed one."""
+    """Counts and largest differences between a killed run and the undisturbed one."""
 
     rollouts: int
     rollouts_with_other_samples: int  # another prompt, response or order
-    attempts_with_other_prompts: int  # of rollouts that were begun, killed and done again
+    attempts_with_other_prompts: int  # counts also attempts that a kill interrupted
     samples_lost: int
     samples_twice: int
     steps_missing_or_twice: int
@@ -105,7 +102,7 @@ def samples_of(job: Job) -> dict[int, list[tuple[int, list[int]]]]:
 
 
 def other_attempts(straight: Job, killed: Job) -> int:
-    """Prompts graded in any attempt at a rollout that the undisturbed run has not got there."""
+    """How many prompts were graded in a rollout where the undisturbed run did not grade them."""
 
     def graded(job: Job) -> list[tuple[str, ...]]:
         lines = (job.folder / "prompts.tsv").read_text().splitlines()
@@ -125,7 +122,7 @@ def weights_apart(straight: Job, killed: Job) -> float:
 
 
 def write_table(loop: str, kills: list[Any], verdict: Verdict, out: IO[str]) -> None:
-    """Markdown."""
+    """A summary of the kills, and the verdict as a Markdown table."""
     caught = Counter(", ".join(k.unfinished) or "nothing of the next checkpoint" for k in kills)
     out.write(f"\n{loop}: {len(kills)} kills. On disk beside the last commit:\n")
     for what, count in caught.most_common():
@@ -139,13 +136,12 @@ def write_table(loop: str, kills: list[Any], verdict: Verdict, out: IO[str]) -> 
 
 
 def write_result(loop: str, kills: list[Any], verdict: Verdict) -> None:
-    """Into the result file, where the figures of the other loop stay."""
+    """Writes the figures of one loop to the result file; the other loop's figures stay."""
     common = {
         "num_kills": len(kills),
         "peer": "the same run undisturbed",
         "spread": None,
-        "device": f"{cpu_name()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        **on_this_cpu(),
     }
     mine = f"kill_resume/{loop}/"
     figures = []
@@ -162,11 +158,11 @@ def write_result(loop: str, kills: list[Any], verdict: Verdict) -> None:
     )
     others = json.loads(RESULT.read_text()) if RESULT.exists() else []
     figures += [f for f in others if not f["name"].startswith(mine)]
-    RESULT.write_text(json.dumps(sorted(figures, key=lambda f: f["name"]), indent=1) + "\n")
+    save(RESULT, sorted(figures, key=lambda f: f["name"]))
 
 
 def write_page() -> None:
-    """What the result file holds of both loops, as a table in docs/models.md."""
+    """Puts the result file's figures of both loops into the table of docs/models.md."""
     found = {f["name"]: f for f in json.loads(RESULT.read_text())}
     loops = [loop for loop in ("sync", "async") if f"kill_resume/{loop}/kills" in found]
 
@@ -185,7 +181,7 @@ def write_page() -> None:
 
 
 def write_figure() -> None:
-    """Both loss curves of each loop, one on the other, and where the kills were."""
+    """Draws both loss curves of each loop in one plot, and marks the kills."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

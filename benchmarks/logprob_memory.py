@@ -1,24 +1,21 @@
-"""Peak memory of log-probabilities and entropy, forward and backward, against the dense way.
+"""Peak memory of log-probabilities and entropy, forward and backward: in chunks and dense.
 
     python benchmarks/logprob_memory.py     writes benchmarks/results/logprob_memory.json
 
-bfloat16 logits of a 152k vocabulary. The dense way copies them to float32, takes log_softmax and
-lets autograd keep what it wants; `token_logprobs` works in chunks of tokens. Each runs in a process
-of its own; its figure is the largest resident size less the size before, logits excluded. Exactness
-is of both in float32, on a few tokens cut into several chunks, against the dense way in float64:
-the largest difference over the largest value.
+The logits are bfloat16 with a vocabulary of 152k. The dense way copies them to float32, takes
+log_softmax and lets autograd keep its tensors. `token_logprobs` works in chunks of tokens. Each way
+runs in its own process. Its figure is the growth of the largest resident size, without the logits.
+Exactness compares both ways in float32, on a few tokens in several chunks, with the dense way in
+float64: the largest difference over the largest value.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import resource
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +25,10 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.cpu_step import cpu_name  # noqa: E402
+from benchmarks.records import RESULTS, on_this_cpu, save  # noqa: E402
 from vime.backends.megatron.training.logprobs import TokenLogProbs, token_logprobs  # noqa: E402
 
-RESULT = ROOT / "benchmarks/results/logprob_memory.json"
+RESULT = RESULTS / "logprob_memory.json"
 VOCAB = 151_936
 TOKENS = 1024
 TARGET = 1e-5
@@ -46,12 +43,7 @@ def main() -> int:
     if args.measure:
         print(peak_bytes(args.measure, args.tokens))
         return 0
-    common = {
-        "device": f"{cpu_name()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), "torch": version("torch")},
-        "num_tokens": args.tokens,
-        "vocab_size": VOCAB,
-    }
+    common = {**on_this_cpu(("torch",)), "num_tokens": args.tokens, "vocab_size": VOCAB}
     figures: list[dict[str, Any]] = []
     for way in ("dense", "chunked"):
         mib = in_own_process(way, args.tokens) / 2**20
@@ -67,8 +59,7 @@ def main() -> int:
     figures = [f | common for f in figures]
     for f in figures:
         print(f"{f['name']:<32} {f['value']:.6g} {f['unit']}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(figures, indent=2) + "\n")
+    save(args.output, figures)
     print(f"written to {args.output}")
     return 0
 
@@ -94,7 +85,7 @@ def compute(
 def peak_bytes(way: str, tokens: int) -> int:
     torch.set_num_threads(1)
     logits_TV = torch.empty(tokens, VOCAB, dtype=torch.bfloat16)
-    for row in logits_TV:  # no larger temporary than a row before the measurement starts
+    for row in logits_TV:  # before the measurement, no temporary is larger than a row
         row.copy_(torch.randn(VOCAB))
     logits_TV.requires_grad_()
     taken_T = torch.randint(VOCAB, (tokens,))
@@ -113,7 +104,7 @@ def in_own_process(way: str, tokens: int) -> int:
 
 
 def largest_differences(num_tokens: int, chunk: int) -> dict[str, float]:
-    """{output or gradient, "dense_" for the dense way: largest difference over largest value}."""
+    """{output or gradient, with "dense_" for the dense way: largest difference / largest value}"""
     g = torch.Generator().manual_seed(0)
     logits_TV = 4 * torch.randn(num_tokens, VOCAB, generator=g)
     taken_T = torch.randint(VOCAB, (num_tokens,), generator=g)

@@ -1,35 +1,34 @@
-"""A run's start on a JSONL file of ten million prompts: memory and seconds.
+"""The start of a run on a JSONL file of ten million prompts: memory and seconds.
 
     make bench-long-prompt-file
 
-The file is checked and opened as a run does it, and a shuffled batch is taken, in a process of its
-own. Its peak resident memory less that of the same process on a file of one batch is what the file
-costs; the target is 1.5 times the file's size. Mapped pages count while the system keeps them.
+A process of its own checks and opens the file as a run does, and takes a shuffled batch. The cost
+of the file is the peak resident memory of this process, less the peak of the same process on a file
+of one batch. The target is 1.5 times the file's size. Mapped pages count while the system keeps
+them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.cpu_step import cpu_name  # noqa: E402
+from benchmarks.records import RESULTS, on_this_cpu, save  # noqa: E402
 from benchmarks.rollout import make_config  # noqa: E402
 from vime.config.view import ArgsView  # noqa: E402
 from vime.data.checks import data_problems  # noqa: E402
 from vime.rollout.data_source import RolloutDataSourceWithBuffer  # noqa: E402
 
-RESULT = ROOT / "benchmarks/results/long_prompt_file.json"
+RESULT = RESULTS / "long_prompt_file.json"
 TARGET = 1.5
 BATCH = 64
 
@@ -37,6 +36,7 @@ BATCH = 64
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lines", type=int, default=10_000_000)
+    parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -64,10 +64,9 @@ def main() -> int:
         "lines": options.lines,
         "bytes": size,
         "seconds": round(long["seconds"], 2),
-        "device": f"{cpu_name()}, {os.cpu_count()} cores",
-        "versions": {"numpy": version("numpy"), "orjson": version("orjson")},
+        **on_this_cpu(("numpy", "orjson")),
     }
-    RESULT.write_text(json.dumps(record, indent=2) + "\n")
+    save(options.output, record)
     return 0
 
 

@@ -1,21 +1,21 @@
-"""How full the micro-batches are, how even the ranks' work is, and how long planning takes.
+"""How full micro-batches are, how evenly ranks share the work, and how long planning takes.
 
     python benchmarks/packing.py        writes benchmarks/results/packing.json
 
-256 response lengths from a long-tailed (log-normal) distribution, median about 2,000 tokens, cut at
-8,192, with 200 tokens of prompt, are packed to 9,216 tokens: 20 batches for each number of
-data-parallel ranks. Efficiency is tokens over the room of all micro-batches. Every rank has the
-same number of micro-batches, so N ranks have a multiple of N, and no plan can fill more than
-`attainable`: the tokens over the room of the smallest such number that holds them. Eight ranks have
-nine or ten micro-batches each here, and the bound is below the target of 0.97 in most batches.
-Imbalance is the busiest rank's estimated work over the mean, less 1.
+256 response lengths come from a long-tailed (log-normal) distribution with a median of about 2,000
+tokens, cut at 8,192. With 200 tokens of prompt they are packed to 9,216 tokens, in 20 batches for
+each number of data-parallel ranks.
+
+Efficiency is the share of the micro-batches' room that tokens fill. Every rank has the same number
+of micro-batches, so N ranks have a multiple of N together. `attainable` is the efficiency of the
+smallest such multiple that holds all tokens; no plan can do better. Eight ranks have nine or ten
+micro-batches each here, and in most batches the bound is below the target of 0.97. Imbalance is the
+estimated work of the busiest rank over the mean, less 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import time
@@ -28,12 +28,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.cpu_step import cpu_name, spread  # noqa: E402
+from benchmarks.records import RESULTS, on_this_cpu, quartiles, save  # noqa: E402
 from vime.data.bins import fewest_bins  # noqa: E402
 from vime.data.packing import PackingRules, plan_step, sequence_cost  # noqa: E402
 from vime.types import StepPlan  # noqa: E402
 
-RESULT = ROOT / "benchmarks/results/packing.json"
+RESULT = RESULTS / "packing.json"
 CAP = 9216
 RANKS = (1, 2, 4, 8)
 BATCHES, BATCH = 20, 256
@@ -53,15 +53,14 @@ def main() -> int:
             best, num = f["batches_at_the_bound"], f["num_batches"]
             line += f"; attainable {f['attainable']['value']:.4f}, reached in {best} of {num}"
         print(line)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(figures, indent=2) + "\n")
+    save(args.output, figures)
     print(f"written to {args.output}")
     return 0
 
 
 def measure() -> list[dict[str, Any]]:
     """Figures for the result file: medians over batches, quartiles as spread."""
-    common = {"device": f"{cpu_name()}, {os.cpu_count()} cores", "num_batches": BATCHES}
+    common = {**on_this_cpu(("numpy",)), "num_batches": BATCHES}
     figures = []
     for dp in RANKS:
         rules = PackingRules(dp=dp, max_tokens=CAP, balance=True)
@@ -75,15 +74,15 @@ def measure() -> list[dict[str, Any]]:
         for name, values in (("packing/efficiency", full), ("packing/imbalance", uneven)):
             worst = min(values) if name == "packing/efficiency" else max(values)
             figures.append(
-                {"name": f"{name}_dp{dp}", "unit": "1", **spread(values), **common,
+                {"name": f"{name}_dp{dp}", "unit": "1", **quartiles(values), **common,
                  "worst": round(worst, 5), "target": TARGETS[name]}
             )  # fmt: skip
         best = sum(a == b for a, b in zip(full, bounds, strict=True))
-        figures[-2] |= {"attainable": spread(bounds), "batches_at_the_bound": best}
+        figures[-2] |= {"attainable": quartiles(bounds), "batches_at_the_bound": best}
     walls, cpus = planning_seconds()
     for name, seconds in (("packing/plan_time", walls), ("packing/plan_cpu_time", cpus)):
         figures.append(
-            {"name": name, "unit": "s", **spread(seconds), **common, "num_samples": MANY,
+            {"name": name, "unit": "s", **quartiles(seconds), **common, "num_samples": MANY,
              "num_ranks": MANY_RANKS, "target": TARGETS["packing/plan_time"]}
         )  # fmt: skip
     return figures
@@ -100,7 +99,7 @@ def efficiency(plan: StepPlan, lengths: Sequence[int]) -> float:
 
 
 def attainable(lengths: Sequence[int], dp: int) -> float:
-    """A bound on `efficiency`: micro-batches come in multiples of `dp` and hold CAP each."""
+    """An upper bound of `efficiency`: there are a multiple of `dp` micro-batches of CAP tokens."""
     num = -(-fewest_bins(lengths, CAP) // dp) * dp
     return sum(lengths) / (num * CAP)
 
@@ -113,7 +112,7 @@ def imbalance(plan: StepPlan, lengths: Sequence[int]) -> float:
 
 
 def planning_seconds(repeats: int = 3) -> tuple[list[float], list[float]]:
-    """Seconds by the wall and of this process, of planning one step of MANY samples."""
+    """(wall-clock seconds, CPU seconds) of planning one step of MANY samples, by repeat."""
     lengths = long_tailed(MANY, 0)
     rules = PackingRules(dp=MANY_RANKS, max_tokens=CAP, balance=True)
     walls, cpus = [], []

@@ -1,23 +1,19 @@
-"""One loss and one gradient in every layout and batching: how far each is from plain autograd.
+"""Compares loss, gradient and weights in every layout and batching with plain autograd.
 
     python benchmarks/parity.py            prints the table, writes results/gradient_parity.json
-    python benchmarks/parity.py --write    puts the table into docs/algorithms.md as well
+    python benchmarks/parity.py --write    also puts the table into docs/algorithms.md
 
-Two optimizer steps on tiny random models, float32, over 1, 2 and 4 gloo ranks, against one process
-in float64; what they do is in tests/cpu/parity.py. Some 80 s on two busy cores. Exit code 1
-when a figure is out of bounds.
+Tiny random models take two optimizer steps in float32 over 1, 2 and 4 gloo ranks; one process takes
+the same steps in float64. tests/cpu/parity.py describes the steps. The run takes some 80 s on two
+busy cores. The exit code is 1 if a figure is out of bounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import sys
 import tempfile
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +34,10 @@ from parity import (  # noqa: E402
     write_models,
 )
 
-from benchmarks.cpu_step import PACKAGES, cpu_name  # noqa: E402
+from benchmarks.records import RESULTS, on_this_cpu, save  # noqa: E402
 from benchmarks.tables import markdown, put  # noqa: E402
 
-RESULT = ROOT / "benchmarks/results/gradient_parity.json"
+RESULT = RESULTS / "gradient_parity.json"
 Found = list[tuple[int, Case, Apart]]  # number of ranks, case, the worst of its ranks
 
 
@@ -54,7 +50,7 @@ def main() -> int:
     table = table_of(found)
     print(table)
     figures = figures_of(found)
-    args.output.write_text(json.dumps(figures, indent=2) + "\n")
+    save(args.output, figures)
     print(f"written to {args.output}")
     if args.write:
         put("algorithms.md", "parity", table)
@@ -76,7 +72,7 @@ def measure() -> Found:
 
 
 def table_of(found: Found) -> str:
-    """Markdown: a row per case."""
+    """Markdown: a row for each case."""
     rows = [["ranks", "layout", "model", "batching", "loss", "gradient", "weights after"]]
     for world, case, a in found:
         model = "MoE" if case.model == EXPERTS else case.model
@@ -93,9 +89,8 @@ def cell(value: float | None, limit: float) -> str:
 
 
 def figures_of(found: Found) -> list[dict[str, Any]]:
-    """The result file: the largest difference of each kind, with every case's."""
-    device = f"{cpu_name()}, {os.cpu_count()} cores"
-    versions = {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
+    """The result file: the largest difference of each kind, and the difference of every case."""
+    machine = on_this_cpu()
 
     def figure(kind: str, values: Mapping[str, float | None], limit: float) -> dict[str, Any]:
         return {
@@ -104,8 +99,7 @@ def figures_of(found: Found) -> list[dict[str, Any]]:
             "value": max(v for v in values.values() if v is not None),
             "target_at_most": limit,
             "cases": values,
-            "device": device,
-            "versions": versions,
+            **machine,
         }
 
     names = [

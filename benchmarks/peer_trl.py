@@ -1,8 +1,8 @@
-"""GRPO steps of TRL with vLLM colocated, for `gpu_step.py`: a JSON line after each but the first.
+"""GRPO steps of TRL with colocated vLLM, for `gpu_step.py`: a JSON line after each but the first.
 
-The settings are the fastest that were found for it on an 80 GB GPU: Liger's loss, micro-batches of
-16 (2 for long-tailed lengths, since TRL pads to the longest) without checkpointing, the engine
-asleep while the trainer works.
+The settings are the fastest that were found for TRL on an 80 GB GPU: Liger's loss, micro-batches of
+16 without activation checkpointing, the engine asleep while the trainer works. Long-tailed lengths
+need micro-batches of 2, because TRL pads to the longest.
 """
 
 from __future__ import annotations
@@ -21,70 +21,89 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vime.backends.vllm.process import free_port  # noqa: E402
 
 BATCH = 256
-PADDED_TOKENS = 18_000  # of a micro-batch, as many as fit
+PADDED_TOKENS = 18_000  # the most that fit into a micro-batch
+ENVIRONMENT = {
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+}
 
 
 def main() -> None:
+    args = parse()
+    os.environ |= ENVIRONMENT
+    trainer = make_trainer(args)
+    if args.long_tail:
+        draw_lengths(trainer.vllm_generation.llm, args.response)
+    trainer.train()
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--response", type=int, required=True)
+    parser.add_argument("--response", type=int, required=True, help="tokens")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--long-tail", action="store_true", help="lengths of gpu_assets.length_of")
-    args = parser.parse_args()
-    os.environ |= {
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-        **dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1"),
-    }
-    import torch
+    return parser.parse_args()
+
+
+def make_trainer(args: argparse.Namespace) -> Any:
     import trl
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
 
     micro_batch = max(1, PADDED_TOKENS // args.response)
     micro_batch = 1 << (micro_batch.bit_length() - 1)  # a divisor of BATCH
     lines = [json.loads(line) for line in args.prompts.read_text().splitlines()]
-    data = Dataset.from_list([{"prompt": line["prompt"]} for line in lines])
     name = f"TRL {trl.__version__}, vLLM colocated, Liger loss, micro-batches of {micro_batch}"
-    steps: list[float] = []
-    mismatch: list[float] = []
-
-    class Clock(TrainerCallback):
-        started = 0.0
-
-        def on_step_begin(self, *_, **__):
-            torch.cuda.synchronize()
-            self.started = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            torch.cuda.synchronize()
-            steps.append(time.perf_counter() - self.started)
-
-        def on_log(self, args, state, control, logs=None, **_):
-            found = (logs or {}).get("sampling/sampling_logp_difference/mean")
-            if found is None:  # the summary at the end
-                return
-            mismatch.append(float(found))
-            if len(steps) > 1:
-                peak = torch.cuda.max_memory_allocated() / 2**30
-                line = {"name": name, "steps": steps[1:], "mismatch": mismatch, "peak_gib": peak}
-                print("\n" + json.dumps(line), flush=True)
-
-    os.environ["MASTER_PORT"] = str(free_port())  # as late as can be: imports take half a minute
-    trainer = trl.GRPOTrainer(
+    # The port is chosen after the imports, which take half a minute.
+    os.environ["MASTER_PORT"] = str(free_port())
+    return trl.GRPOTrainer(
         model=args.model,
         reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],
         args=settings(args, micro_batch),
-        train_dataset=data,
+        train_dataset=Dataset.from_list([{"prompt": line["prompt"]} for line in lines]),
         processing_class=AutoTokenizer.from_pretrained(args.model),
-        callbacks=[Clock()],
+        callbacks=[clock(name)],
     )
-    if args.long_tail:
-        draw_lengths(trainer.vllm_generation.llm, args.response)
-    trainer.train()
+
+
+def clock(name: str) -> Any:
+    """Times steps; prints {"name", "steps", "mismatch", "peak_gib"} after each but the first."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.started = 0.0
+            self.steps: list[float] = []
+            self.mismatch: list[float] = []
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            torch.cuda.synchronize()
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            torch.cuda.synchronize()
+            self.steps.append(time.perf_counter() - self.started)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            found = (logs or {}).get("sampling/sampling_logp_difference/mean")
+            if found is None:  # the summary at the end
+                return
+            self.mismatch.append(float(found))
+            if len(self.steps) > 1:
+                peak = torch.cuda.max_memory_allocated() / 2**30
+                line = {"name": name, "steps": self.steps[1:], "mismatch": self.mismatch}
+                print("\n" + json.dumps(line | {"peak_gib": peak}), flush=True)
+
+    return Clock()
 
 
 def settings(args: argparse.Namespace, micro_batch: int) -> Any:
@@ -117,7 +136,7 @@ def settings(args: argparse.Namespace, micro_batch: int) -> Any:
 
 
 def draw_lengths(llm: Any, longest: int) -> None:
-    """Lets every answer end at its drawn length, as `gpu_assets.long_tail` does for vime."""
+    """Ends every answer at its drawn length, as `gpu_assets.long_tail` does for vime."""
     from benchmarks.gpu_assets import length_of
 
     generate = llm.generate

@@ -1,4 +1,4 @@
-"""A benchmark that was started in a group of its own (`start_new_session`), and what it started."""
+"""Signals for a process group: a benchmark started with `start_new_session`, and its children."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import signal
 import subprocess
 import time
 
-PATIENCE_S = 60.0  # for a group to end its own processes
+PATIENCE_S = 60.0  # a group has this long to end its own processes
 LOOK_S = 0.2
 
 
 def signal_group(process: subprocess.Popen, number: int) -> bool:
-    """To the process and what it started; False once nothing of it is left."""
-    process.poll()  # a zombie would still count
+    """Sends a signal to the process and its children; False if none of them is left."""
+    process.poll()  # otherwise a zombie would count
     try:
         os.killpg(process.pid, number)
     except ProcessLookupError:
@@ -22,7 +22,7 @@ def signal_group(process: subprocess.Popen, number: int) -> bool:
 
 
 def wait_for_group(process: subprocess.Popen) -> int:
-    """Until all of it has ended: what a benchmark started may end after the benchmark itself."""
+    """Waits until the whole group has ended; children may end after the benchmark itself."""
     deadline = time.monotonic() + PATIENCE_S
     while signal_group(process, 0) and time.monotonic() < deadline:
         time.sleep(LOOK_S)

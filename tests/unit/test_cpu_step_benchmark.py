@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.cpu_step import WARM_UP, spread, step_shares
+from benchmarks.cpu_step import WARM_UP, step_shares
+from benchmarks.records import quartiles
 
 
 def record(step_time, **times):
@@ -34,4 +35,4 @@ def test_lines_without_a_rollout_are_left_out_and_too_few_are_an_error():
 
 
 def test_a_spread_is_the_median_and_its_quartiles():
-    assert spread([1.0, 2.0, 3.0]) == {"value": 2.0, "spread": [1.0, 3.0]}
+    assert quartiles([1.0, 2.0, 3.0]) == {"value": 2.0, "spread": [1.0, 3.0]}

@@ -33,7 +33,7 @@ lint: install  ## ruff, pyright, and whether docs/ is up to date
 	$(PYTHON) -m pyright
 	$(PYTHON) tools/docs_tables.py --check
 
-docs: install  ## write the tables of docs/ that the registries determine
+docs: install  ## write what docs/ has from the code: tables of registries, the picture of the imports
 	$(PYTHON) tools/docs_tables.py
 
 format: install  ## let ruff fix and format

@@ -1,4 +1,4 @@
-"""The tables of docs/ that the registries in vime/ determine.
+"""The tables of docs/ that the registries in vime/ determine, and the picture of its imports.
 
 python tools/docs_tables.py            writes them (make docs)
 python tools/docs_tables.py --check    writes nothing; exit code 1 when a table is out of date
@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.tables import markdown, put, table_in  # noqa: E402
+from tools.imports import picture  # noqa: E402
 from vime.algorithms.advantages import ESTIMATORS, Estimator  # noqa: E402
 from vime.algorithms.policy import clipped_policy_loss  # noqa: E402
 from vime.backends.megatron.hf.registry import FAMILIES  # noqa: E402
@@ -78,6 +79,7 @@ def family_table() -> str:
 TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("algorithms.md", "estimator-list"): estimator_table,
     ("models.md", "families"): family_table,
+    ("architecture.md", "rooms"): picture,
 }
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The errors vime raises on purpose. Each is also the standard library's kind of that mistake."""
+"""The errors that vime raises on purpose. Each is also an error of the standard library."""
 
 
 class ConfigError(ValueError):
-    """A user's setting cannot work. Says the flag, its value and the remedy; exits with code 2."""
+    """A setting cannot work. Names flag, value and remedy; the program exits with code 2."""
 
     def __init__(self, *problems: str) -> None:
         self.problems = problems
@@ -21,8 +21,8 @@ class ReturnError(PluginError):
 
 
 class EngineError(RuntimeError):
-    """A vLLM engine or the router died, refused or did not answer in time."""
+    """A vLLM engine or the router died, refused a request or did not answer in time."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing a part, is damaged or does not fit the model. Names the file."""
+    """A checkpoint is incomplete, damaged or of another model. Names the file."""

@@ -1,4 +1,4 @@
-"""The nouns of vime. Plugins write to a `Sample`; what follows batching is frozen."""
+"""The nouns of vime. Plugins write to a `Sample`; everything after batching is frozen."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Status(StrEnum):
-    """Where a sample stands. ABORTED may continue; FAILED has its reason in `Sample.failure`."""
+    """The state of a sample. An ABORTED one may continue; `Sample.failure` says why one FAILED."""
 
     PENDING = "pending"
     COMPLETED = "completed"
@@ -20,15 +20,15 @@ class Status(StrEnum):
     FAILED = "failed"
 
 
-FINISHED = (Status.COMPLETED, Status.TRUNCATED)  # a response that can be judged
+FINISHED = (Status.COMPLETED, Status.TRUNCATED)  # the response can be graded
 
 
 @dataclass(slots=True, kw_only=True)
 class Sample:
-    """One prompt with one response. Lists marked [R] have one entry per response token."""
+    """One prompt with one response. Lists marked [R] have one entry for each response token."""
 
-    group_index: int | None = None  # samples of one prompt share it; advantages are relative to it
-    index: int | None = None  # unique over a whole run
+    group_index: int | None = None  # the samples of one prompt share it, and their baseline
+    index: int | None = None  # unique in a run
     rollout_id: int | None = None  # the rollout that trains on it
     prompt: str | list[dict[str, Any]] = ""
     tokens: list[int] = field(default_factory=list)  # prompt ids, then response ids
@@ -36,23 +36,21 @@ class Sample:
     response_length: int = 0  # R
     label: str | None = None
     reward: float | dict[str, Any] | None = None
-    loss_mask: list[int] | None = None  # [R], 1 = train on it; None = all ones
-    rollout_log_probs: list[float] | None = None  # [R], natural log, as the engine sampled
+    loss_mask: list[int] | None = None  # [R], 1: train on the token, 0: do not; None: all 1
+    rollout_log_probs: list[float] | None = None  # [R], natural log, of the engine
     teacher_log_probs: list[float] | None = None  # [R], for --use-opd --opd-type vllm
-    weight_versions: list[int] = field(
-        default_factory=list
-    )  # [R], the weights that made each token
+    weight_versions: list[int] = field(default_factory=list)  # [R], the weights of each token
     status: Status = Status.PENDING
-    failure: str | None = None  # why it is FAILED, or why it has no reward
+    failure: str | None = None  # why the sample FAILED or has no reward
     metadata: dict[str, Any] = field(default_factory=dict)
     train_metadata: dict[str, Any] | None = None
-    remove_sample: bool = False  # stays in its group's statistics, gets no loss
+    remove_sample: bool = False  # part of its group's statistics, but without loss
     custom_rm_path: str | None = None
     generate_function_path: str | None = None
-    session_id: str | None = None  # requests that share it may go to one engine; None: its own
-    non_generation_time: float = 0.0  # seconds spent on tools and the like; for the metrics
-    apply_chat_template_kwargs: dict[str, Any] | None = None  # in place of the flag's, for messages
-    # What functions of the user's own may carry along. vime keeps these and reads none of them.
+    session_id: str | None = None  # requests of one session may share an engine; None: its own
+    non_generation_time: float = 0.0  # seconds in tools and the like, for metrics
+    apply_chat_template_kwargs: dict[str, Any] | None = None  # replaces the flag, for messages
+    # For functions of the user's own: vime keeps these fields and never reads them.
     rollout_routed_experts: Any = None
     rollout_top_p_token_ids: list[int] | None = None
     rollout_top_p_token_offsets: list[int] | None = None
@@ -67,11 +65,11 @@ class Sample:
 
     @property
     def effective_response_length(self) -> int:
-        """Response tokens that carry loss."""
+        """The number of response tokens with loss."""
         return self.response_length if self.loss_mask is None else sum(self.loss_mask)
 
     def get_reward_value(self, args: Any) -> float:
-        """The scalar reward; `--reward-key` picks it from a dict. KeyError if there is none."""
+        """The reward as a number. --reward-key picks it from a dict. KeyError if there is none."""
         if self.reward is None:
             raise KeyError(f"sample {self.index} has no reward: {self.failure or 'not graded yet'}")
         if isinstance(self.reward, dict):
@@ -85,7 +83,7 @@ class Sample:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Sample:
-        """The inverse of `to_dict`. Raises KeyError on a field that `Sample` lacks."""
+        """The inverse of `to_dict`. Raises KeyError for a field that `Sample` does not have."""
         unknown = set(data) - {f.name for f in fields(cls)}
         if unknown:
             raise KeyError(f"unknown Sample fields: {sorted(unknown)}")
@@ -106,7 +104,7 @@ Group = list[Sample]  # the samples of one prompt
 
 @dataclass(slots=True)
 class RolloutFnTrainOutput:
-    """What a rollout function returns: groups, in the order to train on them."""
+    """The return value of a rollout function: groups, in the order of training."""
 
     samples: list[Group]
     metrics: dict[str, float] = field(default_factory=dict)
@@ -114,7 +112,7 @@ class RolloutFnTrainOutput:
 
 @dataclass(slots=True)
 class RolloutFnEvalOutput:
-    """What an evaluation function returns.
+    """The return value of an evaluation function.
 
     data  {dataset: {"rewards": [..], "truncated": [..], "samples": [..]}}
     """
@@ -125,7 +123,7 @@ class RolloutFnEvalOutput:
 
 @dataclass(slots=True)
 class DynamicFilterOutput:
-    """A dynamic filter's verdict with its reason. A plain or tensor bool may stand in for it."""
+    """Whether a dynamic filter keeps a group, and why not. A filter may also return a bool."""
 
     keep: bool
     reason: str | None = None
@@ -133,15 +131,15 @@ class DynamicFilterOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSequence:
-    """One sample as the trainer sees it. N tokens of which the last R are the response."""
+    """One sample for the trainer: N tokens, of which the last R are the response."""
 
     index: int  # Sample.index
     group: int  # Sample.group_index
     tokens: np.ndarray  # [N] int64
     response_length: int  # R
     loss_mask: np.ndarray  # [R] float32, 0 or 1
-    weight: np.ndarray  # [R] float32, this token's share of its step's loss
-    reward: float  # after group normalisation
+    weight: np.ndarray  # [R] float32, each token's share of its step's loss
+    reward: float  # the score, after group normalisation
     raw_reward: float
     rollout_logp: np.ndarray | None = None  # [R] float32
     teacher_logp: np.ndarray | None = None  # [R] float32
@@ -154,10 +152,10 @@ class TrainSequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """One optimizer step: which sequences, on which data-parallel rank, in which micro-batch.
+    """One optimizer step: its sequences by data-parallel rank and micro-batch.
 
     micro_batches[dp_rank][i] is a tuple of positions in `TrainBatch.sequences`. Every rank has the
-    same number of micro-batches; one may be empty and then contributes nothing.
+    same number of micro-batches. An empty micro-batch contributes nothing to the loss.
     """
 
     micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
@@ -169,11 +167,11 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
-    """All that one rollout gives to training."""
+    """The training data of one rollout."""
 
     rollout_id: int
     sequences: tuple[TrainSequence, ...]
     steps: tuple[StepPlan, ...]
-    forward: StepPlan | None = None  # packing of forward-only passes; None = the steps' own
-    weight_version: int | None = None  # the newest that made a token with loss; None = not known
-    metrics: dict[str, float] = field(default_factory=dict)  # of the rollout and of the packing
+    forward: StepPlan | None = None  # packing of forward-only passes; None: as in `steps`
+    weight_version: int | None = None  # the newest that made a token with loss; None: unknown
+    metrics: dict[str, float] = field(default_factory=dict)  # about samples and packing

@@ -58,7 +58,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     plain = tokenizer.chat_template
     tokenizer.chat_template = "{{ messages | length }}" + plain
     try:
-        with pytest.raises(ConfigError, match="differently"):
+        with pytest.raises(ConfigError, match="template changes the messages"):
             chat.assistant_tokens(
                 tokenizer,
                 [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],

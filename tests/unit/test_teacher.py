@@ -177,13 +177,13 @@ def test_the_server_is_looked_at_before_anything_starts(config):
         assert check_teacher(cfg) == []
         teacher.tokenize, teacher.room = (lambda text: [1, 2]), 24
         assert check_teacher(cfg) == [
-            f"{name} serves big, whose tokenizer is not that of --hf-checkpoint {own}: its figures "
-            "would be of other words. Serve a teacher of the policy's family.",
-            f"{name} takes 24 tokens, and a sample may have 24: it needs one more. Serve it with "
-            "--max-model-len 25 or more, or lower --rollout-max-response-len.",
+            f"{name} serves big, whose tokenizer differs from the one of --hf-checkpoint {own}, so "
+            "its figures would be for other words. Serve a teacher of the policy's family.",
+            f"{name} takes 24 tokens. A sample may have 24, and the server needs one more. Serve "
+            "it with --max-model-len 25 or more, or lower --rollout-max-response-len.",
         ]
     (gone,) = check_teacher(cfg)
-    assert gone.startswith(f"{name} does not answer as a vLLM server does (ConnectionError: ")
+    assert gone.startswith(f"{name} does not answer like a vLLM server (ConnectionError: ")
     assert gone.endswith("Start it first (`vllm serve TEACHER`), or correct the address.")
     plan = dataclasses.replace(cfg, debug=dataclasses.replace(cfg.debug, dry_run=True))
     assert check_teacher(plan) == []

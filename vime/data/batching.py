@@ -1,4 +1,4 @@
-"""Groups of samples -> one frozen `TrainBatch`, in which every token has its final weight."""
+"""Makes a frozen `TrainBatch` of groups of samples. Every token gets its final weight."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from vime.data.sequences import train_sequence
 from vime.errors import PluginError
 from vime.types import Group, Sample, Status, StepPlan, TrainBatch, TrainSequence
 
-# The usable samples, flat -> (raw rewards, scores), one of each a sample.
+# The usable samples of all groups -> (raw rewards, scores), one of each per sample.
 PostProcess = Callable[[list[Sample]], tuple[Sequence[float], Sequence[float]]]
 
-# The loss masks [R] of a step's sequences, per_token -> their tokens' weights [R].
+# (the loss masks [R] of a step's sequences, per_token) -> the weights [R] of their tokens.
 Weigh = Callable[[list[np.ndarray], bool], Sequence[np.ndarray]]
 
 
@@ -32,21 +32,21 @@ def build_train_batch(
     post_process: PostProcess | None = None,
     weigh: Weigh | None = None,
 ) -> TrainBatch:
-    """All that training needs of one rollout.
+    """The training data of one rollout.
 
-    The rules for samples that are not plain:
-    - failed (`Status.FAILED`, or no reward where the loss needs one): no loss and no part in its
-      group's statistics; counted in `rollout/failed_samples`. If all failed: ValueError.
-    - removed (`remove_sample`): part of its group's statistics and of its step's sample count, but
-      its tokens weigh 0.
-    - a reward that is NaN or infinite: PluginError with the sample's index.
-    - nothing to train on (no response token): part of the statistics, no sequence; counted in
-      `rollout/empty_samples`.
-    A step is a run of consecutive samples; one that lost them all is left out.
-    `post_process` takes the place of rewards and their normalisation, `weigh` of `token_weights`.
+    Rules for special samples:
+    - A failed sample (`Status.FAILED`, or without a reward that the loss needs) has no loss and no
+      part in its group's statistics. `rollout/failed_samples` counts it.
+    - A removed sample (`remove_sample`) counts in its group's statistics and in its step's number
+      of samples. Its tokens weigh 0.
+    - A sample without a response token counts in its group's statistics and has no sequence.
+      `rollout/empty_samples` counts it.
+    A step is a run of consecutive samples. A step that lost all its samples is left out.
+    `post_process` replaces the rewards and their normalisation, `weigh` replaces `token_weights`.
 
-    Raises ValueError on an unfinished sample or one whose lists do not match its response, and
-    PluginError on a reward that --reward-key cannot read.
+    Raises ValueError when every sample failed, when one is unfinished, or when a sample's lists do
+    not fit its response. Raises PluginError with the sample's index when --reward-key cannot read
+    a reward, or when a reward is NaN or infinite.
     """
     samples = list(chain.from_iterable(groups))
     group_ids = [
@@ -96,7 +96,7 @@ def plan_batch(
     *,
     weigh: Weigh | None = None,
 ) -> TrainBatch:
-    """Gives the sequences of each step their weights and packs them. Raises ValueError on none."""
+    """Weighs and packs the sequences of each step. Raises ValueError if there is none."""
     sequences: list[TrainSequence] = []
     plans: list[StepPlan] = []
     rules = PackingRules.of(cfg)
@@ -134,12 +134,13 @@ def plan_batch(
 def token_weights(
     masks: Sequence[np.ndarray], *, per_token: bool, constant: float | None = None
 ) -> list[np.ndarray]:
-    """Each token's share of its step's loss; masks and results are [R] per sequence.
+    """Each token's share of its step's loss. Masks and weights are [R] for each sequence.
 
     Sequence mean: mask / (the sequence's mask sum x sequences in the step).
-    Token mean: mask / the step's mask sum. Sequences without a masked-in token weigh 0.
-    With a constant: mask / (constant x sequences in the step), whatever their lengths (Dr. GRPO,
+    Token mean (per_token): mask / the step's mask sum.
+    With a constant: mask / (constant x sequences in the step) for all lengths (Dr. GRPO,
     arXiv:2503.20783).
+    A sequence whose mask is all 0 weighs 0.
     """
     sums = [float(m.sum()) for m in masks]
     if constant is not None:
@@ -154,7 +155,7 @@ def token_weights(
 
 
 def _newest_version(samples: Sequence[Sample], sequences: Sequence[TrainSequence]) -> int | None:
-    """The newest weights that made a token with loss; versions below 0 stand for no weights."""
+    """The newest weight version of a token with loss. Versions below 0 are unknown."""
     known = [
         version
         for sample, sequence in zip(samples, sequences, strict=True)
@@ -165,7 +166,7 @@ def _newest_version(samples: Sequence[Sample], sequences: Sequence[TrainSequence
 
 
 def _check_logps(steps: Sequence[Sequence[TrainSequence]], cfg: Config) -> None:
-    """Every token with loss has what the loss needs of the engine, and of a teacher elsewhere."""
+    """Checks that tokens with loss have the log-probabilities of engine and teacher it needs."""
     name = cfg.algorithm.needs_rollout_logp
     for s in chain.from_iterable(steps):
         if name and _lacks(s.rollout_logp, s):
@@ -188,7 +189,7 @@ def _lacks(logp: np.ndarray | None, sequence: TrainSequence) -> bool:
 
 
 def _less_overlong(values: Sequence[float], samples: Sequence[Sample], cfg: Config) -> list[float]:
-    """The rewards after DAPO's punishment of long responses, where it is asked for."""
+    """The rewards less DAPO's penalty for long responses, if the flags ask for it."""
     a, longest = cfg.algorithm, cfg.rollout.max_response_len
     if a.overlong_buffer_len is None:
         return list(values)
@@ -224,7 +225,7 @@ def _reward(sample: Sample, cfg: Config) -> float:
 
 
 def _steps(num_samples: int, kept: Sequence[int], num_steps: int) -> list[list[int]]:
-    """`kept` in runs of consecutive samples; sample i is in step i * num_steps // num_samples."""
+    """The `kept` samples by step: sample i is in step i * num_steps // num_samples."""
     steps: list[list[int]] = [[] for _ in range(num_steps)]
     for i in kept:
         steps[i * num_steps // num_samples].append(i)
@@ -251,7 +252,7 @@ def _sequence(sample: Sample, group_id: int, score: float, raw_reward: float) ->
 def _packing_metrics(
     sequences: Sequence[TrainSequence], plans: Sequence[StepPlan], rules: PackingRules
 ) -> dict[str, float]:
-    """packing_efficiency: tokens over the room of all micro-batches (the cap, or the largest)."""
+    """packing_efficiency is tokens / room; the room of a micro-batch is the cap or the largest."""
     sizes = [
         sum(sequences[p].length for p in b)
         for plan in plans
@@ -267,6 +268,6 @@ def _packing_metrics(
         "rollout/total_tokens": float(sum(sizes)),
         "perf/num_micro_batches": float(sum(p.num_micro_batches for p in plans)),
         "perf/packing_efficiency": sum(sizes) / room,
-        # tokens of the busiest rank over the mean, the worst step
+        # tokens of the busiest rank over the mean of the ranks, in the worst step
         "perf/dp_imbalance": max(max(r) * len(r) / sum(r) for r in ranks),
     }

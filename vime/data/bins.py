@@ -1,4 +1,4 @@
-"""Sequences into bins of limited size. One larger than the limit is alone in its bin."""
+"""Packs sequences into bins of limited size. A longer sequence gets a bin of its own."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import numpy as np
 
 
 def fewest_bins(sizes: Sequence[int], cap: int) -> int:
-    """No packing has fewer: what fits is at least its sum over `cap`, the oversize are alone."""
+    """A lower bound: total size over `cap`, plus one bin for each sequence above `cap`."""
     fits = [n for n in sizes if n <= cap]
     return len(sizes) - len(fits) + -(-sum(fits) // cap)
 
 
 def first_fit(sizes: Sequence[int], cap: int) -> list[list[int]]:
-    """Indices into bins of at most `cap`: longest first, each into the first bin with room."""
+    """Bins of indices, at most `cap` each. The longest first, each into the first bin with room."""
     sizes_S = np.asarray(sizes, dtype=np.int64)
     order = np.argsort(-sizes_S, kind="stable").tolist()
     alone = [[i] for i in order if sizes_S[i] > cap]
     rest = order[len(alone) :]
-    # A tree over the bins that could be needed: leaves hold their room, parents the larger one of
-    # their children. Down the left side wherever that has room: the first bin that fits.
+    # A binary tree over all bins that may be needed. A leaf holds the room of its bin, a parent the
+    # larger room of its children. Going left wherever there is room finds the first bin that fits.
     leaves = 1 << max(len(rest) - 1, 0).bit_length()
     room = [cap] * (2 * leaves)
     bins: list[list[int]] = []
@@ -44,12 +44,13 @@ def first_fit(sizes: Sequence[int], cap: int) -> list[list[int]]:
 
 
 def snug_fit(sizes: Sequence[int], cap: int) -> list[list[int]]:
-    """Indices into bins of at most `cap`, one bin after the other, often fewer than `first_fit`.
+    """Bins of indices, at most `cap` each, one after the other. Often fewer than `first_fit`.
 
-    A bin starts with the longest sequence left and takes the one, two or three that fill its room
-    best, again and again while one fits: Gupta and Ho's minimum bin slack (1999), its search cut
-    at three. A bin is full enough when it wastes no more than the fewest bins would on average.
-    About 20 ms for 256 sequences; the time grows with the cube of their number.
+    A bin starts with the longest sequence left. Then it takes the one, two or three sequences that
+    fill its room best, and repeats this while a sequence fits: Gupta and Ho's minimum bin slack
+    (1999) with a search limited to three. A bin is full enough when it wastes no more than the
+    average of the fewest bins. 256 sequences take 20 ms; the time grows with the cube of their
+    number.
     """
     sizes_S = np.asarray(sizes, dtype=np.int64)
     left = np.argsort(-sizes_S, kind="stable")
@@ -73,9 +74,9 @@ def snug_fit(sizes: Sequence[int], cap: int) -> list[list[int]]:
 
 
 def _best_three(sizes_S: np.ndarray, room: int, enough: int) -> list[int]:
-    """Positions of up to three of the ascending sizes whose sum comes closest to `room` from below.
+    """Positions of one to three sizes whose sum is the largest within `room`.
 
-    The first at least must fit. One that leaves at most `enough` ends the search.
+    The sizes ascend, and the first must fit. A sum that leaves at most `enough` ends the search.
     """
     sizes_S = sizes_S[: np.searchsorted(sizes_S, room, side="right")]
     total, best = int(sizes_S[-1]), [len(sizes_S) - 1]
@@ -86,7 +87,7 @@ def _best_three(sizes_S: np.ndarray, room: int, enough: int) -> list[int]:
         total, best = pair_total, pair
     for i in range(len(sizes_S) - 1, 1, -1):
         size = int(sizes_S[i])
-        if room - total <= enough or 3 * size <= total:  # the other two are no larger than it
+        if room - total <= enough or 3 * size <= total:  # the other two are not larger
             break
         pair_total, pair = _best_pair(sizes_S[:i], room - size)
         if pair and pair_total + size > total:
@@ -95,7 +96,7 @@ def _best_three(sizes_S: np.ndarray, room: int, enough: int) -> list[int]:
 
 
 def _best_pair(sizes_S: np.ndarray, room: int) -> tuple[int, list[int]]:
-    """The largest sum of two of the ascending sizes within `room`, and where they are; or 0, []."""
+    """The largest sum within `room` of two ascending sizes, and their positions; or 0, []."""
     partner_S = np.searchsorted(sizes_S, room - sizes_S, side="right") - 1
     partner_S = np.minimum(partner_S, np.arange(len(sizes_S)) - 1)
     totals_S = np.where(partner_S >= 0, sizes_S + sizes_S[partner_S], 0)

@@ -1,4 +1,4 @@
-"""Messages to text to token ids, and which of the tokens an assistant wrote."""
+"""Chat messages as text and as token ids, and the mask of the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TemplateRefusal(ConfigError):
 
 @lru_cache(maxsize=4)
 def load_tokenizer(hf_checkpoint: str) -> Any:
-    """The tokenizer of an HF folder, loaded once a process."""
+    """The tokenizer of an HF folder, loaded once per process."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(hf_checkpoint)
@@ -34,10 +34,10 @@ def render(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
 ) -> str:
-    """The chat template's text. A string stands for one user message.
+    """The text of the chat template. A string is one user message.
 
-    continue_final_message  the last message is what the assistant has begun to say: the text ends
-                            with it, without a mark of its end
+    continue_final_message  the last message is the beginning of the assistant's answer: the text
+                            ends with it and has no end mark behind it
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     messages = _joined_parts(tokenizer, messages)
@@ -103,7 +103,7 @@ def render_prompt(
     tools: list[dict[str, Any]] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
-    """What the engine is to continue: an assistant's turn, the last message's if it is one."""
+    """The text for the engine: it begins the assistant's turn, or continues one at the end."""
     begun = not isinstance(prompt, str) and bool(prompt) and prompt[-1].get("role") == "assistant"
     return render(
         tokenizer,
@@ -115,14 +115,14 @@ def render_prompt(
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text as it stands: nothing is added in front or behind."""
+    """Token ids of each text, without special tokens in front or behind."""
     if not texts:
         return []
     return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
 
 def decode(tokenizer: Any, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-    """The text of a response. Uses the Rust tokenizer directly, 4 times cheaper a call."""
+    """The text of a response. The Rust tokenizer is called directly, which is 4 times cheaper."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and not getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return backend.decode(token_ids, skip_special_tokens=skip_special_tokens)

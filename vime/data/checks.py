@@ -1,4 +1,4 @@
-"""Prompt files and chat template before anything starts: malformed lines, keys that rows lack."""
+"""Checks of prompt files and chat template, before anything starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vime.data.datasets import check_prompt_data
 
 
 def data_problems(cfg: Config) -> Iterator[str]:
-    """Problems of --prompt-data and of every evaluated file: file, line number, key."""
+    """Problems of --prompt-data and of evaluation files, with file, line number and key."""
     data = cfg.data
     if data.prompt_data is not None:
         yield from check_prompt_data(
@@ -21,7 +21,7 @@ def data_problems(cfg: Config) -> Iterator[str]:
             label_key=data.label_key,
             metadata_key=data.metadata_key,
             tool_key=data.tool_key,
-            # supervised fine-tuning renders conversations by itself
+            # supervised fine-tuning always renders messages
             apply_chat_template=data.apply_chat_template or not cfg.algorithm.wants_reward,
         )
     for dataset in eval_datasets(cfg):
@@ -37,7 +37,7 @@ def data_problems(cfg: Config) -> Iterator[str]:
 
 
 def check_chat_template(cfg: Config) -> list[str]:
-    """--apply-chat-template needs one beside the model; where, transformers' files say."""
+    """--apply-chat-template needs a template in one of the files that transformers reads."""
     folder = Path(cfg.model.hf_checkpoint)
     if not cfg.data.apply_chat_template or cfg.debug.dry_run or not folder.is_dir():
         return []
@@ -47,7 +47,7 @@ def check_chat_template(cfg: Config) -> list[str]:
         if json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template"):
             return []
     except (OSError, ValueError, AttributeError):
-        pass  # no template there, whatever else is
+        pass  # such a file has no template
     return [
         f"--apply-chat-template: --hf-checkpoint {folder} has no chat template. Add "
         "chat_template.jinja to the folder, or give prompts as strings without the flag."

@@ -1,15 +1,15 @@
-"""Training data that a user's function made -> `TrainBatch`: one list a column, an entry a sample.
+"""Makes a `TrainBatch` of a user's columns: a list for each column, an entry for each sample.
 
-`vime/plugins/batch.py` checks the columns. The first three must be there (N tokens, of which the
-last R are the response):
+`vime/plugins/batch.py` checks the columns. The first three are required. A sample has N tokens, of
+which the last R are the response:
 
     tokens             [N] token ids
     response_lengths   R
-    rewards            the score, final: no baseline is taken off any more
-    loss_masks         [R] 0 or 1 (default: ones)
+    rewards            the final score: no baseline is subtracted from it
+    loss_masks         [R] 0 or 1 (default: all 1)
     rollout_log_probs  [R] of the engine (default: none)
     teacher_log_probs  [R] of a teacher (default: none)
-    raw_reward         for the log (default: rewards)
+    raw_reward         the reward for the metrics (default: rewards)
     sample_indices     Sample.index (default: the position)
     group_indices      Sample.group_index (default: -1)
     train_metadata     a dict (default: None)
@@ -34,7 +34,7 @@ def as_train_batch(
     *,
     weigh: Weigh | None = None,
 ) -> TrainBatch:
-    """A TrainBatch as it is; columns as one."""
+    """Gives a TrainBatch back as it is, and makes one of columns."""
     if isinstance(made, TrainBatch):
         return made
     columns = {name: values for name, values in made.items() if values is not None}

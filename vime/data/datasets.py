@@ -1,7 +1,8 @@
-"""Prompt files, JSONL and Parquet, read row by row and never held as Python objects.
+"""Prompt files in JSONL and Parquet, read row by row and never held as Python objects.
 
-A path may end in a slice, `prompts.jsonl@[100:200]`, with Python's meaning. A JSONL file is mapped
-and indexed (8 bytes a line); a Parquet file is held as Arrow columns, only those asked for.
+A path may end in a slice as in Python: `prompts.jsonl@[100:200]`. A JSONL file is mapped into
+memory and indexed with 8 bytes a line. Of a Parquet file only the needed columns are held, in
+Arrow's format.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _ROWS_CHECKED_IN_FULL = 1_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataKeys:
-    """The fields of a row. `label` must exist once named; metadata and tools may be missing."""
+    """The names of a row's fields. A named label must exist; metadata and tools may be missing."""
 
     input: str = "input"
     label: str | None = None
@@ -51,13 +52,13 @@ class DataKeys:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One prompt with what belongs to it."""
+    """One prompt with its label, metadata and tools."""
 
     prompt: str | list[dict[str, Any]]
     label: str | None
     metadata: dict[str, Any]
     tools: list[dict[str, Any]] | None
-    where: str  # "file line 12", for messages
+    where: str  # "file line 12", for error messages
 
 
 def split_slice(path: str) -> tuple[Path, slice]:
@@ -70,7 +71,7 @@ def split_slice(path: str) -> tuple[Path, slice]:
 
 
 class JsonlRows:
-    """The lines of a JSONL file as dicts, parsed when asked for. Blank lines are skipped."""
+    """The lines of a JSONL file as dicts, parsed on access. Blank lines are skipped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -155,7 +156,7 @@ def _drop_pages(mapped: Any, at: int, count: int) -> None:
 
 
 class ParquetRows:
-    """The rows of a Parquet file as dicts; `columns` limits what is read."""
+    """The rows of a Parquet file as dicts. Only `columns` are read."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         import pyarrow.parquet as parquet
@@ -185,7 +186,7 @@ class ParquetRows:
 
 
 class PromptDataset:
-    """`Row`s of a prompt file. Raises ConfigError, naming file and line, on anything malformed."""
+    """The `Row`s of a prompt file. Raises ConfigError with file and line on a malformed one."""
 
     def __init__(self, path: str, keys: DataKeys) -> None:
         self.path, self.keys = path, keys
@@ -234,8 +235,8 @@ class PromptDataset:
         prompt = row[keys.input]
         if not _is_prompt(prompt):
             raise ConfigError(
-                f"{where}: {keys.input!r} must be a non-empty string or a list of messages with "
-                f"a role each, not {_shorten(prompt)}."
+                f"{where}: {keys.input!r} must be a non-empty string or a list of messages, each "
+                f"with a role, not {_shorten(prompt)}."
             )
         label = row[keys.label] if keys.label else None
         if isinstance(label, (int, float)) and not isinstance(label, bool):
@@ -272,11 +273,11 @@ def check_prompt_data(
     flag: str = "--prompt-data",
     max_problems: int = 5,
 ) -> list[str]:
-    """What is wrong with a prompt file, in the user's words; empty when nothing is.
+    """The problems of a prompt file, in the user's words.
 
-    Reads every row of a file of up to a million rows, and of a longer one as many, evenly spread:
-    the rest is checked as strictly when it is drawn. `apply_chat_template=False` refuses messages.
-    Rows with the same problem are one problem.
+    Reads every row of a file of up to a million rows. Of a longer file it reads at most a million
+    rows, evenly spread; the others get the same checks when they are drawn. Rows with the same
+    problem count as one problem. `apply_chat_template=False` refuses messages.
     """
     keys = DataKeys(input=input_key, label=label_key, metadata=metadata_key, tools=tool_key)
     try:
@@ -285,9 +286,9 @@ def check_prompt_data(
         return [f"{flag} {error}"]
     except OSError as error:
         return [f"{flag} {path} cannot be read ({error.strerror}). Correct the path."]
-    except Exception as error:  # pyarrow's own errors for a file that is no Parquet file
+    except Exception as error:  # pyarrow has its own errors for a broken Parquet file
         return [f"{flag} {path} could not be read: {error}"]
-    first: dict[str, str] = {}  # what is wrong -> where it is met first
+    first: dict[str, str] = {}  # problem -> the first row that has it
     rows: Counter[str] = Counter()
     for i in range(0, len(data), -(-len(data) // _ROWS_CHECKED_IN_FULL)):
         try:
@@ -295,7 +296,7 @@ def check_prompt_data(
             if not apply_chat_template and not isinstance(row.prompt, str):
                 raise ConfigError(
                     f"{row.where}: {input_key!r} holds messages, which need --apply-chat-template. "
-                    "Add that, or name another field with --input-key."
+                    "Add this flag, or name another field with --input-key."
                 )
         except ConfigError as error:
             where = data.where(i)

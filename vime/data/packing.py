@@ -1,6 +1,7 @@
-"""Which sequences share a micro-batch, and on which data-parallel rank. Decided once, centrally.
+"""Plans which sequences share a micro-batch, and on which data-parallel rank.
 
-A plan cannot change the loss: every token already has its final weight. It decides speed, memory.
+A plan decides speed and memory. It cannot change the loss, because every token already has its
+final weight.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from vime.types import StepPlan
 
 Bin = tuple[int, ...]  # positions of the sequences of one micro-batch
 
-# The sequence length at which causal attention costs as much as the rest of a layer, roughly
-# 12 x hidden size. It only steers balancing, so one figure serves all models.
+# The sequence length at which causal attention costs as much as the rest of a layer, about
+# 12 x hidden size. Only balancing uses it, so one figure is enough for all models.
 ATTENTION_EQUALS_REST = 32768
 
-SEARCH_UP_TO = 2048  # sequences: half a second; with more of them first fit is as good
+SEARCH_UP_TO = 2048  # sequences, which take half a second; for more, first fit is as good
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackingRules:
-    """How one step's sequences become micro-batches.
+    """How the sequences of a step become micro-batches.
 
-    dp           data-parallel ranks
-    max_tokens   cap of a micro-batch; None: `micro_batch_size` sequences each, of any length
-    granularity  sequences occupy multiples of it (2 x CP under context parallelism)
-    multiple     the micro-batches of a rank come in multiples of it (PP under a virtual pipeline)
-    balance      even out the ranks' estimated work
-    attention_equals_rest  what `sequence_cost` takes; the model's own under --balance-by-flops
+    dp           number of data-parallel ranks
+    max_tokens   maximum tokens of a micro-batch; None: `micro_batch_size` sequences of any length
+    granularity  a sequence occupies a multiple of so many tokens (2 x CP under context parallelism)
+    multiple     a rank has a multiple of so many micro-batches (PP under a virtual pipeline)
+    balance      give the ranks equal estimated work
+    attention_equals_rest  for `sequence_cost`; under --balance-by-flops it is the model's own
     """
 
     dp: int = 1
@@ -67,10 +68,10 @@ class PackingRules:
 
 
 def plan_step(positions: Sequence[int], lengths: Sequence[int], rules: PackingRules) -> StepPlan:
-    """Every position once, in micro-batches, the same number on every rank.
+    """The micro-batches of a step, as many on every rank. Each position occurs once.
 
     positions  the step's sequences, as positions in the batch
-    lengths    their tokens, in the same order
+    lengths    their numbers of tokens, in the same order
     """
     size_of = {p: _round_up(n, rules.granularity) for p, n in zip(positions, lengths, strict=True)}
     bins = _fill(positions, size_of, rules, rules.dp)
@@ -87,7 +88,7 @@ def plan_step(positions: Sequence[int], lengths: Sequence[int], rules: PackingRu
 
 
 def repack(plans: Sequence[StepPlan], length_of: Sequence[int], rules: PackingRules) -> StepPlan:
-    """One plan over all sequences of `plans`, for forward-only passes: each stays on its rank."""
+    """One plan for all sequences of `plans`, for forward-only passes. Each stays on its rank."""
     per_rank = []
     for rank in range(rules.dp):
         mine = [p for plan in plans for b in plan.micro_batches[rank] for p in b]
@@ -100,16 +101,18 @@ def repack(plans: Sequence[StepPlan], length_of: Sequence[int], rules: PackingRu
 
 
 def sequence_cost(length: int, attention_equals_rest: float = ATTENTION_EQUALS_REST) -> float:
-    """Estimated work of one sequence, in tokens of a short one: attention grows with the square."""
+    """The estimated work of a sequence, in tokens of a short one. Attention grows quadratically."""
     return length * (1.0 + length / attention_equals_rest)
 
 
 def attention_equals_rest(model: Mapping[str, Any]) -> float:
     """The length at which a model's causal attention costs as much as its matrix products.
 
-    model  the `config.json`. A token of a sequence of length L takes, per layer, 2 FLOPs for each
-           weight it meets and 2 x L x heads x head_dim for scores and values over the half that it
-           sees; the output layer is spread over the layers.
+    In each layer a token of a sequence of length L takes 2 FLOPs per weight that it is multiplied
+    with, and 2 x L x heads x head_dim for scores and values over half of the sequence. The output
+    layer is divided among the layers.
+
+    model  the content of `config.json`
     """
     hidden, layers = model["hidden_size"], model["num_hidden_layers"]
     heads = model["num_attention_heads"]
@@ -123,10 +126,11 @@ def attention_equals_rest(model: Mapping[str, Any]) -> float:
 
 
 def balanced_partition(costs: Sequence[float], num_parts: int) -> list[list[int]]:
-    """Indices into `num_parts` parts of equal count and nearly equal sums; len(costs) must divide.
+    """Divides indices into `num_parts` parts with equal counts and nearly equal sums of costs.
 
-    Karmarkar and Karp's largest differencing, started from blocks of one item per part, so that
-    counts stay equal: the two most uneven partial solutions merge, heavy parts onto light ones.
+    Karmarkar and Karp's largest differencing method: the two most uneven partial solutions merge,
+    the heavy parts of one with the light parts of the other. It starts from blocks with one item
+    for each part, so that counts stay equal. `num_parts` must divide len(costs).
     """
     if len(costs) % num_parts:
         raise ValueError(f"{len(costs)} items do not divide into {num_parts} equal parts")
@@ -151,7 +155,7 @@ def balanced_partition(costs: Sequence[float], num_parts: int) -> list[list[int]
 def _fill(
     positions: Sequence[int], size_of: dict[int, int], rules: PackingRules, num_ranks: int
 ) -> list[Bin]:
-    """Micro-batches for `num_ranks` ranks; the longer search only where it could save one each."""
+    """Micro-batches for `num_ranks` ranks. Searches longer only if that can save one per rank."""
     if rules.max_tokens is None:
         step = rules.micro_batch_size
         return [tuple(positions[i : i + step]) for i in range(0, len(positions), step)]
@@ -166,7 +170,7 @@ def _fill(
 
 
 def _split_to(bins: list[Bin], count: int, size_of: dict[int, int]) -> list[Bin]:
-    """Exactly `count` bins: the largest of two or more sequences is halved; else empty ones."""
+    """Exactly `count` bins: halves the largest ones, and adds empty ones if none can be halved."""
     bins = list(bins)
     while len(bins) < count:
         candidates = [i for i, b in enumerate(bins) if len(b) > 1]

@@ -1,4 +1,4 @@
-"""From raw rewards to one score per sample. Groups are keyed by id, never found by reshaping."""
+"""Turns raw rewards into one score per sample. A group is the samples with one group id."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from vime.config import AlgorithmConfig
 def score_samples(
     rewards: Sequence[float], group_ids: Sequence[Hashable], cfg: AlgorithmConfig
 ) -> list[float]:
-    """One score per sample, in the order given.
+    """One score per sample, in the given order.
 
-    The estimator's baseline runs over the members of each group: a removed sample belongs to its
-    group's statistics, a failed one does not and must not be passed. A group of one, and a group
-    whose rewards are all equal, scores 0 wherever the estimator has a group baseline.
+    The estimator's baseline uses the samples of one group. Removed samples belong to the group;
+    failed ones do not, so leave them out. With a group baseline, a group of one and a group with
+    equal rewards score 0.
 
-    rewards     one number per sample. Raises ValueError on one that is not finite, or below 0
-                where the estimator needs rewards from 0 up
-    group_ids   samples with the same id form a group, wherever they stand
+    rewards    one number per sample. Raises ValueError if one is not finite, or if one is negative
+               and the estimator needs rewards of at least 0
+    group_ids  samples with the same id form a group, at any position
     """
     if bad := [i for i, r in enumerate(rewards) if not math.isfinite(r)]:
         raise ValueError(f"reward {rewards[bad[0]]} of sample {bad[0]} is not a finite number")
@@ -50,15 +50,15 @@ def score_samples(
 
 
 def overlong_penalty(length: int, longest: int, buffer: int, factor: float) -> float:
-    """What a response of `length` tokens loses: DAPO's soft punishment (arXiv:2503.14476, eq. 13).
+    """DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13), to subtract from the reward.
 
-    0 up to longest - buffer, then linear, `factor` at `longest` and above.
+    It is 0 for up to longest - buffer tokens, then grows linearly to `factor` at `longest`.
     """
     return factor * min(max(length - (longest - buffer), 0) / buffer, 1.0)
 
 
 def zero_std_counts(rewards: Sequence[float], group_ids: Sequence[Hashable]) -> dict[float, int]:
-    """{reward: number of groups of two or more in which every sample has it}."""
+    """{reward: number of groups in which every sample has it}, without groups of one."""
     members: dict[Hashable, list[float]] = defaultdict(list)
     for reward, group_id in zip(rewards, group_ids, strict=True):
         members[group_id].append(reward)

@@ -1,4 +1,4 @@
-"""One sample as a `TrainSequence`, with the lengths of its lists checked."""
+"""Makes a `TrainSequence` of one sample and checks the lengths of its lists."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def train_sequence(
     teacher_log_probs: Values | None = None,
     train_metadata: dict[str, Any] | None = None,
 ) -> TrainSequence:
-    """The sequence without its weights, which depend on the other sequences of its step.
+    """A sequence without weights, because they depend on the other sequences of its step.
 
-    where      names the sample in an error
-    loss_mask  None: ones
-    Raises ValueError when prompt or response has no token, or when a list does not have one entry
-    per response token.
+    where      the name of the sample in errors
+    loss_mask  None: all 1
+    Raises ValueError when prompt or response has no token, or when a list does not have an entry
+    for each response token.
     """
     if not 0 < response_length < len(tokens):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a run shows and keeps: metrics.jsonl, the progress line, trackers, timers, plots."""
+"""What a run shows and saves: metrics.jsonl, progress line, trackers, timers, plots."""
 
 from vime.observe.metrics import MetricsLog, read_metrics
 from vime.observe.progress import Progress

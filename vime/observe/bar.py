@@ -1,4 +1,4 @@
-"""A bar for work of known size: live on a terminal, a line every few seconds elsewhere."""
+"""A progress bar for bytes: live on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LINE_EVERY_S = 5.0
 
 
 class ByteBar:
-    """Progress through `total` bytes.
+    """Shows the progress through `total` bytes.
 
         with ByteBar("writing", total) as bar:
             bar.add(tensor.nbytes)
 
-    shown  False on ranks that stay silent
+    shown  False on ranks that print nothing
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ByteBar:
             self._live.stop()
 
     def add(self, num_bytes: int) -> None:
-        """`num_bytes` more are done."""
+        """Adds `num_bytes` to the bytes that are done."""
         self.done += num_bytes
         if self._live is not None:
             self._live.update(self._task, completed=self.done)

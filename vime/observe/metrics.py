@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per step, flushed, so that a killed run keeps its past."""
+"""metrics.jsonl: one JSON object per step, flushed so that a killed run keeps its metrics."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from vime.files import write_text
 from vime.observe.trackers import Tracker
 
 FILE_NAME = "metrics.jsonl"
-NEXT = ".next"  # in place of .jsonl: the line of a step that is being committed
+NEXT = ".next"  # the suffix of the file with the step that is being committed
 
 
 class MetricsLog:
     """Writes a run's metrics, one object per step, and passes them to the trackers.
 
     run_dir     folder of metrics.jsonl; made if missing
-    start_step  rollouts trained before this process began. 0 empties the file; a run that resumes
-                keeps the lines up to `start_step` and drops the later ones, which were logged
-                after the checkpoint that it resumes from: no step appears twice
-    trackers    fed with the same numbers
+    start_step  number of rollouts trained before this process began. 0 empties the file. A run that
+                resumes keeps the lines up to `start_step` and removes later ones, which came after
+                its checkpoint. So no step appears twice
+    trackers    get the same numbers
 
-    A step is the number of rollouts trained when its line is written; step 0 holds the evaluation
-    before any training.
+    The step of a line is the number of rollouts trained so far. Step 0 is the evaluation before
+    training.
     """
 
     def __init__(
@@ -37,8 +37,8 @@ class MetricsLog:
         kept = _steps_until(self.path, start_step) if start_step else []
         if start_step and (not kept or kept[-1]["step"] < start_step):
             kept += [r for r in _read_next(self.path) if r["step"] == start_step]
-        # A run that resumes may log its first step again (its first weight sync, an evaluation):
-        # that line is held back and gains what it lacks.
+        # A run that resumes may log its first step again, with a weight sync or an evaluation. So
+        # its line is kept back, to add these metrics.
         self._resumed = kept.pop() if kept and kept[-1]["step"] == start_step else None
         write_text(self.path, _as_lines(kept))
         self._last_step = kept[-1]["step"] if kept else -1
@@ -46,11 +46,11 @@ class MetricsLog:
         self._file = self.path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Append one step and return the object written.
+        """Appends one step. Returns the object that it wrote.
 
-        Numbers (Python, numpy or 0-d tensors) become floats or ints; JSON knows no NaN or infinity,
-        so such a value is null and its name is listed under "non_finite". Raises ValueError when
-        `step` is not above the last one logged.
+        Numbers (Python, numpy or 0-d tensors) become floats or ints. JSON has no NaN and no
+        infinity: such a value becomes null, and "non_finite" lists its name. Raises ValueError when
+        `step` is not above the last step.
         """
         if step <= self._last_step:
             raise ValueError(f"step {step} logged after step {self._last_step} in {self.path}")
@@ -68,10 +68,10 @@ class MetricsLog:
         return record
 
     def keep(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Sets aside what is known of a step before a checkpoint commits it.
+        """Saves the metrics of a step before a checkpoint commits it.
 
-        A run that is killed between the commit and `log` resumes behind the step, and takes its
-        line from here.
+        A run that is killed between the commit and `log` resumes after this step, and takes the
+        step's line from here.
         """
         write_text(self.path.with_suffix(NEXT), _as_lines([as_record(step, metrics)]))
 
@@ -96,7 +96,7 @@ class MetricsLog:
 
 
 def as_record(step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The object of one step: {"step", "time" (Unix seconds), metrics, "non_finite" if any}."""
+    """The object of a step: {"step", "time" (Unix seconds), metrics, "non_finite" if needed}."""
     record: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3)}
     non_finite = {}
     for name, value in metrics.items():
@@ -111,9 +111,9 @@ def as_record(step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl (or of a folder that holds one), in order.
+    """The objects of a metrics.jsonl, in order. `path` is the file or its folder.
 
-    A last line that a crash cut short is left out. Raises ValueError for any other bad line.
+    Leaves out a last line that a crash cut off. Raises ValueError on any other bad line.
     """
     path = Path(path)
     return list(_read(path / FILE_NAME if path.is_dir() else path))
@@ -145,7 +145,7 @@ def _as_lines(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A number, string, bool or None that JSON takes; 0-d arrays and tensors give their item."""
+    """A value that JSON can write. 0-d arrays and tensors give their item, others their text."""
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)):

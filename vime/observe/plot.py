@@ -1,4 +1,4 @@
-"""Does it learn? One picture from metrics.jsonl."""
+"""Plots whether a run learns, from its metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def plot_learning(
     title: str,
     reference: tuple[float, str] | None = None,
 ) -> Path:
-    """Draw reward (each rollout) and evaluation scores against rollouts trained, as a PNG.
+    """Draws the reward of each rollout and the evaluation scores over the rollouts, as a PNG.
 
     records    lines of metrics.jsonl
-    reference  (height, words) of a dashed line to compare with
-    Returns `path`. Raises ValueError when no line holds a reward or an evaluation.
+    reference  (height, words) of a dashed line for comparison
+    Returns `path`. Raises ValueError when no line has a reward or an evaluation.
     """
     rewards, evals = learning_curves(records)
     if not rewards and not evals:
@@ -77,7 +77,7 @@ def plot_learning(
 
 
 def plain(axes: Any) -> None:
-    """The look of every plot of the project: horizontal lines, and no frame but the floor."""
+    """The style of all plots of the project: horizontal grid lines, and only the lower frame."""
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=MUTED, length=0)
@@ -92,7 +92,7 @@ Curve = list[tuple[int, float]]
 def learning_curves(records: Sequence[Mapping[str, Any]]) -> tuple[Curve, dict[str, Curve]]:
     """([(rollouts trained, reward)], {data set: [(rollouts trained, score)]}).
 
-    A rollout's reward belongs to the weights that made it, so to the rollouts trained before it.
+    A reward belongs to the weights that generated its rollout: to the rollouts trained before it.
     """
     rewards: Curve = []
     evals: dict[str, Curve] = {}
@@ -106,7 +106,7 @@ def learning_curves(records: Sequence[Mapping[str, Any]]) -> tuple[Curve, dict[s
 
 
 def _apart(heights: Sequence[float], gap: float = 0.06) -> list[float]:
-    """The heights of labels, moved so that neighbours are at least `gap` apart."""
+    """The heights of labels, moved until neighbours are `gap` or more apart."""
     order = sorted(range(len(heights)), key=heights.__getitem__, reverse=True)
     placed = list(heights)
     for upper, lower in zip(order, order[1:], strict=False):

@@ -1,4 +1,4 @@
-"""The line that a person watches: where the run stands, whether it learns, where the time goes."""
+"""The progress line of a run: rollouts done, reward, scores, time left, seconds by phase."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from rich.text import Text
 
 from vime.observe.reading import LOSS, REWARD, eval_scores, phase_seconds
 
-PLAIN_INTERVAL_S = 1.0  # plain lines closer together than this are left out, but for evaluations
-ETA_WINDOW = 10  # steps over which the time left is judged
+PLAIN_INTERVAL_S = 1.0  # minimum time between plain lines, except evaluations
+ETA_WINDOW = 10  # number of steps that the time left is computed from
 
 
 class Progress:
@@ -28,7 +28,7 @@ class Progress:
             progress.phase("rollout")
             progress.update(num_trained, metrics)
 
-    mode  "rich": a live line; "plain": one line a step; "none"; "auto": rich on a terminal
+    mode  "rich": a live line; "plain": a line per step; "none"; "auto": rich on a terminal
     """
 
     def __init__(
@@ -71,15 +71,15 @@ class Progress:
             self._live.stop()
 
     def phase(self, name: str) -> None:
-        """Say what happens now ("rollout", "train", "eval", ...); shown on the live line only."""
+        """Sets the phase ("rollout", "train", "eval", ...). Only the live line shows it."""
         self._phase = name
         if self._live is not None:
             self._live.update(self._render())
 
     def update(self, num_trained: int, metrics: Mapping[str, Any]) -> None:
-        """Show the metrics of a step that ended, after which `num_trained` rollouts are trained."""
+        """Shows the metrics of a finished step. `num_trained` rollouts are trained after it."""
         now = self._clock()
-        if num_trained <= self._done:  # an evaluation before training: the clock starts after it
+        if num_trained <= self._done:  # an evaluation before training; the clock starts after it
             self._ends[-1] = now
         else:
             self._ends.append(now)
@@ -106,7 +106,7 @@ class Progress:
         return clock_time(per_step * (self._num_rollouts - self._done))
 
     def _render(self) -> Group:
-        """The most wanted first: what a narrow terminal cuts off is at the right of each line."""
+        """The most important values are on the left: a narrow terminal cuts off the right."""
         running = self._phase not in ("done", "stopped")
         bar = ProgressBar(total=max(1, self._num_rollouts), completed=self._done, width=12)
         cells: list[Any] = [
@@ -125,7 +125,7 @@ class Progress:
 
 
 def result(metrics: Mapping[str, Any]) -> str:
-    """The reward, or the loss where there is none."""
+    """The reward; the loss if there is no reward."""
     if isinstance(reward := metrics.get(REWARD), (int, float)):
         return f"reward {reward:.3f}"
     if isinstance(loss := metrics.get(LOSS), (int, float)):

@@ -1,4 +1,4 @@
-"""What the lines of metrics.jsonl mean: pass rates, reward, seconds by phase."""
+"""Reads the lines of metrics.jsonl: reward, scores, seconds by phase."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ REWARD = "rollout/raw_reward"
 LOSS = "train/loss"
 STEP_TIME = "perf/step_time"
 
-# a phase as a person names it -> the metrics whose seconds it sums
+# the name of a phase -> the metrics that it adds up
 PHASES: dict[str, tuple[str, ...]] = {
     "rollout": ("perf/rollout_time",),
     "reward": ("perf/reward_time",),
@@ -27,10 +27,10 @@ PHASES: dict[str, tuple[str, ...]] = {
 
 
 def eval_scores(record: Mapping[str, Any]) -> dict[str, float]:
-    """{data set: mean score} of the evaluation in one line; empty when it holds none.
+    """{data set: mean score} of the evaluation in a line; empty without one.
 
-    `eval/NAME` is a score; `eval/NAME-truncated_ratio`, `eval/NAME-pass@4` and `eval/NAME/...` are
-    details of it, and `eval/step` is an axis.
+    `eval/NAME` is a score. `eval/NAME-truncated_ratio`, `eval/NAME-pass@4` and `eval/NAME/...` are
+    its details, and `eval/step` is an axis.
     """
     names = [n for n in record if n.startswith("eval/") and n != "eval/step"]
     details = {n for n in names for m in names if n != m and n.startswith((f"{m}-", f"{m}/"))}
@@ -42,7 +42,7 @@ def eval_scores(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def phase_seconds(record: Mapping[str, Any]) -> dict[str, float]:
-    """{phase: seconds} of the phases that one line times."""
+    """{phase: seconds} of the phases in a line."""
     seconds = {}
     for phase, names in PHASES.items():
         timed = [record[n] for n in names if isinstance(record.get(n), (int, float))]

@@ -1,4 +1,4 @@
-"""All that one run shows and keeps, behind the three verbs that a training loop needs."""
+"""The log of a run: metrics.jsonl, trackers and progress line behind one object."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vime.observe.trackers import make_trackers
 
 
 class LogSettings(Protocol):
-    """The flags of logging; the configuration's section of that name has them."""
+    """The flags for logging, as in the configuration's section `log`."""
 
     run_dir: str | None
     use_tensorboard: bool
@@ -25,11 +25,11 @@ class LogSettings(Protocol):
 
 
 class RunLog:
-    """metrics.jsonl, trackers and progress line of one run.
+    """Shows and saves the metrics of one run.
 
-    settings      where and how (`--run-dir`, `--use-tensorboard`, `--progress`, ...)
-    fallback_dir  the run's folder where `--run-dir` is not given; runs/DATE-TIME by default
-    config        what a tracker records about the run, or None
+    settings      --run-dir, --use-tensorboard, --progress and so on
+    fallback_dir  the run's folder without --run-dir; by default runs/DATE-TIME
+    config        the flags of the run, for trackers
 
         with RunLog(cfg.log, fallback_dir=cfg.checkpoint.save) as log:
             log.starting("2 engines")
@@ -62,29 +62,29 @@ class RunLog:
         self._progress: Progress | None = None
 
     def starting(self, what: str) -> None:
-        """One line before training begins, when minutes may pass: what is being waited for."""
+        """Prints what the run waits for, because a start may take minutes."""
         if self._settings.progress != "none":
             seconds = clock_time(time.monotonic() - self._began)
             print(f"{seconds}  starting {what}", flush=True)
 
     def start(self, start_step: int, num_rollouts: int) -> None:
-        """Training begins: `start_step` of `num_rollouts` rollouts are done already."""
+        """Begins the log. `start_step` of `num_rollouts` rollouts are done already."""
         self._metrics = MetricsLog(self.run_dir, start_step=start_step, trackers=self._trackers)
         self._progress = Progress(num_rollouts, start=start_step, mode=self._settings.progress)
         self._progress.__enter__()
 
     def phase(self, name: str) -> None:
-        """What happens now, for the progress line."""
+        """Sets the phase that the progress line shows."""
         if self._progress is not None:
             self._progress.phase(name)
 
     def keep(self, num_trained: int, metrics: Mapping[str, Any]) -> None:
-        """Call it before a checkpoint commits a step: its metrics then survive a kill as well."""
+        """Call it before a checkpoint commits a step. Its metrics then survive a kill."""
         if self._metrics is not None:
             self._metrics.keep(num_trained, metrics)
 
     def step(self, num_trained: int, metrics: Mapping[str, Any]) -> None:
-        """A step has ended; `num_trained` rollouts are trained. RuntimeError before `start`."""
+        """Logs a step after `num_trained` rollouts. Raises RuntimeError before `start`."""
         if self._metrics is None or self._progress is None:
             raise RuntimeError("RunLog.step before RunLog.start")
         self._progress.update(num_trained, self._metrics.log(num_trained, metrics))

@@ -1,4 +1,4 @@
-"""Seconds by phase, gathered over one step."""
+"""Seconds by phase, added up over a step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ class Timers:
             ...
         metrics = timers.take()  # {"perf/save_time": seconds}
 
-    The same name may be timed several times in a step; its durations add up, also when the timed
-    block raises.
+    Durations of one name add up over a step, also those of a block that raises an error.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -34,6 +33,6 @@ class Timers:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def take(self) -> dict[str, float]:
-        """{"perf/NAME_time": seconds} since the last call, and start anew."""
+        """{"perf/NAME_time": seconds} since the last call. Resets all durations."""
         taken, self.seconds = self.seconds, {}
         return {f"perf/{name}_time": seconds for name, seconds in taken.items()}

@@ -1,4 +1,4 @@
-"""Where else the metrics go: TensorBoard and Weights & Biases, chosen by flags."""
+"""TensorBoard and Weights & Biases, which get the metrics if the flags say so."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TensorBoard:
 
 
 class WandB:
-    """One Weights & Biases run. `step` is an axis of its own: wandb's counter must start at 0."""
+    """A Weights & Biases run. `step` is an axis of its own: wandb's counter must start at 0."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ def make_trackers(
 
 
 def missing_packages(*, use_tensorboard: bool, use_wandb: bool) -> list[str]:
-    """One problem per tracker whose package is absent; for the check before a run starts."""
+    """A problem for each tracker whose package is missing, for the checks before a run."""
     wanted = {"tensorboard": use_tensorboard, "wandb": use_wandb}
     return [
         f"--use-{package} needs the package {package}, which is not installed. "

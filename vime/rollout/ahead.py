@@ -1,8 +1,8 @@
-"""A rollout generated ahead of training, kept with the checkpoint of the rollout before it.
+"""A rollout that was generated ahead of training, saved with the checkpoint before it.
 
 The asynchronous loop generates rollout i+1 with the weights from before rollout i. A run that
-continues after i has newer weights: were i+1 generated again, its samples would differ from those
-that the uninterrupted run trained on, and finished work would be lost.
+resumes after i has newer weights. If it generated i+1 again, it would train on other samples than
+an uninterrupted run, and it would repeat finished work.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Ahead:
-    """A finished rollout, and the data source's state right after it."""
+    """A finished rollout, with the state of the data source right after it."""
 
     rollout_id: int
     output: RolloutFnTrainOutput
@@ -33,18 +33,18 @@ class Ahead:
 
 
 def ahead_path(root: str, rollout_id: int) -> Path:
-    """Beside the data state of the checkpoint after `rollout_id`."""
+    """The file that belongs to the checkpoint after `rollout_id`."""
     return Path(root) / "rollout" / f"ahead_of_{rollout_id}.pt"
 
 
 def save_ahead(cfg: Config, rollout_id: int, latest: Ahead | None) -> None:
-    """Writes `latest` with the checkpoint of `rollout_id`, whole or not; nothing if not ahead.
+    """Writes `latest` for the checkpoint after `rollout_id`, if it is ahead of it.
 
-    Raises PluginError when a sample holds what could not be read again.
+    Raises PluginError when a sample holds a value that no file can give back.
     """
     path = ahead_path(str(cfg.checkpoint.save), rollout_id)
     if latest is None or latest.rollout_id <= rollout_id:
-        path.unlink(missing_ok=True)  # of an earlier attempt
+        path.unlink(missing_ok=True)  # left by an earlier attempt
         return
     content = {
         "rollout_id": latest.rollout_id,
@@ -59,9 +59,10 @@ def save_ahead(cfg: Config, rollout_id: int, latest: Ahead | None) -> None:
 
 
 def load_ahead(cfg: Config, rollout_id: int) -> Ahead | None:
-    """The rollout kept with the checkpoint after `rollout_id`, if one was and its flags still hold.
+    """The rollout saved with the checkpoint after `rollout_id`.
 
-    Raises CheckpointError naming a file that cannot be read.
+    None if there is none, or if sampling flags have changed. Raises CheckpointError for a file
+    that cannot be read.
     """
     root = cfg.checkpoint.load or cfg.checkpoint.save
     path = ahead_path(str(root), rollout_id)
@@ -72,17 +73,17 @@ def load_ahead(cfg: Config, rollout_id: int) -> Ahead | None:
         groups = [[Sample.from_dict(sample) for sample in group] for group in content["groups"]]
     except Exception as error:
         raise CheckpointError(
-            f"{path} is damaged: {error}. Delete it: its rollout is then generated again."
+            f"{path} is damaged: {error}. Delete it, and the rollout is generated again."
         ) from error
     if content["asked_for"] != _asked_for(cfg):
-        logger.warning("%s was made with other sampling flags: it is generated again", path)
+        logger.warning("%s has other sampling flags, so the rollout is generated again", path)
         return None
     output = RolloutFnTrainOutput(groups, content["metrics"])
     return Ahead(content["rollout_id"], output, content["data_state"])
 
 
 def _asked_for(cfg: Config) -> dict[str, Any]:
-    """What decides a rollout besides weights and prompts."""
+    """The flags that decide a rollout, besides weights and prompts."""
     rollout = cfg.rollout
     return {
         "--rollout-batch-size": cfg.batch.prompts,

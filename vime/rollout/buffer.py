@@ -10,7 +10,7 @@ from vime.types import Sample
 def pop_first(
     args: Any, rollout_id: int, buffer: list[list[Sample]], num_samples: int
 ) -> list[list[Sample]]:
-    """Takes the first `num_samples` groups out of the buffer, first in, first out."""
+    """Takes the oldest `num_samples` groups out of the buffer."""
     num_to_pop = min(len(buffer), num_samples)
     samples = buffer[:num_to_pop]
     del buffer[:num_to_pop]

@@ -1,4 +1,4 @@
-"""The HTTP client of a rollout: one session, bounded concurrency, bounded retries, aborts."""
+"""The HTTP client of a rollout: one session, limits on concurrency and retries, aborts."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SESSION_HEADER = "x-session-id"
 
 
 class GenerateClient:
-    """Posts to the router; aborts at each engine, since the router forwards a control call to one.
+    """Posts requests to the router, and aborts to every engine: the router reaches only one.
 
-    router_url    http://host:port
-    engine_urls   the engines behind it
-    concurrency   requests in flight at most
-    timeout_s     deadline of one request, retries included
-    known_version the weight version to record where the engine reports none
-    api_key       what engines that were started with --vllm-api-key or VLLM_API_KEY ask for
+    router_url     http://host:port
+    engine_urls    the engines behind the router
+    concurrency    maximum number of requests in flight
+    timeout_s      deadline of one request, retries included
+    known_version  the weight version to record when an engine reports none
+    api_key        the key of engines that run with --vllm-api-key or VLLM_API_KEY
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class GenerateClient:
         sampling_params: dict[str, Any],
         session_id: str | None = None,
     ) -> Generation:
-        """One answer. Once `abort` was called: an empty aborted one, without a request.
+        """One answer. After `abort`, an empty answer with status ABORTED and no request.
 
-        session_id  lets a router whose --vllm-router-policy knows sessions keep a conversation on
-                    one engine, which has its prefix cached
+        session_id  a --vllm-router-policy with sessions sends all its requests to one engine,
+                    which has their prefix in its cache
         Raises RequestFailed.
         """
         async with self._slots:
@@ -88,10 +88,11 @@ class GenerateClient:
             raise RequestFailed(f"{self.endpoint.url}: {error}") from None
 
     async def abort(self, drained: asyncio.Event, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
-        """Stops every request: unsent ones at once, the others at the engines, again and again
-        until `drained` is set, because a request may still be on its way through the router.
+        """Stops every request, sent or not.
 
-        Raises EngineError when an engine refuses, or when requests outlive `timeout_s`.
+        Repeats the abort at the engines until `drained` is set, because a request may still be on
+        its way through the router. Raises EngineError when an engine refuses, or when requests
+        still run after `timeout_s`.
         """
         self.aborting = True
         deadline = time.monotonic() + timeout_s

@@ -1,4 +1,4 @@
-"""Where prompts come from: the buffer of unfinished groups, then the dataset, epoch by epoch."""
+"""The data source: groups from the buffer of unfinished ones, then prompts from the data set."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ STATE_VERSION = 1
 
 
 class RolloutDataSourceWithBuffer:
-    """Groups of `--n-samples-per-prompt` samples, in an order that the seed alone decides.
+    """Groups of --n-samples-per-prompt samples. The seed alone decides their order.
 
-    A restart from `state_dict` hands out what the source would have handed out next, buffer
-    included. Under `--loss-type sft_loss` prompts stay messages and are not tokenised here.
+    A source that is restored from `state_dict` continues with the same groups, buffer included.
+    Under --loss-type sft_loss prompts stay messages, and the source does not tokenise them.
     """
 
     def __init__(self, args: Any) -> None:
@@ -37,7 +37,7 @@ class RolloutDataSourceWithBuffer:
         self.dataset: PromptDataset | None = None
         if data.global_dataset and not data.prompt_data:
             raise ConfigError(
-                "--prompt-data is not set, and the data source reads prompts from it."
+                "--prompt-data is not set, and the data source reads its prompts from there."
             )
         self.keys = DataKeys(
             input=data.input_key,
@@ -48,9 +48,9 @@ class RolloutDataSourceWithBuffer:
         if data.global_dataset:
             self.dataset = PromptDataset(data.prompt_data, self.keys)
         self.buffer: list[Group] = []
-        self.rollout_id = 0  # the rollout being generated; the buffer filter gets it
+        self.rollout_id = 0  # the rollout being generated, for the buffer filter
         self.epoch = 0
-        self.offset = 0  # prompts drawn in this epoch
+        self.offset = 0  # number of prompts drawn in this epoch
         self.group_index = 0
         self.sample_index = 0
         self.num_long_prompts = 0  # dropped for --rollout-max-prompt-len, since the run began
@@ -60,17 +60,17 @@ class RolloutDataSourceWithBuffer:
         self._filter = self.cfg.rollout.plugin("buffer_filter_path")
 
     def __len__(self) -> int:
-        """Prompts in one epoch; 0 without a dataset."""
+        """The number of prompts in an epoch; 0 without a data set."""
         return 0 if self.dataset is None else len(self.dataset)
 
     def get_samples(self, num_samples: int) -> list[Group]:
-        """`num_samples` groups: what the buffer filter gives, then new prompts."""
+        """`num_samples` groups: first those that the buffer filter gives, then new prompts."""
         groups = self._from_buffer(num_samples)
         missing = num_samples - len(groups)
         return groups + (self._from_dataset(missing) if missing > 0 else [])
 
     def add_samples(self, groups: list[Group]) -> None:
-        """Puts unfinished or surplus groups into the buffer, behind what is there."""
+        """Appends unfinished or surplus groups to the buffer."""
         for group in groups:
             if not group or not all(isinstance(sample, Sample) for sample in group):
                 raise PluginError("add_samples takes groups: non-empty lists of Sample.")
@@ -91,7 +91,7 @@ class RolloutDataSourceWithBuffer:
 
     def _from_dataset(self, count: int) -> list[Group]:
         groups: list[Group] = []
-        if self.dataset is None:  # --disable-rollout-global-dataset: who generates finds prompts
+        if self.dataset is None:  # under --disable-rollout-global-dataset generation finds prompts
             row = Row("", None, {}, None, "no dataset")
             return [self._to_group(row, "", []) for _ in range(count)]
         num_skipped = 0  # since the last prompt that was taken
@@ -160,7 +160,7 @@ class RolloutDataSourceWithBuffer:
         return group
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot, independent of what happens next: cursor, counters and buffer."""
+        """An independent copy of position, counters and buffer."""
         return {
             "version": STATE_VERSION,
             "sample_offset": self.offset,
@@ -175,7 +175,7 @@ class RolloutDataSourceWithBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a snapshot. Warns when it was taken from other data."""
+        """Continues from a `state_dict`. Warns when it was saved with other data."""
         if state.get("version") != STATE_VERSION:
             raise CheckpointError(
                 f"the data state has version {state.get('version')}; this vime reads version "
@@ -184,8 +184,8 @@ class RolloutDataSourceWithBuffer:
         for name, now in self._made_from().items():
             if (then := state["made_from"][name]) != now:
                 logger.warning(
-                    "the data state was saved with %s %s, now it is %s: prompts may repeat or be "
-                    "missed in this epoch",
+                    "the data state was saved with %s %s, and now it is %s: prompts may repeat or "
+                    "be left out in this epoch",
                     name,
                     then,
                     now,
@@ -211,9 +211,9 @@ class RolloutDataSourceWithBuffer:
         }
 
     def save(self, rollout_id: int, state: dict[str, Any] | None = None) -> None:
-        """Writes `state` (default: the present one) as of the end of `rollout_id`, whole or not.
+        """Writes `state`, by default the present one, as the state after `rollout_id`.
 
-        Raises PluginError when a buffered sample holds what could not be read again.
+        Raises PluginError when a sample in the buffer holds a value that no file can give back.
         """
         root = self.cfg.checkpoint.save
         if root is None:
@@ -223,7 +223,7 @@ class RolloutDataSourceWithBuffer:
             torch.save(state, partial)
 
     def load(self, rollout_id: int) -> None:
-        """Continues after `rollout_id`; -1 is a fresh start. Raises CheckpointError."""
+        """Continues after `rollout_id`; -1: from the start. Raises CheckpointError."""
         if rollout_id < 0:
             return
         root = self.cfg.checkpoint.load or self.cfg.checkpoint.save
@@ -278,7 +278,7 @@ def render_rows(cfg: Config, rows: list[Row]) -> list[Rendered]:
 
 
 def to_sample(row: Row, prompt: Any, ids: list[int], *, group_index: int, index: int) -> Sample:
-    """A pending sample with its own copies of everything mutable."""
+    """A pending sample with its own copies of all mutable values."""
     metadata = copy.deepcopy(row.metadata)
     if row.tools:
         metadata.setdefault("tools", copy.deepcopy(row.tools))
@@ -293,7 +293,7 @@ def to_sample(row: Row, prompt: Any, ids: list[int], *, group_index: int, index:
 
 
 def start_over(sample: Sample) -> None:
-    """Forgets the response, keeps the prompt: the sample is pending again."""
+    """Makes a sample pending again: it keeps the prompt and loses the response."""
     sample.tokens = sample.tokens[: sample.prompt_length]
     sample.response, sample.response_length = "", 0
     sample.loss_mask = sample.rollout_log_probs = sample.teacher_log_probs = None

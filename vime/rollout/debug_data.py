@@ -1,7 +1,7 @@
-"""Rollouts as files: written by --save-debug-rollout-data, trained on by --load-debug-rollout-data.
+"""Rollouts as files, for --save-debug-rollout-data and --load-debug-rollout-data.
 
-A path has `{rollout_id}` in it. A file holds {"rollout_id", "groups": [[Sample.to_dict(), ..]],
-"metrics"} and is read without running any code that it may hold.
+A path contains `{rollout_id}`. A file holds {"rollout_id", "groups": [[Sample.to_dict(), ..]],
+"metrics"}. Reading it runs no code from it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vime.types import Group, RolloutFnEvalOutput, RolloutFnTrainOutput, Sample
 
 
 def save_rollout(path: str, rollout_id: int, groups: list[Group], metrics: dict) -> Path:
-    """Writes one rollout, whole or not at all. Raises PluginError on metadata that is not plain."""
+    """Writes one rollout. Raises PluginError when a sample holds a value that is not plain."""
     return _write(
         Path(path.format(rollout_id=rollout_id)),
         {
@@ -30,7 +30,7 @@ def save_rollout(path: str, rollout_id: int, groups: list[Group], metrics: dict)
 
 
 def save_evaluation(path: str, rollout_id: int, output: RolloutFnEvalOutput) -> Path:
-    """The same for an evaluation: `eval_{rollout_id}` in place of the rollout's id."""
+    """Writes one evaluation, with `eval_{rollout_id}` in place of the rollout's id."""
     data = {
         name: {**part, "samples": [_plain(sample) for sample in part.get("samples", [])]}
         for name, part in output.data.items()
@@ -50,12 +50,12 @@ def _write(path: Path, content: dict[str, Any]) -> Path:
 
 
 def load_rollout(path: str, rollout_id: int) -> RolloutFnTrainOutput:
-    """What `save_rollout` wrote. Raises ConfigError when it is not there or cannot be read."""
+    """Reads the file of `save_rollout`. Raises ConfigError when it is missing or cannot be read."""
     file = Path(path.format(rollout_id=rollout_id))
     name = f"--load-debug-rollout-data {path}"
     if not file.is_file():
         raise ConfigError(
-            f"{name}: {file} does not exist. Lower --num-rollout to the rollouts that were saved, "
+            f"{name}: {file} does not exist. Lower --num-rollout to the number of saved rollouts, "
             "or correct the path."
         )
     try:
@@ -71,5 +71,5 @@ def generate_rollout(
 ) -> RolloutFnTrainOutput:
     """The rollout function of --load-debug-rollout-data."""
     if evaluation:
-        raise ConfigError("--load-debug-rollout-data holds no evaluations. Drop --eval-interval.")
+        raise ConfigError("--load-debug-rollout-data holds no evaluations. Remove --eval-interval.")
     return load_rollout(args.config.debug.load_rollout_data, rollout_id)

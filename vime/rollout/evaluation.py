@@ -1,4 +1,4 @@
-"""Evaluation: every dataset, n samples a prompt, all in flight at once.
+"""Evaluation: n samples for each prompt of every data set, all requests at once.
 
 `vime/config/evaluation.py` decides what is in force for a dataset.
 """
@@ -33,7 +33,7 @@ RUNTIME = (
 
 
 async def evaluate(args: Any, rollout_id: int) -> RolloutFnEvalOutput:
-    """Raises EngineError when a dataset has no graded sample at all."""
+    """Scores every data set. Raises EngineError when none of a set's samples was graded."""
     datasets = eval_datasets(args.config)
     async with make_client(args) as client:
         results = await asyncio.gather(
@@ -87,7 +87,7 @@ def make_groups(dataset: EvalDataset) -> list[Group]:
         )
     if num_long:
         logger.warning(
-            "%d prompts of %s are longer than the limit, left out", num_long, dataset.path
+            "%d prompts of %s are longer than the limit and left out", num_long, dataset.path
         )
     groups = []
     for i, (row, prompt, ids) in enumerate(rendered):

@@ -1,7 +1,7 @@
-"""Who grades a sample, and what becomes of one that cannot be graded.
+"""Grades samples. A sample that cannot be graded fails, which differs from a wrong answer.
 
-The first that is set: `sample.custom_rm_path`, --custom-rm-path, `sample.metadata["rm_type"]`,
---rm-type. A sample without a reward is failed with its reason: it is not a wrong answer.
+The grader is the first of these that is set: `sample.custom_rm_path`, --custom-rm-path,
+`sample.metadata["rm_type"]`, --rm-type.
 """
 
 from __future__ import annotations
@@ -38,18 +38,20 @@ async def grade_group(args: Any, group: Group) -> None:
     todo = [s for s in group if s.reward is None and s.status in FINISHED]
     if not todo:
         return
-    grader = args.config.reward.plugin("custom_rm_path")
-    if args.config.reward.group_rm and grader:
-        await _grade_together(args, todo, grader)
+    if args.config.reward.group_rm:
+        await _grade_together(args, todo, args.config.reward.plugin("custom_rm_path"))
     else:
         await asyncio.gather(*(_grade_or_fail(args, sample) for sample in todo))
 
 
 async def grade(args: Any, sample: Sample, **kwargs: Any) -> float | dict[str, Any]:
     """The reward of one sample. Raises GradingFailed."""
-    own = sample.custom_rm_path
-    grader = Plugin("Sample.custom_rm_path", own, REWARD) if own else None
-    if grader := grader or args.config.reward.plugin("custom_rm_path"):
+    grader = None
+    if sample.custom_rm_path:
+        grader = Plugin("Sample.custom_rm_path", sample.custom_rm_path, REWARD)
+    elif args.config.reward.custom_rm_path:
+        grader = args.config.reward.plugin("custom_rm_path")
+    if grader is not None:
         try:
             return await _in_time(args, grader, sample)
         except ReturnError as error:
@@ -87,7 +89,7 @@ async def _by_registry(args: Any, sample: Sample, rm_type: str) -> float | dict[
 
 
 def without_end_mark(response: str) -> str:
-    """The text without the special tokens at its end, which are no part of an answer."""
+    """The response without the special tokens at its end, which are not part of the answer."""
     return _END_MARKS.sub("", response)
 
 
@@ -110,7 +112,7 @@ async def _grade_together(args: Any, samples: list[Sample], grader: Plugin) -> N
 
 
 async def _in_time(args: Any, grader: Plugin, subject: Any) -> Any:
-    """What a user's grader returns. Raises GradingTimeout, and PluginError on what is no reward."""
+    """The answer of a user's grader. Raises GradingTimeout, and PluginError if it is no reward."""
     limit_s = args.config.engine.request_timeout_s
     try:
         return await asyncio.wait_for(grader.call(args, subject), limit_s)
@@ -156,7 +158,7 @@ def _has_mark(sample: Sample, grader: Grader) -> bool:
 
 
 def check_rewards(cfg: Config) -> list[str]:
-    """What is wrong with the graders of rollouts and evaluations; empty when nothing is."""
+    """Problems of the graders of rollouts and evaluations, in the user's words."""
     reward = cfg.reward
     problems = _problems_of("--rm-type", reward.rm_type, reward.reward_key, reward.rm_url)
     if not reward.custom_rm_path:
@@ -180,7 +182,7 @@ def check_rewards(cfg: Config) -> list[str]:
 def _problems_of(
     name: str, rm_type: str | None, reward_key: str | None, rm_url: str | None
 ) -> list[str]:
-    """Problems of a grader's settings, and of what this machine lacks for it."""
+    """Problems of a grader's settings, and the package that this machine lacks for it."""
     problems = problems_of(name, rm_type, reward_key, rm_url)
     grader = grader_of(rm_type or "")
     package = grader and grader.needs_package
@@ -202,7 +204,7 @@ def _unfit_key(name: str, rm_type: str | None, reward_key: str | None) -> list[s
 
 
 def _too_low(cfg: Config) -> list[str]:
-    """An estimator for rewards from 0 up, and a grader that gives lower ones."""
+    """The estimator needs rewards of at least 0, and the grader gives lower ones."""
     rm_type, key = cfg.reward.rm_type, cfg.reward.reward_key
     grader = grader_of(rm_type or "")
     if grader is None or not cfg.algorithm.estimator.nonnegative_rewards:
@@ -225,7 +227,7 @@ def _no_label(name: str, rm_type: str | None, key: str | None, where: str) -> li
 
 
 def _takes_labels_from_rows(cfg: Config) -> bool:
-    """Whether nothing but --prompt-data gives the default rollout its labels."""
+    """Whether the labels can come from --prompt-data only."""
     rollout, data = cfg.rollout, cfg.data
     own = rollout.function_path == VLLM_ROLLOUT and rollout.custom_generate_path is None
     from_file = data.data_source_path == DATA_SOURCE and data.prompt_data is not None

@@ -1,4 +1,4 @@
-"""What a rollout and an evaluation report, by the names of the metrics table."""
+"""The metrics of a rollout and of an evaluation, by their names in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vime.rollout.sampling import Sampled
 from vime.rollout.wire import UNKNOWN_VERSION
 from vime.types import Group, Sample, Status
 
-REPETITION_CHARACTERS = 2000  # of a response's end; prose of that length compresses about twofold
+REPETITION_CHARACTERS = 2000  # at a response's end; prose of this length compresses twofold
 
 
 def of_rollout(args: Any, sampled: Sampled, seconds: float) -> dict[str, float]:
-    """What this rollout function knows beyond its samples: drops, aborts, weights, speed."""
+    """Drops, aborts, weight versions and speed of a rollout."""
     samples = [sample for group in sampled.kept for sample in group]
     values: dict[str, float] = {
         "rollout/grading_timeouts": sum(map(timed_out, samples)),
@@ -57,13 +57,13 @@ def timed_out(sample: Sample) -> bool:
 
 
 def repeats_itself(sample: Sample) -> bool:
-    """Whether the end of a long response is little but the same again: it compresses tenfold."""
+    """Whether the end of a long response repeats itself: zlib compresses it tenfold."""
     text = sample.response[-REPETITION_CHARACTERS:].encode()
     return len(text) >= REPETITION_CHARACTERS and len(zlib.compress(text, 1)) * 10 < len(text)
 
 
 def _versions(sample: Sample) -> set[int]:
-    """The weights that made the tokens with loss; a tool's tokens were made by none."""
+    """The weight versions of the tokens with loss. A tool's tokens have none."""
     if sample.loss_mask is None:
         return set(sample.weight_versions)
     return set(itertools.compress(sample.weight_versions, sample.loss_mask))
@@ -72,11 +72,11 @@ def _versions(sample: Sample) -> set[int]:
 def of_evaluation(name: str, groups: Sequence[Group], rewards: Sequence[Sequence[float]]) -> dict:
     """eval/{name}: mean reward, truncation, pass@k for k = 1, 2, 4, ..
 
-    `-ci95` is the half-width of a mean's 95% interval. Prompts are what was sampled, so it comes
-    from how they differ; it is left out where there is but one.
+    `-ci95` is half the width of the mean's 95% confidence interval. The prompts are the random
+    draw, so the interval comes from the differences between prompts; one prompt gives none.
 
     groups   all samples, failed ones included
-    rewards  of the graded samples, by group; a group without any counts for nothing
+    rewards  of the graded samples, by group; an empty group is left out
     """
     samples = [s for group in groups for s in group]
     values: dict[str, float] = {
@@ -112,7 +112,7 @@ def _interval(name: str, per_prompt: Sequence[float]) -> dict[str, float]:
 
 
 def evaluation_table(names: Sequence[str], values: Mapping[str, float]) -> str:
-    """One line a dataset: mean reward and largest pass@k with their intervals, truncation, size."""
+    """A line per data set: mean reward, largest pass@k, truncation, length and failures."""
     rows = [("dataset", "mean", "pass@k", "truncated", "length", "failed")]
     for name in names:
         prefix = f"eval/{name}"
@@ -142,7 +142,7 @@ def _with_width(values: Mapping[str, float], name: str) -> str:
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """The chance that one of k answers drawn from n is right (arXiv:2107.03374, eq. 1)."""
+    """The probability that k answers drawn from n hold a right one (arXiv:2107.03374, eq. 1)."""
     return 1.0 - comb(n - correct, k) / comb(n, k)
 
 

@@ -1,4 +1,4 @@
-"""Values that a file can give back without running any code that it holds."""
+"""Values that can be read from a file without running code from it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from vime.errors import PluginError
 
 
 def plain(value: Any, where: str) -> Any:
-    """A copy with numpy's values as Python's. Raises PluginError on what no file gives back.
+    """A copy with Python values in place of numpy's. Raises PluginError for any other type.
 
-    where  the flag that wants it written, and what it is: "--save: sample 12"
+    where  the flag that writes the file, and the subject: "--save: sample 12"
     """
     if isinstance(value, dict):
         return {key: plain(v, f"{where}[{key!r}]") for key, v in value.items()}

@@ -1,4 +1,4 @@
-"""POST until a server answers: errors that can pass are tried again, within two limits."""
+"""HTTP POST with retries: errors that can pass are tried again, within two limits."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 
 import aiohttp
 
-RETRY_WINDOW_S = 60.0  # how long a server may be away before its requests count as failed
+RETRY_WINDOW_S = 60.0  # a server may be away for so long before its requests fail
 FIRST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 2.0
-HANDSHAKES, HANDSHAKES_S = 32, 0.01  # at most so many in so long: vllm-router queues 128
+HANDSHAKES, HANDSHAKES_S = 32, 0.01  # new connections per time; vllm-router queues 128
 
 
 class RequestFailed(Exception):
-    """A request that will not succeed; its sample is failed with this reason."""
+    """A request cannot succeed. Its sample fails with this reason."""
 
 
 @dataclass(slots=True)
 class Endpoint:
-    """One address.
+    """An address that takes POST requests.
 
     timeout_s       deadline of one request, retries included
-    retry_window_s  how long its server may be away
+    retry_window_s  the time that the server may be away
     """
 
     url: str
@@ -34,7 +34,7 @@ class Endpoint:
     num_retries: int = 0
 
     def session(self, headers: dict[str, str]) -> aiohttp.ClientSession:
-        """For any number of requests at once. The caller closes it."""
+        """A session for any number of requests at once. The caller closes it."""
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=self.timeout_s, sock_connect=10),
@@ -50,7 +50,7 @@ class Endpoint:
         *,
         stopped: Callable[[], bool],
     ) -> bytes | None:
-        """The answer; None where a try failed and `stopped()`. Raises RequestFailed."""
+        """The answer, or None when a try failed and `stopped()` is true. Raises RequestFailed."""
         deadline = time.monotonic() + self.timeout_s
         away_since: float | None = None
         backoff_s = FIRST_BACKOFF_S
@@ -84,14 +84,14 @@ class Endpoint:
 
 
 def few_handshakes(limit: int, each_s: float) -> aiohttp.TraceConfig:
-    """Lets a session begin at most `limit` connections in `each_s` seconds; any number stay open.
+    """Lets a session start at most `limit` connections in `each_s` seconds. Any number stay open.
 
-    All requests of a rollout start at once. The kernel drops the handshakes for which the
-    listener's queue has no room, and their clients try again after 1 s, then after 2 s more. How
-    far the listener has come cannot be asked for: it gets time instead.
+    All requests of a rollout start at once. When the listener's queue is full the kernel drops
+    handshakes, and their clients try again after 1 s and after 2 s more. The client cannot see the
+    queue, so it gives the listener time.
     """
     slots = asyncio.Semaphore(limit)
-    config = aiohttp.TraceConfig(lambda **_: set())  # of a request: the slot it holds, if any
+    config = aiohttp.TraceConfig(lambda **_: set())  # for each request, the slot that it holds
 
     async def begin(session: Any, held: set, params: Any) -> None:
         await slots.acquire()

@@ -1,6 +1,6 @@
-"""The sampling loop: submit groups, judge each as it finishes, stop at exactly the target.
+"""The sampling loop: submits groups, judges each finished one, stops exactly at the target.
 
-Pure asyncio: what a group goes through, how it is judged and how the rest is aborted are arguments.
+It is plain asyncio. Generation, judgement and abort are arguments.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from dataclasses import dataclass, field
 from vime.errors import EngineError, PluginError
 from vime.types import DynamicFilterOutput, Group, Status
 
-FAILED = "failed"  # the reason of a group without a single usable sample
-DROPS_PER_KEPT = 100  # a filter that drops this many groups for each wanted one will never end
+FAILED = "failed"  # the reason for dropping a group without any usable sample
+DROPS_PER_KEPT = 100  # a filter with more drops per wanted group ends the run
 
 
 @dataclass(slots=True)
 class Sampled:
-    """What became of every group that was taken.
+    """The groups of a sampling loop, by their fate.
 
-    kept        exactly as many as were asked for, by the index of their first sample
-    surplus     finished after the target was met
-    unfinished  aborted, with whatever they had
-    dropped     by the judge, for whatever reason
-    drops       {reason: number of groups}
+    kept        the target number of groups, ordered by the index of their first sample
+    surplus     groups that finished after the target was met
+    unfinished  aborted groups, with the tokens that they had
+    dropped     groups that the judge dropped
+    drops       {reason: number of dropped groups}
     """
 
     kept: list[Group] = field(default_factory=list)
@@ -46,11 +46,11 @@ async def sample_groups(
     judge: Callable[[Group], Awaitable[DynamicFilterOutput]],
     abort: Callable[[asyncio.Event], Awaitable[None]],
 ) -> Sampled:
-    """Takes `batch` groups whenever kept and pending ones cannot reach `target`.
+    """Takes `batch` more groups whenever kept and pending ones together cannot reach `target`.
 
-    So 32 wanted of 64 taken ask for 64 more at the 33rd drop. The instant the target is met the
-    rest is aborted: `abort(drained)` must make every pending `finish` return, and is over once
-    `drained` is set. An exception of any part ends the whole loop, after an abort.
+    Example: target 32 and batch 64 take another 64 groups at the 33rd drop. As soon as the target
+    is met the pending groups are aborted: `abort(drained)` must make every pending `finish` return,
+    and it may stop once `drained` is set. An exception of any part ends the loop after an abort.
     """
     result = Sampled()
     pending: dict[asyncio.Task, Group] = {}
@@ -59,7 +59,7 @@ async def sample_groups(
 
     def submit(groups: list[Group]) -> None:
         if not groups:
-            raise PluginError(f"the data source gave no group where {batch} were asked for.")
+            raise PluginError(f"the data source gave no group but {batch} were asked for.")
         result.num_taken += len(groups)
         for group in groups:
             task = asyncio.ensure_future(finish(group))
@@ -95,7 +95,7 @@ def _give_up_if_hopeless(
 ) -> None:
     if failed_in_a_row >= max(4, batch):
         raise EngineError(
-            f"{failed_in_a_row} groups failed one after the other; the last: {group[0].failure}"
+            f"{failed_in_a_row} groups failed one after the other. The last one: {group[0].failure}"
         )
     if result.drops.total() >= DROPS_PER_KEPT * (target + len(result.kept)):
         reasons = ", ".join(f"{reason} {count}" for reason, count in result.drops.most_common())
@@ -112,7 +112,7 @@ async def _abort_and_collect(
     abort: Callable[[asyncio.Event], Awaitable[None]],
     result: Sampled,
 ) -> None:
-    """Aborts what is pending and sorts it into surplus and unfinished, nothing lost."""
+    """Aborts the pending groups and sorts all of them into surplus and unfinished."""
     drained = asyncio.Event()
 
     async def collect() -> None:
@@ -138,12 +138,12 @@ async def _abort_and_collect(
 async def _end(
     pending: dict[asyncio.Task, Group], abort: Callable[[asyncio.Event], Awaitable[None]] | None
 ) -> None:
-    """Cancels what is pending; frees the engines too, as far as they still answer."""
+    """Cancels the pending groups, and their requests at the engines that still answer."""
     for task in pending:
         task.cancel()
     await asyncio.gather(*pending, return_exceptions=True)
     if abort is not None and pending:
         done = asyncio.Event()
         done.set()
-        with contextlib.suppress(EngineError):  # the first error is the one to report
+        with contextlib.suppress(EngineError):  # the caller reports the first error
             await abort(done)

@@ -1,7 +1,7 @@
-"""The rollout function of `--loss-type sft_loss`: demonstrations in place of generated samples.
+"""The rollout function of --loss-type sft_loss: demonstrations instead of generated samples.
 
-A prompt is a list of messages whose last is the assistant's, or a prompt with the answer as its
-label. Loss falls on assistant turns only.
+A demonstration is a list of messages that ends with the assistant's, or a prompt whose label is the
+answer. Only the assistant's turns carry loss.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ logger = logging.getLogger(__name__)
 def generate_rollout(
     args: Any, rollout_id: int, data_source: Any, evaluation: bool = False
 ) -> RolloutFnTrainOutput:
-    """--rollout-batch-size demonstrations; longer ones than --rollout-max-context-len are skipped.
+    """--rollout-batch-size demonstrations. Skips those longer than --rollout-max-context-len.
 
-    Raises ConfigError when a demonstration has no answer, or when too many are skipped.
+    Raises ConfigError when a demonstration has no answer, or when every demonstration is too long.
     """
     if evaluation:
         raise ConfigError(
             "--rollout-function-path vime.rollout.sft_rollout.generate_rollout does not evaluate. "
-            "Set --eval-function-path vime.rollout.vllm_rollout.generate_rollout, or no "
-            "--eval-interval."
+            "Set --eval-function-path vime.rollout.vllm_rollout.generate_rollout, or leave "
+            "--eval-interval out."
         )
     cfg: Config = args.config
     tokenizer = chat.load_tokenizer(cfg.model.hf_checkpoint)
@@ -82,7 +82,7 @@ def _nothing_fits(cfg: Config, reason: str) -> str:
 
 
 def to_demonstration(cfg: Config, tokenizer: Any, sample: Sample) -> None:
-    """Fills in tokens and loss mask. Without the chat template, prompt and label are plain text."""
+    """Sets tokens, loss mask and text. Without a chat template, prompt and label are plain text."""
     if cfg.data.apply_chat_template or not isinstance(sample.prompt, str):
         tokens, mask = chat.assistant_tokens(
             tokenizer,
@@ -115,7 +115,7 @@ def _conversation(sample: Sample) -> chat.Messages:
 def _answer(sample: Sample) -> str:
     if not sample.label:
         raise ConfigError(
-            f"demonstration {sample.index} has no answer: end its messages with the assistant's, "
-            "or name the field that holds it with --label-key."
+            f"demonstration {sample.index} has no answer. End its messages with the assistant's, "
+            "or name the field of the answer with --label-key."
         )
     return sample.label

@@ -1,6 +1,6 @@
 """--opd-type vllm: a teacher of any size, behind a vLLM server that the user runs.
 
-It is asked about token ids, so it has the policy's vocabulary.
+Requests contain token ids, so the teacher must have the policy's vocabulary.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from vime.rollout.posting import Endpoint, RequestFailed
 from vime.types import FINISHED, Group, Sample, Status
 
 CHECK_TIMEOUT_S = 10.0
-# What tokenizers of different models cut differently: digits, spaces, accents, scripts, code.
+# Text that tokenizers of different models split differently.
 PROBE = "In 2048, naïve Ångström   wrote\n\tx_1 = [3.14159, {'k': -70}]; // 你好, мир 🙂"
 
 
 class TeacherClient:
-    """Asks the server at --opd-teacher-url; at most --vllm-server-concurrency requests at a time.
+    """Sends at most --vllm-server-concurrency requests at once to --opd-teacher-url.
 
-    To be entered with `async with`.
+    Enter it with `async with`.
     """
 
     def __init__(self, address: str, cfg: Config) -> None:
@@ -43,8 +43,8 @@ class TeacherClient:
     async def judge(self, group: Group) -> None:
         """Gives each finished sample its `teacher_log_probs`, or fails it with the reason.
 
-        Those that have some keep them. Once `stopped` is set, the rest stays without, and what the
-        server works on is cancelled.
+        Samples that have them keep them. Once `stopped` is set, the open requests are cancelled
+        and their samples stay without.
         """
         todo = [
             s
@@ -65,7 +65,7 @@ class TeacherClient:
         await asyncio.gather(*(self._judge(sample) for sample in samples))
 
     async def _judge(self, sample: Sample) -> None:
-        # one new token is the least that a server accepts; it is not read
+        # The server must generate at least one token. Nobody reads it.
         body = {"prompt": sample.tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         async with self._slots:
             try:
@@ -78,7 +78,7 @@ class TeacherClient:
                 sample.status, sample.failure = Status.FAILED, f"teacher: {error}"
 
     def _log_probs_in(self, answer: bytes, sample: Sample) -> list[float]:
-        """[R] of the response's tokens. Raises RequestFailed."""
+        """[R], one for each response token. Raises RequestFailed."""
         try:
             entries = json.loads(answer)["choices"][0]["prompt_logprobs"]
             pairs = list(zip(entries, sample.tokens, strict=True))[sample.prompt_length :]
@@ -90,7 +90,7 @@ class TeacherClient:
 
 
 def teacher_of(cfg: Config) -> AbstractAsyncContextManager[TeacherClient | None]:
-    """The server's client, or None where no server is asked."""
+    """The client of the teacher's server; None where the run asks no server."""
     address = _address(cfg)
     return nullcontext() if address is None else TeacherClient(address, cfg)
 
@@ -101,7 +101,7 @@ def _address(cfg: Config) -> str | None:
 
 
 def check_teacher(cfg: Config) -> list[str]:
-    """Whether the server answers, has the policy's vocabulary, and room for the longest sample."""
+    """Problems of the server: no answer, another vocabulary, too little room for a sample."""
     address, rollout = _address(cfg), cfg.rollout
     if address is None or cfg.debug.dry_run or cfg.debug.no_engines:
         return []
@@ -112,22 +112,22 @@ def check_teacher(cfg: Config) -> list[str]:
         found = _json("POST", f"{address}/tokenize", asked)["tokens"]
     except (requests.RequestException, ValueError, KeyError, IndexError, TypeError) as error:
         return [
-            f"{name} does not answer as a vLLM server does ({type(error).__name__}: {error}). "
+            f"{name} does not answer like a vLLM server ({type(error).__name__}: {error}). "
             "Start it first (`vllm serve TEACHER`), or correct the address."
         ]
     problems = []
     if found != chat.encode(chat.load_tokenizer(cfg.model.hf_checkpoint), [PROBE])[0]:
         problems.append(
-            f"{name} serves {served['id']}, whose tokenizer is not that of --hf-checkpoint "
-            f"{cfg.model.hf_checkpoint}: its figures would be of other words. Serve a teacher of "
-            "the policy's family."
+            f"{name} serves {served['id']}, whose tokenizer differs from the one of "
+            f"--hf-checkpoint {cfg.model.hf_checkpoint}, so its figures would be for other words. "
+            "Serve a teacher of the policy's family."
         )
     longest = rollout.max_context_len or (rollout.max_prompt_len or 1) + rollout.max_response_len
     room = served.get("max_model_len")
     if room is not None and room <= longest:
         problems.append(
-            f"{name} takes {room} tokens, and a sample may have {longest}: it needs one more. "
-            f"Serve it with --max-model-len {longest + 1} or more, or lower "
+            f"{name} takes {room} tokens. A sample may have {longest}, and the server needs one "
+            f"more. Serve it with --max-model-len {longest + 1} or more, or lower "
             "--rollout-max-response-len."
         )
     return problems

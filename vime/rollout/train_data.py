@@ -1,4 +1,4 @@
-"""From what a rollout gave to what the trainer gets and the log shows, through the user's hooks."""
+"""The way from a rollout's groups to batch and metrics, through the user's hooks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from vime.types import Group, RolloutFnEvalOutput, TrainBatch
 
 
 def make_train_batch(args: Any, groups: list[Group], rollout_id: int) -> TrainBatch:
-    """The groups as a batch; each of the three hooks on the way is optional.
+    """The groups as a batch. Three hooks may take part.
 
-    --custom-convert-samples-to-train-data-path takes the place of everything, then
-    --custom-reward-post-process-path of the rewards' normalisation; --rollout-data-postprocess-path
-    has the last word. Raises PluginError on a hook that breaks its contract.
+    --custom-convert-samples-to-train-data-path replaces the whole conversion, and
+    --custom-reward-post-process-path the normalisation of rewards. --rollout-data-postprocess-path
+    may change the finished batch. Raises PluginError on a hook that breaks its contract.
     """
     cfg = args.config
     weigh = _with_args(cfg.algorithm.plugin("custom_reducer_path"), args)
@@ -45,8 +45,10 @@ def _with_args(plugin: Plugin | None, args: Any) -> Callable[..., Any] | None:
 def rollout_metrics(
     args: Any, groups: list[Group], rollout_id: int, metrics: dict[str, float], rollout_s: float
 ) -> dict[str, float]:
-    """What is logged of a rollout. --custom-rollout-log-function-path may change `metrics` in
-    place, or return True to log nothing of it."""
+    """The metrics of a rollout to log.
+
+    --custom-rollout-log-function-path may change `metrics` in place. It returns True to log none.
+    """
     log = args.config.rollout.plugin("log_path")
     if log is None:
         return metrics
@@ -55,7 +57,7 @@ def rollout_metrics(
 
 
 def eval_metrics(args: Any, output: RolloutFnEvalOutput, rollout_id: int) -> dict[str, float]:
-    """The same for an evaluation, by --custom-eval-rollout-log-function-path."""
+    """The metrics of an evaluation to log, with --custom-eval-rollout-log-function-path."""
     log = args.config.eval.plugin("log_path")
     metrics = dict(output.metrics)
     if log is None:

@@ -1,4 +1,4 @@
-"""The default rollout function: vLLM engines generate behind the router, graders reward."""
+"""The default rollout function: vLLM engines generate, graders give rewards."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def _generate_rollout(args: Any, rollout_id: int, data_source: Any) -> Rol
     cfg: Config = args.config
     started = time.perf_counter()
     if hasattr(data_source, "rollout_id"):
-        data_source.rollout_id = rollout_id  # the buffer filter judges age by it
+        data_source.rollout_id = rollout_id  # the buffer filter computes ages with it
     tokenizer = chat.load_tokenizer(cfg.model.hf_checkpoint)
     source = cfg.data.plugin("data_source_path")
     assert source is not None
@@ -104,7 +104,7 @@ async def _run_hooks(args: Any, data_source: Any, sampled: Sampled) -> None:
 
 
 def _return_leftovers(rollout: Rollout, data_source: Any, sampled: Sampled) -> int:
-    """Under --partial-rollout, puts unfinished and surplus groups into the buffer; their number.
+    """Under --partial-rollout, puts unfinished and surplus groups into the buffer. Their number.
 
     Under --mask-offpolicy-in-partial-rollout surplus groups are left out: all their tokens would
     be without loss.

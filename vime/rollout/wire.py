@@ -1,9 +1,9 @@
-"""The wire of `POST /inference/v1/generate`: token ids in, token ids and log-probabilities out.
+"""The format of `POST /inference/v1/generate`: token ids in, token ids and log-probabilities out.
 
-The one place that knows how engine versions differ. vLLM 0.32 reports which weights made each
-token; 0.25 does not, and its tokens are then marked UNKNOWN_VERSION. Engines that vime started
-answer a request that has the header `PACKED` with arrays (`vime.backends.vllm.plugin_route`);
-others do not know the header and answer as vLLM does.
+Only this file knows how the answers of engine versions differ. vLLM 0.32 reports the weight version
+of each token. 0.25 does not, and its tokens get UNKNOWN_VERSION. Engines that vime started answer a
+request with the header `PACKED` with arrays (`vime.backends.vllm.plugin_route`). Others do not know
+the header and answer as vLLM does.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ except ImportError:
 
 
 PATH = "/inference/v1/generate"
-PACKED = "x-vime-packed"  # header; in lower case, as ASGI hands it over
+PACKED = "x-vime-packed"  # a header, in lower case because ASGI gives it so
 UNKNOWN_VERSION = -1
-LEAST_LOG_PROB = -9999.0  # what the engine sends in place of NaN and -inf
+LEAST_LOG_PROB = -9999.0  # the engine sends this in place of NaN and -inf
 
 STATUS_OF = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
 
 
 class WireError(ValueError):
-    """An answer that lacks what training needs."""
+    """An answer without everything that training needs."""
 
 
 @dataclass(slots=True)
 class Generation:
-    """One answer of R tokens. `log_probs` and `weight_versions` have R entries as well."""
+    """An answer of R tokens. `log_probs` and `weight_versions` have R entries, too."""
 
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
@@ -51,16 +51,16 @@ class Generation:
 
 
 def build_request(token_ids: list[int], sampling_params: dict[str, Any]) -> bytes:
-    """The request's body. Text is only made by the engine where stop strings need it."""
+    """The body of a request. The engine makes text only where stop strings need it."""
     params = {k: v for k, v in sampling_params.items() if v is not None}
     params |= {"logprobs": 0, "detokenize": bool(params.get("stop")), "n": 1}
     return dumps({"token_ids": token_ids, "sampling_params": params})
 
 
 def parse_response(body: bytes, known_version: int | None = None) -> Generation:
-    """The one answer, packed or as vLLM gives it.
+    """Reads an answer, packed or in vLLM's own format.
 
-    known_version  fills in where the engine does not report versions
+    known_version  the version for tokens whose version the engine does not report
     Raises WireError on an answer without a log-probability for every token.
     """
     try:
@@ -72,7 +72,7 @@ def parse_response(body: bytes, known_version: int | None = None) -> Generation:
         raise WireError(f"the engine ended the request with finish_reason {reason!r}")
     if len(log_probs) != len(token_ids):
         raise WireError(f"{len(token_ids)} tokens came with {len(log_probs)} log-probabilities")
-    if not (np.asarray(log_probs, np.float32) > LEAST_LOG_PROB).all():  # NaN is not either
+    if not (np.asarray(log_probs, np.float32) > LEAST_LOG_PROB).all():  # false for NaN, too
         raise WireError("a sampled token came with no finite log-probability")
     versions = _versions(spans, len(token_ids), known_version)
     return Generation(token_ids, log_probs, versions, STATUS_OF[reason])
@@ -93,7 +93,7 @@ def _packed(answer: dict) -> tuple[list[int], list[float], list[dict] | None, st
 
 
 def _versions(spans: list[dict] | None, count: int, known_version: int | None) -> list[int]:
-    """Spans [start, end) to one version a token. A label that is no number is not ours: unknown."""
+    """One version per token, from spans [start, end). A label that is no number is unknown."""
     default = UNKNOWN_VERSION if known_version is None else known_version
     versions = [default] * count
     for span in spans or ():

@@ -1,4 +1,4 @@
-"""Filters for --dynamic-sampling-filter-path: keep a finished group, or drop it and sample on."""
+"""Filters for --dynamic-sampling-filter-path: keep a finished group, or drop it for another."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from vime.types import DynamicFilterOutput, Sample
 
 
 def check_reward_nonzero_std(args: Any, samples: list[Sample], **kwargs: Any):
-    """Keeps a group whose rewards are not all equal (DAPO, arXiv:2503.14476)."""
-    import torch  # it takes seconds, and the check before a run imports this file
+    """Keeps a group unless all its rewards are equal (DAPO, arXiv:2503.14476)."""
+    import torch  # takes seconds to import, and the checks before a run import this file
 
     rewards = [sample.get_reward_value(args) for sample in samples]
     return torch.tensor(rewards, dtype=torch.float).std() > 0.0
 
 
 def as_verdict(answer: Any, samples: list[Sample], args: Any) -> DynamicFilterOutput:
-    """A filter's answer with a reason to count it by.
+    """A filter's answer, with the reason under which a dropped group is counted.
 
-    A bool or a tensor bool names no reason; the reward is named in its place where all share it.
+    A bool has no reason. The reason is then the common reward, if there is one.
     """
     if isinstance(answer, DynamicFilterOutput):
         return DynamicFilterOutput(bool(answer.keep), answer.reason)

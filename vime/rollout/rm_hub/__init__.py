@@ -1,1 +1,1 @@
-"""Rewards. `--rm-type` names a grader here; who grades a sample is decided in `grading.py`."""
+"""The graders that --rm-type names. `vime/rollout/grading.py` chooses one for a sample."""

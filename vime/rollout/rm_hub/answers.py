@@ -1,4 +1,4 @@
-"""Final answers as text: found in a response, normalised, compared where that needs no algebra."""
+"""Final answers as text: find, normalise and compare them, as far as that needs no algebra."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _INT_RATIO = re.compile(r"^([+-]?)(\d+)/(\d+)$")
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last `\boxed{...}` holds; None without one, or when its braces do not close."""
+    r"""The content of the last `\boxed{...}`; None without a box, or if its braces do not close."""
     start = None
     for found in _BOX.finditer(text):
         start = found.end()
@@ -39,7 +39,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    """One spelling for what mathematicians write in several: spaces, units, short fractions."""
+    """One spelling for answers that can be written in several: spaces, units, short fractions."""
     text = answer.strip().rstrip(".").replace("\n", "")
     text = text.replace("tfrac", "frac").replace("dfrac", "frac")
     text = _DROPPED.sub("", text)
@@ -86,6 +86,6 @@ def number(text: str) -> Fraction | None:
 
 
 def same_number(a: str, b: str) -> bool | None:
-    """Whether two plain numbers are equal; None when one of the texts is none."""
+    """Whether two plain numbers are equal; None if one of the texts is not a plain number."""
     x, y = number(a), number(b)
     return None if x is None or y is None else x == y

@@ -1,6 +1,7 @@
-"""`--rm-type dapo`: `Answer: ...` in the last 300 characters; {score 1 or -1, acc, pred}.
+"""`--rm-type dapo`: the text after `Answer:` in the last 300 characters against the label.
 
-Train on it with `--reward-key score` (DAPO, arXiv:2503.14476, which compares as Minerva does).
+Gives {score: 1 or -1, acc, pred}; train with `--reward-key score`. DAPO (arXiv:2503.14476) compares
+answers like Minerva.
 """
 
 from __future__ import annotations

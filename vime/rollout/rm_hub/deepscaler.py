@@ -1,7 +1,8 @@
-r"""`--rm-type deepscaler`: the boxed answer after the thinking, 1 when it equals the label, else 0.
+r"""`--rm-type deepscaler`: 1 if the boxed answer after the thinking equals the label, else 0.
 
-As in DeepScaleR's reward: without `</think>` or `###Response` there is no answer, and an integer
-label wants an integer, a fraction the same fraction, before algebra is asked.
+As in DeepScaleR's reward, a response without `</think>` or `###Response` has no answer. If the
+label is an integer, the answer must be one; if it is a fraction, the answer must be the same
+fraction. Only other answers are compared by algebra.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ MARKS = ("</think>", "###Response")
 
 
 def quick(response: str, label: str | None, metadata: dict[str, Any]) -> float | None:
-    """The reward where it takes no algebra; None otherwise."""
+    """The reward, if it needs no algebra; otherwise None."""
     answer = _answer(response)
     truth = _truth(label)
     if answer is None or truth is None:

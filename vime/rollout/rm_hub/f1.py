@@ -1,4 +1,4 @@
-"""`--rm-type f1`: word overlap of response and label, as SQuAD counts it."""
+"""`--rm-type f1`: the overlap of the words of response and label, counted as in SQuAD."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`--rm-type gpqa`: a multiple-choice letter; 1 or 0.
+"""`--rm-type gpqa`: 1 for the right letter of a multiple-choice question, else 0.
 
-The right letter is `metadata["correct_letter"]`, or the label when that is a letter; a label that
-is the text of a choice is looked up in `metadata["choices"]` (a list, or {letter: text}).
+The right letter is `metadata["correct_letter"]`, or the label if it is a letter. Any other label is
+the text of a choice in `metadata["choices"]` (a list, or {letter: text}).
 """
 
 from __future__ import annotations

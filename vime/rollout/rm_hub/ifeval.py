@@ -1,9 +1,9 @@
-"""`--rm-type ifeval`: 1 when a response follows every instruction of its prompt, else 0.
+"""`--rm-type ifeval`: 1 if a response follows every instruction of its prompt, else 0.
 
-The instructions are `metadata["instruction_id_list"]`, their parameters, one dict each,
-`metadata["kwargs"]`: the names of the public IFEval data (arXiv:2311.07911). The checks are our
-own, by rule and without a model; `language:response_language` is not among them. An instruction
-that is not known here fails the sample; it is not a wrong answer.
+`metadata["instruction_id_list"]` names the instructions, and `metadata["kwargs"]` has a dict of
+parameters for each, as in the public IFEval data (arXiv:2311.07911). The checks are vime's own
+rules and use no model; `language:response_language` has none. A sample with an unknown instruction
+fails, because its answer cannot be judged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-r"""`--rm-type math`: the boxed answer against the label by math-verify; 1 or 0."""
+r"""`--rm-type math`: 1 if the last boxed answer equals the label by math-verify, else 0."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vime.rollout.rm_hub.grader import Grader
 
 
 def quick(response: str, label: str | None, metadata: dict[str, Any]) -> float | None:
-    """The reward where it takes no algebra; None otherwise."""
+    """The reward, if it needs no algebra; otherwise None."""
     answer = last_boxed(response)
     if answer is None or label is None:
         return 0.0
@@ -26,7 +26,7 @@ def grade(response: str, label: str | None, metadata: dict[str, Any]) -> float:
         return reward
     from math_verify import parse, verify
 
-    # The grader process keeps the deadline; math-verify's own alarms would fight with it.
+    # The worker process has a deadline already, and math-verify's alarms would disturb it.
     truth = parse(f"${_truth(label)}$", parsing_timeout=None)
     answer = parse(f"${last_boxed(response)}$", parsing_timeout=None)
     return float(verify(truth, answer, timeout_seconds=None))

@@ -1,4 +1,4 @@
-"""Grader processes with a deadline. A hung one costs its deadline and is replaced."""
+"""Worker processes that grade under a deadline. One that hangs is ended and replaced."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ START_TIMEOUT_S = 120.0  # importing sympy on a busy machine
 
 
 class GraderPool:
-    """`num_workers` processes, started when first needed; usable from any thread or event loop."""
+    """`num_workers` processes that start when needed. Any thread or event loop may use the pool."""
 
     def __init__(self, num_workers: int, timeout_s: float) -> None:
         self.timeout_s = timeout_s
@@ -37,7 +37,7 @@ class GraderPool:
         return self._threads.submit(self._run, {**task, "deadline_s": self.timeout_s})
 
     def _run(self, task: dict[str, Any]) -> float | dict[str, Any]:
-        worker = self._idle.get()  # as many workers as threads: there is one
+        worker = self._idle.get()  # never empty: there are as many workers as threads
         try:
             if worker is None or not worker.is_alive:
                 worker = _Worker()
@@ -54,7 +54,7 @@ class GraderPool:
         return answer["reward"]
 
     def close(self) -> None:
-        """Ends the processes. What is being graded fails."""
+        """Ends the processes. Answers that are being graded fail."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         while not self._idle.empty():
             worker = self._idle.get()
@@ -115,7 +115,7 @@ class _Worker:
 
 @cache
 def shared_pool(num_workers: int, timeout_s: float) -> GraderPool:
-    """The process-wide pool of these settings, closed at exit."""
+    """The pool with these settings that this process shares. It closes at exit."""
     pool = GraderPool(num_workers, timeout_s)
     atexit.register(pool.close)
     return pool

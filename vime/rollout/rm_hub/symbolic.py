@@ -1,4 +1,4 @@
-"""Equality of expressions by sympy. May run for ever or eat memory: call it in a grader process."""
+"""Equality of expressions by sympy. It may hang or eat memory: call it in a worker process."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _SQRT = re.compile(r"\\sqrt\{([^{}]*)\}")
 _ROOT = re.compile(r"\\sqrt\[(\d+)\]\{([^{}]*)\}")
 _POWER = re.compile(r"\^\{([^{}]*)\}")
 _WORDS = {"sqrt", "pi", "oo", "sin", "cos", "tan", "log", "ln", "exp"}
-# Only these characters reach sympy's parser, which evaluates its input: no quotes, no underscores,
-# and a point only inside a number, so that no attribute can be named.
+# Only these characters reach sympy's parser, which evaluates its input. There are no quotes and no
+# underscores, and points occur only inside numbers, so that an answer cannot name an attribute.
 _SAFE = re.compile(r"(?:[a-zA-Z+\-*/^()!= ]|\d+(?:\.\d+)?)*")
 
 
 def equal(a: str, b: str) -> bool:
-    """Whether two normalised answers are the same mathematics. Unreadable ones are not."""
+    """Whether two normalised answers are equal in mathematics. Unreadable answers are not."""
     parts_a, parts_b = _split(a), _split(b)
     if len(parts_a) != len(parts_b) or _brackets(a) != _brackets(b):
         return False
@@ -69,7 +69,7 @@ def _parse(text: str):
         return parse_expr(plain, transformations=(*rules, convert_xor))
     except (SyntaxError, TypeError, ValueError, AttributeError, RecursionError, ArithmeticError):
         return None
-    except Exception as error:  # sympy wraps the tokenizer's complaints in types of its own
+    except Exception as error:  # sympy raises tokenizer errors as types of its own
         if isinstance(error, MemoryError):
             raise
         return None
@@ -95,5 +95,5 @@ def _brackets(text: str) -> str:
 
 
 def _split(text: str) -> list[str]:
-    """The members of a tuple or an interval; one member for anything else."""
+    """The members of a tuple or an interval. Any other text is its only member."""
     return text[1:-1].split(",") if _brackets(text) else [text]

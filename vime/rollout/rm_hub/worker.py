@@ -1,7 +1,7 @@
-"""A grader process: `python -m vime.rollout.rm_hub.worker`. One JSON line in, one out, until EOF.
+"""A worker process: `python -m vime.rollout.rm_hub.worker` answers each line of JSON with a line.
 
-It dies by itself a little after a task's deadline, so that not even a killed parent leaves one
-behind, and its memory is bounded: `9**9**9` costs one grader, not the machine.
+It ends shortly after the deadline of a task, so that it does not outlive a killed parent. Its
+memory is limited, so that `9**9**9` costs one worker and not the machine.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ MEMORY_BYTES = 4 << 30
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when graders end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a grader prints must not mix with the answers
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that we keep the time
+    os.dup2(2, 1)  # a grader's prints must not mix with the answers
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns about its missing deadline
     for package in {grader.needs_package for grader in GRADERS.values()} - {None}:
         if importlib.util.find_spec(package):
             importlib.import_module(package)
@@ -34,7 +34,7 @@ def main() -> None:
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         task = json.loads(line)
-        # Kernel-delivered and unhandled: ends even a computation that never returns to Python.
+        # The kernel's default action ends even a computation that never returns to Python.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, task["deadline_s"] + 2)
         print(json.dumps(run(task)), file=answers, flush=True)

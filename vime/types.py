@@ -91,13 +91,13 @@ class Sample:
 
 
 def _copied(value: Any) -> Any:
-    """A deep copy. A list of numbers, as long as a response, is copied without a look at each."""
+    """A deep copy. Lists of numbers are long, so they are copied without a look at each number."""
     if type(value) is list and (not value or isinstance(value[0], (int, float))):
         return value.copy()
     return value if isinstance(value, (str, int, float, type(None))) else copy.deepcopy(value)
 
 
-Sample.Status = Status  # type: ignore[attr-defined]  # the spelling that plugins of this field use
+Sample.Status = Status  # type: ignore[attr-defined]  # plugins often write it like this
 
 Group = list[Sample]  # the samples of one prompt
 

@@ -175,7 +175,7 @@ REFUSED = {
     "a generation prompt that is not in the conversation": (
         "deepseekv3",
         [ASK, assistant("4")],
-        "differently",
+        "changes the messages before",
     ),
     "roles that the template refuses": ("gemma3", [ASK, ASK], "refuses the messages"),
 }

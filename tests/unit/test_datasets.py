@@ -40,8 +40,8 @@ def test_a_byte_order_mark_blank_lines_and_nan_are_read(tmp_path, monkeypatch):
     lines = [row(0), " " * 40, '{"prompt": "q1", "label": 1, "metadata": {"x": NaN}}', "\t", row(2)]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
     for scan_bytes in (1 << 20, *range(7, 60)):  # the file is read in pieces
-        monkeypatch.setattr("vime.data.datasets._SCAN_BYTES", scan_bytes)
-        monkeypatch.setattr("vime.data.datasets._drop_pages", lambda *_: None)
+        monkeypatch.setattr("vime.data.row_files._SCAN_BYTES", scan_bytes)
+        monkeypatch.setattr("vime.data.row_files._drop_pages", lambda *_: None)
         rows = list(PromptDataset(str(path), KEYS))
         assert [(r.prompt, r.label) for r in rows] == [("q0", "0"), ("q1", "1"), ("q2", "2")]
         assert math.isnan(rows[1].metadata["x"])

@@ -14,7 +14,7 @@ Messages = list[dict[str, Any]]
 
 
 class TemplateRefusal(ConfigError):
-    """The chat template cannot render these messages; another row of the file may be fine."""
+    """The chat template cannot render these messages. Other rows of the file may be fine."""
 
 
 @lru_cache(maxsize=4)
@@ -63,9 +63,9 @@ def render(
 
 
 def _joined_parts(tokenizer: Any, messages: Messages) -> Messages:
-    """The messages with lists of text parts joined, where the template wants strings.
+    """The messages, with lists of text parts joined if the template takes only strings.
 
-    Content may be OpenAI's list of parts. Templates that expect a string would drop it.
+    Content may be a list of parts, as in OpenAI's format. A template for strings would drop it.
     """
     if not any(isinstance(m.get("content"), list) for m in messages):
         return messages
@@ -84,7 +84,7 @@ def _joined(content: Any) -> Any:
             f"a message has content parts of type {', '.join(kinds)}, and the chat template takes "
             "text only. Give text, or a model whose template takes such parts."
         )
-    return "\n".join(texts)  # as vLLM's chat server joins them
+    return "\n".join(texts)  # like vLLM's chat server
 
 
 @lru_cache(maxsize=16)
@@ -136,12 +136,12 @@ def assistant_tokens(
     tools: list[dict[str, Any]] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """(token ids, mask) of a conversation; the mask is 1 on the tokens of assistant turns.
+    """(token ids, mask) of a conversation. The mask is 1 on the tokens of assistant turns.
 
-    A turn is all that the template writes between the generation prompt and the turn's end mark:
-    reasoning, text, tool calls, and the end mark itself. The pieces are encoded one by one, so that
-    the text before an answer is encoded exactly as it is when a model is asked for that answer.
-    Raises TemplateRefusal where the template does not show where a turn ends.
+    A turn is the template's text between the generation prompt and the end mark, end mark included:
+    reasoning, text and tool calls. The pieces are encoded one by one, so that the text before an
+    answer has the same tokens as in a rollout. Raises TemplateRefusal when the template does not
+    show the end of a turn.
     """
     kwargs = {"tools": tools, "template_kwargs": template_kwargs}
     text = render(tokenizer, messages, add_generation_prompt=False, **kwargs)
@@ -149,8 +149,8 @@ def assistant_tokens(
         without = [{k: v for k, v in m.items() if k != "tool_calls"} for m in messages]
         if render(tokenizer, without, add_generation_prompt=False, **kwargs) == text:
             raise TemplateRefusal(
-                "the chat template leaves out the messages' tool_calls, so they could not be "
-                "learned. Use a template that writes them."
+                "the chat template leaves out the messages' tool_calls, so the model could not "
+                "learn them. Use a template that writes them."
             )
     pieces: list[str] = []
     marks: list[int] = []
@@ -161,34 +161,32 @@ def assistant_tokens(
         head = render(tokenizer, messages[:i], **kwargs)
         if not text.startswith(head) or len(head) < at:
             raise TemplateRefusal(
-                f"the chat template writes the messages before message {i} differently once the "
-                "answer follows, so the assistant's tokens cannot be told apart. Give "
-                "conversations whose last message is their only assistant turn."
+                f"the chat template changes the messages before message {i} when the answer "
+                "follows, so the assistant's tokens cannot be found. Give conversations whose last "
+                "message is their only assistant turn."
             )
         end = _turn_end(tokenizer, text, len(head), messages, i, kwargs)
         pieces += [text[at : len(head)], text[len(head) : end]]
         marks += [0, 1]
         at = end
     if not pieces:
-        raise TemplateRefusal(
-            "a conversation without an assistant message has nothing to learn from."
-        )
+        raise TemplateRefusal("a conversation without an assistant message has nothing to learn.")
     ids = encode(tokenizer, pieces)
     tokens = [token for piece in ids for token in piece]
     mask = [mark for piece, mark in zip(ids, marks, strict=True) for _ in piece]
     return tokens, mask
 
 
-# Two texts that no template treats specially and that differ in their first character.
+# Two texts that differ in their first character. No template treats them specially.
 _PROBES = ("\ue000", "\ue001")
 
 
 def _turn_end(
     tokenizer: Any, text: str, start: int, messages: Messages, i: int, kwargs: dict[str, Any]
 ) -> int:
-    """Where in `text` the turn of message `i` ends, behind its end mark.
+    """The position in `text` after the end mark of message `i`, whose turn begins at `start`.
 
-    The turn begins at `start`. It ends with the last end mark before the next message's content.
+    The turn ends with the last end mark before the next message's content.
     """
     mark = end_mark(tokenizer, kwargs["template_kwargs"])
     limit = len(text)
@@ -202,23 +200,22 @@ def _turn_end(
         if rendered[0] == rendered[1]:
             raise TemplateRefusal(
                 f"the chat template leaves out the content of message {i + 1}, so the end of the "
-                "assistant's turn before it cannot be told. Use a template that writes it."
+                "assistant's turn before it cannot be found. Use a template that writes it."
             )
     found = text.rfind(mark, start, limit)
     rest = text[found + len(mark) :] if found >= 0 else text
     if found < 0 or (i + 1 == len(messages) and rest.strip() and not _is_special(tokenizer, rest)):
         raise TemplateRefusal(
             f"the chat template does not end message {i} with {mark!r}, so the end of the "
-            "assistant's turn cannot be told. Correct the template."
+            "assistant's turn cannot be found. Correct the template."
         )
     return found + len(mark)
 
 
 def end_mark(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> str:
-    """The text that the chat template writes behind an assistant's answer, such as `<|im_end|>`.
+    """The text that the chat template writes after an assistant's answer, such as `<|im_end|>`.
 
-    Raises TemplateRefusal where the template writes nothing there: a model trained on such turns
-    would never stop.
+    Raises TemplateRefusal if the template writes none, because a model would not learn to stop.
     """
     question, answer = _PROBES
     talk = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -229,7 +226,7 @@ def end_mark(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -
     mark = max(special, key=len) if special else tail
     if not mark:
         raise TemplateRefusal(
-            "the chat template writes no end mark behind an assistant's answer, so a model could "
+            "the chat template writes no end mark after an assistant's answer, so a model could "
             "not learn to stop. Use a template that ends each turn."
         )
     return mark
@@ -240,5 +237,5 @@ def _special_tokens(tokenizer: Any) -> set[str]:
 
 
 def _is_special(tokenizer: Any, text: str) -> bool:
-    """Whether the text is one special token, such as the end of the sequence behind the turn's."""
+    """Whether the text is one special token, such as an end of sequence after the turn."""
     return text.strip() in _special_tokens(tokenizer)

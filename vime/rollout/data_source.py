@@ -53,9 +53,9 @@ class RolloutDataSourceWithBuffer:
         self.offset = 0  # number of prompts drawn in this epoch
         self.group_index = 0
         self.sample_index = 0
-        self.num_long_prompts = 0  # dropped for --rollout-max-prompt-len, since the run began
+        self.num_long_prompts = 0  # dropped by --rollout-max-prompt-len since the run began
         self.num_refused_rows = 0  # dropped because the chat template refuses them
-        self.num_stale_groups = 0  # started over for --rollout-max-staleness
+        self.num_stale_groups = 0  # started over by --rollout-max-staleness
         self._order: np.ndarray | None = None
         self._filter = self.cfg.rollout.plugin("buffer_filter_path")
 
@@ -94,7 +94,7 @@ class RolloutDataSourceWithBuffer:
         if self.dataset is None:  # under --disable-rollout-global-dataset generation finds prompts
             row = Row("", None, {}, None, "no dataset")
             return [self._to_group(row, "", []) for _ in range(count)]
-        num_skipped = 0  # since the last prompt that was taken
+        num_skipped = 0  # prompts dropped since the last one that was taken
         while len(groups) < count:
             rows = [self._next_row() for _ in range(count - len(groups))]
             rendered = self._render(rows)
@@ -103,7 +103,7 @@ class RolloutDataSourceWithBuffer:
             self.num_long_prompts += len(rendered) - len(fitting)
             groups += [self._to_group(*part) for part in fitting]
             num_skipped = 0 if fitting else num_skipped + len(rows)
-            if num_skipped >= 2 * len(self.dataset):  # an epoch at least, wherever it began
+            if num_skipped >= 2 * len(self.dataset):  # at least one whole epoch
                 raise ConfigError(self._nothing_fits())
         return groups
 
@@ -246,13 +246,13 @@ def state_path(root: str, rollout_id: int) -> Path:
     return Path(root) / "rollout" / f"global_dataset_state_dict_{rollout_id}.pt"
 
 
-Rendered = tuple[Row, Any, list[int]]  # a row, its prompt as text, the prompt's token ids
+Rendered = tuple[Row, Any, list[int]]  # a row, its prompt as text or messages, token ids
 
 
 def render_rows(cfg: Config, rows: list[Row]) -> list[Rendered]:
-    """The rows' prompts as the engine gets them.
+    """The rows' prompts as text and token ids for the engine.
 
-    Rows that the chat template refuses are left out, each with a warning that names its place.
+    Leaves out the rows that the chat template refuses, each with a warning that names its place.
     """
     tokenizer = chat.load_tokenizer(cfg.model.hf_checkpoint)
     texts: list[tuple[Row, str]] = []
@@ -262,7 +262,7 @@ def render_rows(cfg: Config, rows: list[Row]) -> list[Rendered]:
             continue
         if not cfg.data.apply_chat_template:
             raise ConfigError(
-                f"{row.where}: the prompt is a list of messages, which needs --apply-chat-template."
+                f"{row.where}: the prompt is a list of messages and needs --apply-chat-template."
             )
         kwargs = cfg.data.apply_chat_template_kwargs
         try:

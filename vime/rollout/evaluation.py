@@ -1,6 +1,6 @@
 """Evaluation: n samples for each prompt of every data set, all requests at once.
 
-`vime/config/evaluation.py` decides what is in force for a dataset.
+`vime/config/evaluation.py` decides the settings of each data set.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ async def _evaluate_dataset(
 
 
 def make_groups(dataset: EvalDataset) -> list[Group]:
-    """Fresh samples of every prompt; the same indices, hence seeds, in every evaluation."""
+    """New samples of every prompt, with the same indices, and so seeds, in every evaluation."""
     count = dataset.cfg.eval.samples_per_prompt
     rendered, num_long = _rendered(_Once(dataset))
     if not rendered and not num_long:
@@ -101,7 +101,7 @@ def make_groups(dataset: EvalDataset) -> list[Group]:
 
 
 class _Once:
-    """Carries a data set into a cache that compares how its prompts are made, nothing else."""
+    """A cache key for a data set: only the settings that decide its prompts are compared."""
 
     def __init__(self, dataset: EvalDataset) -> None:
         cfg = dataset.cfg
@@ -120,7 +120,7 @@ class _Once:
 
 @lru_cache(maxsize=32)
 def _rendered(once: _Once) -> tuple[list[Rendered], int]:
-    """(prompts that fit, how many are too long), read and tokenised once a process."""
+    """(prompts that fit, number of longer ones), read and tokenised once per process."""
     data, cap = once.cfg.data, once.cap
     keys = DataKeys(
         input=data.input_key, label=data.label_key, metadata=data.metadata_key, tools=data.tool_key

@@ -195,14 +195,15 @@ class Pass:
         return batches, table
 
     def step(self, batches: list, table: Any) -> None:
-        from vime.backends.megatron.training.step import policy_judge, run_pass
+        from vime.backends.megatron.training.judges import policy_judge
+        from vime.backends.megatron.training.passes import run_pass
 
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         if self.optimizer is not None:
             self.optimizer.zero_grad()
         judge = policy_judge(
-            table, self.objective, table.score_N, table.column(), None, on_policy=True
+            table, self.objective, table.mask_N, table.column(), None, on_policy=True
         )
         run_pass(self.chunks, batches, table, judge, temperature=1.0, forward_only=False)
         if self.optimizer is not None:

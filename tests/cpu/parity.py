@@ -1,8 +1,8 @@
 """Two steps of GRPO in every layout and batching, to compare with Hugging Face autograd in float64.
 
-The second step is off-policy (ratios are not 1), has a reference that differs from the actor, an
-entropy bonus, a temperature, a removed sample and a partial loss mask. `benchmarks/parity.py` makes
-the table of docs/algorithms.md of these cases, `test_gradient_parity.py` asserts their bounds.
+The second step is off-policy: ratios are not 1. The reference differs from the actor, and there are
+an entropy bonus, a temperature, a removed sample and a partial loss mask. `benchmarks/parity.py`
+writes the results into the table of docs/algorithms.md; `test_gradient_parity.py` asserts bounds.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 PACKED = {"dynamic": True, "max_tokens_per_gpu": 60}
 BALANCED = PACKED | {"balance": True, "log_probs_max_tokens_per_gpu": 100}
-TIGHT = {"dynamic": True, "max_tokens_per_gpu": 24}  # less than the longest sequences
+TIGHT = {"dynamic": True, "max_tokens_per_gpu": 24}  # shorter than the longest sequences
 WIDE = {"dynamic": True, "max_tokens_per_gpu": 9216}
 ALONE = PACKED | {"prompts": 1, "samples_per_prompt": 1, "steps_asked": 1}
 ONE_BY_ONE, BY_TWO = {"micro_batch_size": 1}, {"micro_batch_size": 2}
@@ -65,7 +65,7 @@ MEMORY = {"recompute_granularity": "selective", "recompute_modules": ["layernorm
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One way to spread and to batch the same work; `parallel`, `batch`: fields of sections."""
+    """A layout and a batching of the same work; `parallel`, `batch`: fields of config sections."""
 
     name: str
     batching: str
@@ -75,11 +75,11 @@ class Case:
 
     @property
     def task(self) -> tuple[str, bool]:
-        """Cases with the same have the same results: the model, and whether it is one sequence."""
+        """(model, whether there is one sequence only). Cases with one task have equal results."""
         return self.model, self.batch == ALONE
 
 
-# {number of ranks: cases}. Ranks that TP, PP and CP leave over are data parallel.
+# {number of ranks: cases}. Ranks that TP, PP and CP do not use are data parallel.
 CASES: dict[int, list[Case]] = {
     1: [
         Case("one rank", "packs of 60", {}, PACKED),
@@ -132,11 +132,11 @@ CASES: dict[int, list[Case]] = {
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """By plain autograd in float64, so that only the trainer's own rounding is measured.
+    """Results of plain autograd in float64, so that only the trainer's rounding is measured.
 
-    loss       the mean over the steps
+    loss       mean over the steps
     gradients  of the last step, {HF name: tensor}
-    weights    after it
+    weights    after the last step
     """
 
     loss: float
@@ -146,7 +146,7 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class Apart:
-    """How far one rank's results are from the expected ones, relative."""
+    """Relative differences of one rank's results from the expected ones."""
 
     loss: float
     gradient: float | None  # None: the optimizer shards gradients, so only weights can be compared
@@ -195,7 +195,7 @@ def groups_of(root: Path, model: str, alone: bool) -> list:
 
 
 def write_models(root: Path, **shape: int) -> None:
-    """Actors, references and teachers that differ a little, log-probabilities as of an engine."""
+    """Writes actors, references and teachers that differ a little, and log-probabilities."""
     for model, own_shape in MODELS.items():
         folder = root / model
         write_tiny_hf(folder / "actor", **own_shape, **shape)
@@ -213,13 +213,13 @@ def write_models(root: Path, **shape: int) -> None:
 
 
 def all_expected(root: Path) -> dict[tuple[str, bool], Expected]:
-    """{`Case.task`: what it should give}"""
+    """{`Case.task`: its expected results}"""
     tasks = {case.task for cases in CASES.values() for case in cases}
     return {task: expected_of(root, *task) for task in sorted(tasks)}
 
 
 def expected_of(root: Path, model: str, alone: bool = False) -> Expected:
-    """The steps written out: one process, one sequence at a time, AdamW."""
+    """The steps in plain PyTorch: one process, one sequence at a time, AdamW."""
     plan = Case("", "", {}, ALONE if alone else PACKED, model)
     batch = build_train_batch(groups_of(root, model, alone), config(root, 1, plan), 0)
     actor, reference = (hf_model(root / model / n).double() for n in ("actor", "reference"))
@@ -268,13 +268,13 @@ def expected_of(root: Path, model: str, alone: bool = False) -> Expected:
 
 
 def _by_file_name(model: Any, folder: Path) -> dict[str, Tensor]:
-    """Parameters under the names of HF's files, which differ from a module's where experts are."""
+    """Parameters by their names in HF files, which differ from the module's names for experts."""
     model.save_pretrained(folder)
     return load_file(folder / "model.safetensors")
 
 
 def train(rank: int, world: int, port: int, root: Path, cases: list[Case]) -> list[dict]:
-    """What this rank found, case by case. For `run_ranks`, once with the same cases and root."""
+    """This rank's results, one for each case. For `run_ranks`; call it once per cases and root."""
     from vime.backends.megatron.trainer import MegatronTrainer
 
     results = []
@@ -301,7 +301,7 @@ def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def run(root: Path, world: int, timeout_s: float = 400.0) -> list[list[dict]]:
-    """What every rank found, [rank][number of the case]."""
+    """The results of every rank, [rank][number of the case]."""
     return run_ranks(train, world, root=root, cases=CASES[world], timeout_s=timeout_s)
 
 
@@ -314,7 +314,7 @@ def apart(found: dict, expected: Expected) -> Apart:
 
 
 def largest(found: Sequence[Apart]) -> Apart:
-    """The worst of several ranks."""
+    """The largest differences of several ranks."""
     gradients = [a.gradient for a in found if a.gradient is not None]
     return Apart(
         max(a.loss for a in found),
@@ -324,7 +324,7 @@ def largest(found: Sequence[Apart]) -> Apart:
 
 
 def worst(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """Of all tensors, the largest difference over the tensor's largest value."""
+    """The largest difference of any tensor, relative to the tensor's largest value."""
     assert found.keys() == wanted.keys()
     return max(
         float((found[n] - wanted[n]).abs().max() / wanted[n].abs().max().clamp(min=1e-12))

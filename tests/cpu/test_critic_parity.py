@@ -1,8 +1,8 @@
-"""Two steps of PPO in every layout against plain autograd in float64: actor and critic.
+"""Two steps of PPO in every layout, actor and critic, compared with plain autograd in float64.
 
-The reward has a KL penalty, the batch a removed sample and a partial mask. The second step has
-values that left the old ones, so that value clipping takes part. Each layout saves; the next one
-with the same kind of optimizer continues from there and must hold the same critic.
+The reward has a KL penalty; the batch has a removed sample and a partial mask. In the second step
+values differ from the old ones, so value clipping acts. Each layout saves. The next layout with the
+same kind of optimizer continues from that checkpoint and must hold the same critic.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def values_of(critic: Any, head: torch.Tensor, s: Any) -> torch.Tensor:
-    """[R] the value of the state before each response token."""
+    """The value of the state before each response token, [R]."""
     hidden = critic.model(torch.as_tensor(s.tokens)[None]).last_hidden_state[0]
     return (hidden @ head[0])[-s.response_length - 1 : -1]
 
 
 def by_autograd(root: Path) -> dict[str, Any]:
-    """GAE as its paper sums it, PPO's clip and the clipped squared error, over loss tokens."""
+    """GAE as a sum, PPO's clip and the clipped squared error, over the loss tokens."""
     cfg = config(root, {})
     batch = batch_of(cfg)
     actor, reference = (hf_model(root / n).double() for n in ("actor", "reference"))
@@ -196,7 +196,7 @@ def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
-def test_actor_and_critic_are_those_of_plain_autograd_in_every_layout(root: Path) -> None:
+def test_actor_and_critic_equal_plain_autograd_in_every_layout(root: Path) -> None:
     wanted = by_autograd(root)
     ranks = run_ranks(train, 2, root=root)
     for rank in ranks:

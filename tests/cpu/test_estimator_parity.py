@@ -1,8 +1,8 @@
-"""Losses that look at whole sequences, in every layout against plain autograd.
+"""Losses that depend on whole sequences, in every layout, compared with plain autograd.
 
-GSPO with truncated importance weights of sequences, an unbiased KL and ratios that start from the
-engine's log-probabilities or the trainer's: context parallelism cuts sequences into pieces, and
-neither loss nor gradient may notice.
+GSPO with truncated importance weights of sequences, an unbiased KL, and ratios that start from the
+engine's or the trainer's log-probabilities. Context parallelism cuts sequences into pieces, which
+must change neither loss nor gradient.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def groups_of(folder: Path) -> list:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, and log-probabilities of an engine that is a little off, sequence by sequence."""
+    """A model, and log-probabilities of an engine that differs a little in each sequence."""
     root = write_tiny_hf(tmp_path_factory.mktemp("estimators"), tied=True, num_hidden_layers=2)
     torch.manual_seed(1)
     model = hf_model(root)
@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_autograd(folder: Path, algorithm: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
-    """GSPO as its paper writes it: one ratio a sequence, with its own gradient."""
+    """GSPO as in its paper: each sequence has one ratio, with its own gradient."""
     batch = build_train_batch(groups_of(folder), config(folder, {}, algorithm), 0)
     model = hf_model(folder).double()
     loss = torch.zeros((), dtype=torch.float64)
@@ -92,13 +92,13 @@ def by_autograd(folder: Path, algorithm: dict[str, Any]) -> tuple[float, dict[st
 
 
 def train_all(rank: int, world: int, port: int, folder: Path) -> tuple[list[tuple], list[tuple]]:
-    """Both tests' trainings in one set of processes: a start takes seconds."""
+    """The training runs of both tests in one set of processes, since a start takes seconds."""
     return train(rank, world, folder), train_with_hooks(rank, world, folder)
 
 
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> list[tuple[list[tuple], list[tuple]]]:
-    """By rank: what `train` and what `train_with_hooks` returned."""
+    """For each rank: the results of `train` and of `train_with_hooks`."""
     return run_ranks(train_all, 2, folder=folder)
 
 
@@ -117,7 +117,7 @@ def train(rank: int, world: int, folder: Path) -> list[tuple]:
     return results
 
 
-def test_a_sequences_ratio_does_not_care_which_ranks_hold_it(folder: Path, trained: list) -> None:
+def test_the_ratio_of_a_sequence_is_the_same_in_every_layout(folder: Path, trained: list) -> None:
     turns = [(p, name) for p in LAYOUTS for name in CASES]
     wanted = {name: by_autograd(folder, a) for name, a in CASES.items()}
     for rank, _ in trained:
@@ -146,12 +146,12 @@ def loss(args: Any, logp_T: Any, *, old_logp_T: Any, adv_T: Any, **known: Any) -
 
 
 def advantage(args: Any, sequences: Any, old_logp: Any, ref_logp: Any) -> list:
-    assert all(float(x.max()) < 0 for x in old_logp)  # whole, whatever this rank holds
+    assert all(float(x.max()) < 0 for x in old_logp)  # the whole response on any rank
     return [torch.full((s.response_length,), s.reward) for s in sequences]
 
 
 def train_with_hooks(rank: int, world: int, folder: Path) -> list[tuple]:
-    """The plain run on two ranks, then users' functions that should not change it."""
+    """A plain run on two ranks, then the same with users' functions that must not change it."""
     from vime.backends.megatron.trainer import MegatronTrainer
 
     hooks = {

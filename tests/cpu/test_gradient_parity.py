@@ -1,4 +1,4 @@
-"""One loss, one gradient, whatever the layout and the batching; the cases are in `parity.py`."""
+"""Loss and gradient are equal in every layout and batching; the cases are in `parity.py`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def expected(folder: Path) -> dict[tuple[str, bool], Expected]:
 
 
 @pytest.mark.parametrize("world", CASES)
-def test_loss_gradient_and_weights_are_those_of_plain_autograd(
+def test_loss_gradient_and_weights_equal_plain_autograd(
     world: int, folder: Path, expected: dict[tuple[str, bool], Expected]
 ) -> None:
     ranks = run(folder, world)
@@ -54,9 +54,9 @@ def test_loss_gradient_and_weights_are_those_of_plain_autograd(
         assert found.weights < MAX_GRADIENT, (case, found)
         for rank in ranks:
             m = rank[number]["metrics"]
-            own_pass = case.model in BY_TEACHER  # before the first step, whose advantages need it
+            own_pass = case.model in BY_TEACHER  # advantages need its figures
             assert abs(m["train/ppo_kl_first_step"]) <= (1e-7 if own_pass else 0.0), case
-            if case.batch != ALONE:  # that has one step, in which every ratio is 1
+            if case.batch != ALONE:  # it has one step, in which every ratio is 1
                 assert 0 < m["train/pg_clipfrac"] < 1, case
             assert m["train/train_rollout_logprob_abs_diff_max"] < 2e-5, case
             same = {k: v for k, v in m.items() if not k.startswith("perf/")}
@@ -64,7 +64,7 @@ def test_loss_gradient_and_weights_are_those_of_plain_autograd(
             assert same == pytest.approx({k: other[k] for k in same}, rel=1e-4, abs=1e-5), case
 
 
-def test_one_sequence_leaves_a_data_parallel_rank_without(folder: Path) -> None:
+def test_a_data_parallel_rank_may_have_no_sequence(folder: Path) -> None:
     case = Case("", "", {}, ALONE)
     batch = build_train_batch(groups_of(folder, DENSE, True), config(folder, 2, case), 0)
     assert batch.steps[0].micro_batches == (((0,),), ((),))

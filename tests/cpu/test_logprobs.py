@@ -1,4 +1,4 @@
-"""Log-probability and entropy of sharded logits against the dense functions, with gradients."""
+"""Log-probability, entropy and gradients of sharded logits, compared with the dense functions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def dense(temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities, entropies and the gradient of a mix of both, in float64."""
+    """Log-probabilities, entropies, and the gradient of a sum of both, in float64."""
     logits, taken, a, b = problem()
     logits = logits.double().requires_grad_()
     logp = (logits / temperature).log_softmax(-1)
@@ -77,7 +77,7 @@ def test_each_output_alone_has_its_own_gradient_whatever_the_chunk(wanted, chunk
     torch.testing.assert_close(mine.grad, exact.grad.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_logits_are_judged_in_float32():
+def test_bfloat16_logits_are_computed_in_float32():
     logits, taken, _, _ = problem()
     coarse = logits.bfloat16().requires_grad_()
     out = token_logprobs(coarse, taken, temperature=0.5)

@@ -341,6 +341,7 @@ def the_actor_approaches_a_teacher_without_a_reward(trainer: Any, out: Path) -> 
 
 def a_teacher_judges_each_token_under_every_estimator(trainer: Any, out: Path) -> None:
     from vime.algorithms.advantages import ESTIMATORS
+    from vime.backends.megatron.training.advantages import set_advantages
     from vime.backends.megatron.training.rollout_columns import RolloutColumns
 
     t = distilling(trainer, out, kl_coef=0.1, opd_kl_coef=0.5)
@@ -352,12 +353,12 @@ def a_teacher_judges_each_token_under_every_estimator(trainer: Any, out: Path) -
         columns = RolloutColumns(batch, t.cfg, t.device)
         columns.old_logp_N = t.actor.logps(columns, list(batch.steps))
         columns.ref_logp_N = t.actor.logps_of(t.actor.reference, batch, columns)
-        columns.set_advantages(cfg)
+        set_advantages(columns, cfg, t.actor.args)
         alone_N = columns.adv_N
         columns.teacher_logp_N = t.actor.logps_of(t.actor.teacher, batch, columns)
         apart_N = (columns.old_logp_N - columns.teacher_logp_N) * columns.table.mask_N
         assert apart_N.abs().max() > 0.01
-        columns.set_advantages(cfg)
+        set_advantages(columns, cfg, t.actor.args)
         if not estimator.whiten:
             expected_N = alone_N - 0.5 * apart_N
             torch.testing.assert_close(columns.adv_N, expected_N, rtol=0, atol=1e-6)

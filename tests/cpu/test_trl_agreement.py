@@ -1,7 +1,7 @@
-"""vime's losses against those that TRL's own GRPOTrainer computes, on random inputs.
+"""vime's losses on random inputs, compared with those of TRL's GRPOTrainer.
 
-Both get the same log-probabilities, advantages and masks, padded there and flat here. Ratios leave
-every bound, sequences have gaps in their masks, one has no loss token at all.
+Both get the same log-probabilities, advantages and masks, padded for TRL and flat for vime. Ratios
+exceed every bound, masks have gaps, and one sequence has no loss token.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLIP = {"clip_low": 0.2, "clip_high_asked": 0.28}
 KL = {"use_kl_loss": True, "kl_loss_coef": 0.05, "kl_loss_type": "k3"}
 TIS = {"use_tis": True, "tis_clip": 1.5, "tis_clip_low": 0.5}
 
-# {name: (--flags of vime, attributes of TRL's trainer, of its args)}
+# {name: (flags of vime, attributes of TRL's trainer, attributes of the trainer's args)}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "grpo": (CLIP | KL, {"loss_type": "grpo", "beta": 0.05}, {}),
     "grpo, dual clip": (CLIP | {"dual_clip": 2.0}, {"loss_type": "grpo"}, {"delta": 2.0}),
@@ -57,7 +57,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         },
         {},
     ),
-    "cispo": (  # TRL's bound is of the ratio itself, vime's of how far it is above 1
+    "cispo": (  # TRL bounds the ratio itself, vime its distance from 1
         {"advantage_estimator": "cispo", "clip_low": 1.0, "clip_high_asked": 0.5}
         | {"per_token_loss": True},
         {"loss_type": "cispo", "epsilon_high": 1.5},
@@ -83,7 +83,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 
 @dataclass
 class Padded:
-    """Random inputs [S, T]; every sequence's tokens stand at the left."""
+    """Random inputs [S, T]; the tokens of a sequence are on the left."""
 
     seed: int
     logp: Tensor = field(init=False)
@@ -92,8 +92,8 @@ class Padded:
     engine: Tensor = field(init=False)
     entropy: Tensor = field(init=False)
     adv: Tensor = field(init=False)
-    present: Tensor = field(init=False)  # 1 at a response's tokens
-    mask: Tensor = field(init=False)  # 1 at those with loss
+    present: Tensor = field(init=False)  # 1 at the tokens of a response
+    mask: Tensor = field(init=False)  # 1 at the tokens with loss
 
     def __post_init__(self) -> None:
         g = torch.Generator().manual_seed(self.seed)
@@ -114,9 +114,9 @@ class Padded:
 
 
 def trl_loss(data: Padded, own: dict[str, Any], args: dict[str, Any], weights: Tensor) -> Tensor:
-    """What `GRPOTrainer._compute_loss` returns, on a trainer that holds only what that reads."""
+    """The result of `GRPOTrainer._compute_loss`, on a trainer with only the attributes it reads."""
     with mock.patch("trl.import_utils.is_vllm_available", return_value=False):
-        from trl.trainer.grpo_trainer import GRPOTrainer  # without a vLLM, which takes seconds
+        from trl.trainer.grpo_trainer import GRPOTrainer  # vLLM would take seconds to import
     trainer = object.__new__(GRPOTrainer)
     trainer.args = SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1)
     vars(trainer.args).update(args)
@@ -160,7 +160,7 @@ def trl_loss(data: Padded, own: dict[str, Any], args: dict[str, Any], weights: T
 
 
 def engine_weights(data: Padded, is_masked: bool) -> Tensor:
-    """TRL makes these while it generates: token_truncate or token_mask of old over engine."""
+    """TRL computes them during generation: token_truncate or token_mask of old / engine."""
     ratio = ((data.old - data.engine) * data.mask).exp()
     if is_masked:
         return ratio.masked_fill((ratio < TIS["tis_clip_low"]) | (ratio > TIS["tis_clip"]), 0.0)
@@ -168,7 +168,7 @@ def engine_weights(data: Padded, is_masked: bool) -> Tensor:
 
 
 def vime_loss(data: Padded, algorithm: dict[str, Any]) -> Tensor:
-    """The batch's weights times the objective, flat over the tokens with loss."""
+    """The sum over the tokens with loss of the batch's weight times the objective."""
     cfg = make_config(
         "unused",
         batch={"prompts": SEQUENCES, "samples_per_prompt": 1, "micro_batch_size": SEQUENCES},
@@ -219,7 +219,7 @@ def with_gradients(loss: Tensor, data: Padded) -> tuple[float, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_loss_and_gradient_are_those_of_trl(name: str) -> None:
+def test_loss_and_gradient_equal_trl(name: str) -> None:
     pytest.importorskip("trl", reason="needs TRL, a peer to compare with")
     algorithm, own, args = CASES[name]
     for seed in range(5):

@@ -1,4 +1,4 @@
-"""The losses and advantages, against arithmetic that a reader can redo."""
+"""Losses and advantages, compared with arithmetic that a reader can redo."""
 
 import math
 
@@ -27,7 +27,7 @@ def close(actual, expected, tol=1e-6):
     torch.testing.assert_close(actual, torch.tensor(expected), rtol=tol, atol=tol)
 
 
-def test_the_clip_holds_a_ratio_above_the_bound_and_its_gradient():
+def test_the_clip_limits_a_ratio_above_the_bound_and_stops_its_gradient():
     logp = torch.tensor([2.0, 1.1]).log().requires_grad_()
     loss = clipped_policy_loss(logp, torch.zeros(2), torch.ones(2), clip_low=0.2, clip_high=0.28)
     close(loss.value_T.detach(), [-1.28, -1.1])
@@ -37,7 +37,7 @@ def test_the_clip_holds_a_ratio_above_the_bound_and_its_gradient():
     close(logp.grad, [0.0, -1.1])
 
 
-def test_the_clip_holds_a_ratio_below_the_bound_where_the_advantage_is_negative():
+def test_the_clip_limits_a_ratio_below_the_bound_if_the_advantage_is_negative():
     logp = torch.tensor([0.5, 0.9, 3.0]).log().requires_grad_()
     adv = torch.tensor([-1.0, -1.0, -1.0])
     loss = clipped_policy_loss(logp, torch.zeros(3), adv, clip_low=0.2, clip_high=0.28)
@@ -47,7 +47,7 @@ def test_the_clip_holds_a_ratio_below_the_bound_where_the_advantage_is_negative(
     close(logp.grad, [0.0, 0.9, 3.0])
 
 
-def test_dual_clip_limits_the_loss_of_a_bad_token_that_became_likely():
+def test_dual_clip_limits_the_loss_of_a_token_with_negative_advantage_and_a_large_ratio():
     logp = torch.tensor([5.0, 2.0, 5.0]).log().requires_grad_()
     adv = torch.tensor([-2.0, -1.0, 0.5])
     loss = clipped_policy_loss(
@@ -78,7 +78,7 @@ def test_kl_to_itself_is_exactly_zero(kind):
     assert kl_estimate(logp, logp.clone(), kind).abs().max() == 0
 
 
-def test_low_var_kl_is_bounded_where_k3_explodes():
+def test_low_var_kl_is_at_most_10_where_k3_exceeds_1000():
     logp, ref = torch.tensor([-9.0]), torch.tensor([0.0])
     assert kl_estimate(logp, ref, "k3") > 1000
     close(kl_estimate(logp, ref, "low_var_kl"), [10.0])
@@ -93,7 +93,7 @@ GROUP_BASELINES = (
 
 
 def test_grpo_divides_by_the_unbiased_std():
-    # mean 0.5; squares 4 x 0.25, over 3: std 0.57735
+    # mean 0.5; the squares add up to 4 x 0.25; divided by 3: std 0.57735
     scores = grpo_baseline(torch.tensor([1.0, 0.0, 1.0, 0.0]))
     close(scores, [0.866024, -0.866024, 0.866024, -0.866024], tol=1e-5)
 
@@ -113,17 +113,17 @@ def test_leave_one_out_subtracts_the_mean_of_the_others():
     close(leave_one_out_baseline(torch.tensor([3.0, 0.0, 0.0])), [3.0, -1.5, -1.5])
 
 
-def test_maxrl_lets_a_rare_success_count_more():
+def test_maxrl_gives_a_rare_success_a_higher_score():
     close(mean_scaled_baseline(torch.tensor([1.0, 0.0, 0.0, 0.0])), [3.0, -1.0, -1.0, -1.0])
     close(mean_scaled_baseline(torch.tensor([1.0, 1.0, 1.0, 0.0])), [1 / 3, 1 / 3, 1 / 3, -1.0])
     assert mean_scaled_baseline(torch.zeros(4)).tolist() == [0.0] * 4
 
 
-def test_group_advantages_are_the_score_less_each_tokens_penalty():
+def test_the_penalty_of_each_token_is_subtracted_from_the_score():
     close(same_for_every_token(2.0, torch.tensor([0.0, 0.5, -0.5]), 1.0), [2.0, 1.5, 2.5])
 
 
-def test_returns_to_go_carry_the_score_back_and_add_up_penalties():
+def test_returns_to_go_discount_the_score_and_the_later_penalties():
     penalty = torch.tensor([1.0, 2.0, 3.0])
     close(discounted_returns(10.0, penalty, 1.0), [4.0, 5.0, 7.0])
     # 7; 0.5 x 7 - 2 = 1.5; 0.5 x 1.5 - 1 = -0.25
@@ -133,12 +133,12 @@ def test_returns_to_go_carry_the_score_back_and_add_up_penalties():
 def test_whitening_ignores_masked_tokens_and_sums_over_ranks():
     values, mask = torch.tensor([1.0, 3.0, 99.0]), torch.tensor([1.0, 1.0, 0.0])
     close(whiten(values, mask, lambda x: x), [-0.707107, 0.707107, 0.0], tol=1e-5)
-    # two ranks with the same tokens: mean 2, squares 4 x 1 over 3, std 1.154701
+    # two ranks with the same tokens: mean 2; squares 4 x 1, divided by 3: std 1.154701
     close(whiten(values, mask, lambda x: 2 * x), [-0.866025, 0.866025, 0.0], tol=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_whitening_equal_values_one_value_or_none_gives_zeros(count):
+def test_whitening_gives_zeros_for_equal_values_a_single_value_or_none(count):
     mask = torch.tensor([1.0] * count + [0.0] * (4 - count))
     white = whiten(torch.full((4,), 0.1), mask, lambda total: total)
     close(white, [0.0] * 4)
@@ -162,7 +162,7 @@ def test_the_objective_adds_kl_and_subtracts_entropy():
     close(logp.grad, [-1 + 0.1])
 
 
-def test_a_term_with_coefficient_zero_is_reported_and_cannot_spoil_the_gradient():
+def test_an_infinite_term_with_coefficient_zero_is_reported_and_leaves_the_gradient_finite():
     logp = torch.zeros(1, requires_grad=True)
     out = PolicyObjective(kl_type="k3")(
         logp, old_logp_T=torch.zeros(1), adv_T=torch.ones(1), ref_logp_T=torch.tensor([1e4])

@@ -1,4 +1,4 @@
-"""--log-probs-chunk-size: how many tokens' float32 logits exist at a time, and nothing else."""
+"""--log-probs-chunk-size limits how many tokens have float32 logits at a time; no value changes."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from vime.config.sections.prompts import BatchConfig
 from vime.errors import ConfigError
 
 
-def test_the_chunk_bounds_the_float32_copy_and_changes_no_value(monkeypatch):
+def test_the_chunk_limits_the_float32_copy_and_changes_no_value(monkeypatch):
     copied = []
     plain = _Chunked._scaled
 
@@ -35,11 +35,11 @@ def test_the_chunk_bounds_the_float32_copy_and_changes_no_value(monkeypatch):
 
 
 @pytest.mark.parametrize(("asked", "chunk"), [({}, None), ({"log_probs_chunk_asked": 512}, 512)])
-def test_the_flag_says_how_many_tokens(asked, chunk):
+def test_the_flag_sets_the_number_of_tokens(asked, chunk):
     assert make_config("none", batch={"prompts": 2, **asked}).batch.log_probs_chunk == chunk
 
 
 @pytest.mark.parametrize("asked", [0, -2])
-def test_a_chunk_without_tokens_is_refused(asked):
+def test_a_chunk_of_no_tokens_is_refused(asked):
     with pytest.raises(ConfigError, match=f"--log-probs-chunk-size {asked} .*Give"):
         BatchConfig(prompts=2, log_probs_chunk_asked=asked)

@@ -1,4 +1,4 @@
-"""Ratios of sequences, importance weights and masks, against arithmetic that a reader can redo."""
+"""Sequence ratios, importance weights and masks, compared with arithmetic to redo by hand."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ from vime.config import AlgorithmConfig
 from vime.config.fields import flags_in
 from vime.errors import ConfigError
 
-SEQUENCES = torch.tensor([0, 0, 1])  # two tokens of one sequence, one of another
+SEQUENCES = torch.tensor([0, 0, 1])  # two tokens of the first sequence, one of the second
 
 
 def close(actual, expected, tol=1e-6):
@@ -40,14 +40,14 @@ def run(objective, logp, adv=(1.0, 1.0, 1.0), **known):
     return out, logp.grad
 
 
-def test_gspo_gives_every_token_the_geometric_mean_of_its_sequences_ratios():
+def test_gspo_gives_every_token_the_geometric_mean_of_the_ratios_in_its_sequence():
     # means of the log-ratios: 0.2 and -0.1
     objective = PolicyObjective(sequence_ratio=True, clip_low=0.5, clip_high=0.5)
     out, grad = run(objective, [0.4, 0.0, -0.1])
     ratios = [math.exp(0.2), math.exp(0.2), math.exp(-0.1)]
     close(out.value_T.detach(), [-r for r in ratios])
     close(grad, [-r for r in ratios])
-    # ppo_kl stays that of the tokens, on average
+    # ppo_kl is the sequence's mean at each token, so its sum is that of the tokens' own
     close(sequence_sum(out.stats["ppo_kl"]), [-0.4, -0.4, 0.1])
 
 
@@ -57,7 +57,7 @@ def test_gspo_clips_whole_sequences():
     close(grad, [0.0, 0.0, -math.exp(-0.1)])
 
 
-def test_gspos_gradient_is_that_of_the_papers_ratio_written_out():
+def test_the_gradient_of_gspo_is_that_of_the_ratio_in_its_paper():
     g = torch.Generator().manual_seed(0)
     old, theta = torch.randn(2, 5, generator=g) * 0.1
     plain = theta.clone().requires_grad_()
@@ -69,12 +69,12 @@ def test_gspos_gradient_is_that_of_the_papers_ratio_written_out():
     torch.testing.assert_close(mine.grad, plain.grad)
 
 
-def test_the_ratio_of_a_sequence_that_has_not_moved_is_exactly_one():
+def test_the_sequence_ratio_is_exactly_one_before_the_policy_changes():
     logp = torch.randn(7)
     assert torch.equal(sequence_ratio(logp, logp.clone(), one_sequence), logp)
 
 
-def test_cispo_holds_the_weight_and_never_the_gradient():
+def test_cispo_clips_the_weight_and_keeps_every_gradient():
     logp = torch.tensor([0.5, 0.125]).log().requires_grad_()
     old = torch.tensor([0.25, 0.25]).log()  # ratios 2 and 1/2
     adv = torch.tensor([2.0, -1.0])
@@ -98,7 +98,8 @@ WEIGHTS = [
 
 @pytest.mark.parametrize(("level", "mode", "expected"), WEIGHTS)
 def test_importance_weights_by_level_and_mode(level, mode, expected):
-    # trainer over engine: 3 and 0.5 in the first sequence, 0.25 in the second; bounds 0.6 and 2
+    # ratios of trainer and engine: 3 and 0.5 in the first sequence, 0.25 in the second
+    # bounds: 0.6 and 2
     old = torch.tensor([3.0, 0.5, 0.25]).log()
     mismatch = Mismatch(low=0.6, high=2.0, level=level, mode=mode)
     weights, _ = mismatch.weights(old, torch.zeros(3), sequence_sum)
@@ -106,8 +107,8 @@ def test_importance_weights_by_level_and_mode(level, mode, expected):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_one_absurd_token_vetoes_its_sequence_at_every_level(level):
-    # the second token is 1e-5 times as likely under the trainer; the other sequence keeps 0.25
+def test_one_token_with_a_tiny_ratio_vetoes_its_sequence_at_every_level(level):
+    # the ratio of the second token is 1e-5; the other sequence keeps its weight of 0.25
     old = torch.tensor([3.0, 1e-5, 0.25]).log()
     mismatch = Mismatch(level=level, veto=1e-4)
     weights, stats = mismatch.weights(old, torch.zeros(3), sequence_sum)
@@ -118,7 +119,7 @@ def test_one_absurd_token_vetoes_its_sequence_at_every_level(level):
     assert torch.equal(kept, plain)
 
 
-def test_tis_weighs_the_loss_and_its_gradient_and_reports_what_it_cut():
+def test_tis_weights_the_loss_and_its_gradient_and_reports_the_clipped_fraction():
     objective = PolicyObjective(mismatch=Mismatch(high=2.0))
     rollout = torch.tensor([1 / 3, 2.0, 1.0]).log()
     out, grad = run(objective, [0.0, 0.0, 0.0], rollout_logp_T=rollout)
@@ -129,7 +130,7 @@ def test_tis_weighs_the_loss_and_its_gradient_and_reports_what_it_cut():
     close(out.stats["tis_clipfrac"], [1.0, 0.0, 0.0])
 
 
-def test_an_absurd_ratio_stays_finite():
+def test_the_weight_of_a_huge_ratio_is_finite():
     weights, stats = Mismatch(high=2.0).weights(
         torch.tensor([500.0]), torch.tensor([0.0]), one_sequence
     )
@@ -137,8 +138,8 @@ def test_an_absurd_ratio_stays_finite():
     assert stats["tis"].isfinite().all()
 
 
-def test_opsm_drops_bad_tokens_of_sequences_that_the_policy_has_left():
-    # drifts: mean of 0.3 and -0.1 = 0.1; 0.2
+def test_opsm_drops_tokens_with_negative_advantage_in_sequences_that_drifted():
+    # drift of the first sequence: (0.3 - 0.1) / 2 = 0.1; of the second: 0.2
     old = torch.tensor([0.3, -0.1, 0.2])
     adv = torch.tensor([-1.0, 0.5, -1.0])
     assert stale_and_bad(torch.zeros(3), old, adv, sequence_sum, delta=0.15).tolist() == [
@@ -151,7 +152,7 @@ def test_opsm_drops_bad_tokens_of_sequences_that_the_policy_has_left():
     close(grad, [0.0, -0.5 * math.exp(0.1), 0.0])
 
 
-def test_the_unbiased_kls_gradient_is_the_ratio_times_the_log_ratio_to_the_reference():
+def test_the_gradient_of_the_unbiased_kl_is_the_ratio_times_the_log_ratio_to_the_reference():
     logp = torch.tensor([0.5]).log().requires_grad_()
     quarter = torch.tensor([0.25]).log()
     kl = unbiased_kl(logp, quarter, quarter, "k3")
@@ -160,7 +161,7 @@ def test_the_unbiased_kls_gradient_is_the_ratio_times_the_log_ratio_to_the_refer
     close(logp.grad, [2 * math.log(2)])
 
 
-def test_the_objective_takes_the_unbiased_kl():
+def test_the_objective_adds_the_unbiased_kl():
     objective = PolicyObjective(kl_coef=1.0, kl_type="k1", unbiased_kl=True)
     out, _ = run(objective, [math.log(2), 0.0, 0.0], adv=(0.0,) * 3, ref_logp_T=torch.ones(3))
     close(out.value_T.detach(), [2 * (math.log(2) - 1), -1.0, -1.0])
@@ -173,7 +174,7 @@ def reinforce(args, logp_T, *, adv_T, **known):
     return -adv_T * logp_T, {"seen": logp_T * args.rollout_batch_size}
 
 
-def test_a_users_loss_takes_the_place_of_the_objective():
+def test_a_users_loss_replaces_the_objective():
     cfg = make_config("none", algorithm={"custom_loss_path": f"{__name__}.reinforce"})
     out, grad = run(objective_of(cfg), [-1.0, -2.0, -3.0], **KNOWN)
     close(grad, [-1.0, -1.0, -1.0])
@@ -185,7 +186,7 @@ def halve(args, *, pg_loss, train_log_probs, rollout_log_probs, sequence_sum):
     return pg_loss / 2, {"apart": train_log_probs - rollout_log_probs}
 
 
-def test_a_users_correction_sees_both_policies():
+def test_a_users_correction_gets_the_log_probabilities_of_trainer_and_engine():
     algorithm = {"custom_tis_path": f"{__name__}.halve", "use_tis": True, "clip_high_asked": 9.0}
     known = KNOWN | {"rollout_logp_T": torch.ones(3), "entropy_T": torch.zeros(3)}
     out, grad = run(objective_of(make_config("none", algorithm=algorithm)), [0.0] * 3, **known)
@@ -200,7 +201,7 @@ def test_the_flags_offer_every_level_and_mode():
     assert [case[:2] for case in WEIGHTS] == list(itertools.product(LEVELS, MODES))
 
 
-def test_a_loss_of_ones_own_is_a_policy_loss_by_either_name():
+def test_a_users_loss_is_a_policy_loss_under_both_loss_types():
     for loss_type in ("policy_loss", "custom_loss"):
         asked = AlgorithmConfig(
             loss_type=loss_type, custom_loss_path="a.b", use_kl_loss=True, mismatch_metrics=True
@@ -261,6 +262,6 @@ def test_a_loss_of_ones_own_is_a_policy_loss_by_either_name():
         ({"ref_update_interval": 2}, "--ref-update-interval 2 .*--use-kl-loss or --kl-coef"),
     ],
 )
-def test_flags_that_cannot_act_together_are_refused_by_name(asked, flags):
+def test_flags_that_exclude_each_other_are_refused_by_name(asked, flags):
     with pytest.raises(ConfigError, match=flags):
         AlgorithmConfig(**asked)

@@ -1,8 +1,8 @@
-"""Every estimator and loss against a plain reading of its paper, from rewards to the gradient.
+"""Every estimator and loss, compared with a plain reading of its paper, from rewards to gradients.
 
-`vime_loss` goes the product's way: batch, scores, weights, advantages, objective. The papers' sides
-are loops over answers, in the papers' own terms, and know nothing of it. Ratios leave the bounds,
-masks have gaps as between turns, one group's rewards are all equal.
+`vime_loss` takes vime's path: batch, scores, weights, advantages, objective. The readings of the
+papers loop over answers, use the papers' notation and share no code with vime. The random inputs
+have ratios beyond the bounds, masks with gaps as between turns, and one group of equal rewards.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def vime_advantages(answers: Sequence[Answer], scores: list[float], cfg: Any) ->
     return advantages
 
 
-# -- the papers: what they maximise ----------------------------------------------------------------
+# -- the objectives of the papers, to be maximised -------------------------------------------------
 
 
 def groups_of(answers: Sequence[Answer]) -> list[list[Answer]]:
@@ -158,7 +158,7 @@ def mean_of_answers(
     token: Callable[[Answer, Tensor], Tensor],
     scores: Callable[[Sequence[Answer]], Tensor] = standard_scores,
 ) -> Tensor:
-    """1/G sum_i 1/|o_i| sum_t, and the mean over prompts."""
+    """The mean over prompts of 1/G sum_i 1/|o_i| sum_t."""
     total = torch.zeros((), dtype=torch.float64)
     for group in groups_of(answers):
         for a, advantage in zip(group, scores(group), strict=True):
@@ -190,7 +190,7 @@ def gspo(answers: Sequence[Answer]) -> Tensor:
 
 
 def cispo(answers: Sequence[Answer]) -> Tensor:
-    """arXiv:2506.13585, eq. 4 and 5, without its lower bound; one prompt."""
+    """arXiv:2506.13585, eq. 4 and 5, without the lower bound, for one prompt."""
     (group,) = groups_of(answers)
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     for a, advantage in zip(group, standard_scores(group), strict=True):
@@ -201,7 +201,7 @@ def cispo(answers: Sequence[Answer]) -> Tensor:
 
 
 def dr_grpo(answers: Sequence[Answer]) -> Tensor:
-    """arXiv:2503.20783: neither 1/|o_i| nor std; the constant is the budget of tokens."""
+    """arXiv:2503.20783: no 1/|o_i| and no std; the constant is the longest response allowed."""
     total = torch.zeros((), dtype=torch.float64)
     for group in groups_of(answers):
         for a, reward in zip(group, rewards_of(group), strict=True):
@@ -211,7 +211,7 @@ def dr_grpo(answers: Sequence[Answer]) -> Tensor:
 
 
 def rloo(answers: Sequence[Answer]) -> Tensor:
-    """arXiv:2402.14740, whose log-probability of an answer is here its tokens' mean."""
+    """arXiv:2402.14740, with the mean log-probability of an answer's tokens, not the sum."""
     total = torch.zeros((), dtype=torch.float64)
     for group in groups_of(answers):
         for a in group:
@@ -222,7 +222,7 @@ def rloo(answers: Sequence[Answer]) -> Tensor:
 
 
 def maxrl(answers: Sequence[Answer]) -> Tensor:
-    """arXiv:2602.02710: the mean over successes, less the mean over all; nothing without one."""
+    """arXiv:2602.02710: mean over the successes minus mean over all; 0 without a success."""
     total = torch.zeros((), dtype=torch.float64)
     for group in groups_of(answers):
         logps = torch.stack([a.logp[a.kept].mean() for a in group])
@@ -249,7 +249,7 @@ def reinforce_plus_plus(answers: Sequence[Answer]) -> Tensor:
 
 
 def reinforce_plus_plus_baseline(answers: Sequence[Answer]) -> Tensor:
-    """arXiv:2501.03262: less the group's mean, normalised over the batch; KL as a k2 loss."""
+    """arXiv:2501.03262: r minus the group's mean, normalised over the batch; KL as a k2 loss."""
     raw = [a.old * 0 + a.reward - rewards_of(g).mean() for g in groups_of(answers) for a in g]
     total = torch.zeros((), dtype=torch.float64)
     for a, advantage in zip(answers, whitened(raw, answers), strict=True):
@@ -286,7 +286,7 @@ def dual_clip(answers: Sequence[Answer]) -> Tensor:
 
 
 def entropy_bonus(answers: Sequence[Answer]) -> Tensor:
-    """arXiv:1602.01783, section 4: plus beta H."""
+    """arXiv:1602.01783, section 4: adds beta H."""
     return mean_of_answers(answers, lambda a, adv: surrogate(a, adv) + 0.1 * a.entropy)
 
 
@@ -300,7 +300,7 @@ def tis(answers: Sequence[Answer]) -> Tensor:
 
 
 def mis(answers: Sequence[Answer]) -> Tensor:
-    """Masked importance sampling: an answer's ratio where that is at most C, else 0."""
+    """Masked importance sampling: the ratio of an answer if it is at most C, otherwise 0."""
 
     def token(a: Answer, advantage: Tensor) -> Tensor:
         ratio = torch.exp((a.old - a.engine)[a.kept].sum())
@@ -341,7 +341,7 @@ def unbiased(answers: Sequence[Answer]) -> Tensor:
 
 
 def sft(answers: Sequence[Answer]) -> Tensor:
-    """Log-likelihood of the turns to learn: the mean over answers of token means."""
+    """Log-likelihood of the trained turns: the mean over answers of token means."""
     return torch.stack([a.logp[a.kept].mean() for a in answers]).mean()
 
 
@@ -349,7 +349,7 @@ KL = {"use_kl_loss": True, "kl_loss_coef": 0.04, "kl_loss_type": "k3"}
 TIS = {"use_tis": True}
 PER_TOKEN = {"per_token_loss": True}
 
-# {name: (flags, what the paper maximises, answers of how many prompts)}
+# {name: (flags, objective of the paper, number of prompts)}
 PAPERS: dict[str, tuple[dict[str, Any], Callable[[Sequence[Answer]], Tensor], int]] = {
     "grpo": (KL, grpo, GROUPS),
     "gspo": (
@@ -391,7 +391,7 @@ def gradients(loss: Tensor, answers: Sequence[Answer]) -> list[Tensor]:
 
 
 def assert_same(mine: list[Tensor], theirs: list[Tensor]) -> None:
-    """To float32, in which weights and scores are."""
+    """Equal to float32 precision, because weights and scores are float32."""
     largest = max(float(x.abs().max()) for x in theirs)
     assert largest > 1e-3
     for a, b in zip(mine, theirs, strict=True):
@@ -408,15 +408,15 @@ def test_loss_and_gradient_are_the_papers(name: str) -> None:
         assert_same(gradients(mine, answers), gradients(theirs, answers))
 
 
-def test_rloos_gradient_on_policy_is_the_papers() -> None:
+def test_the_gradient_of_rloo_on_policy_is_the_papers() -> None:
     for seed in range(5):
         answers = [replace(a, old=a.logp.detach()) for a in answers_of(seed)]
         mine = gradients(vime_loss(answers, {"advantage_estimator": "rloo"}), answers)
         assert_same(mine, gradients(-rloo(answers), answers))
 
 
-def test_maxrls_gradient_on_policy_is_the_papers() -> None:
-    succeed = {1, 8, 9, 11}  # of the three groups one, none and three
+def test_the_gradient_of_maxrl_on_policy_is_the_papers() -> None:
+    succeed = {1, 8, 9, 11}  # one success in the first group, none in the second, three in the last
     for seed in range(5):
         answers = [
             replace(a, old=a.logp.detach(), reward=float(i in succeed))
@@ -430,7 +430,7 @@ def test_every_estimator_has_its_paper() -> None:
     assert set(ESTIMATORS) - set(PAPERS) <= {"rloo", "maxrl", "ppo"}
 
 
-# -- estimates of the KL, against the divergence itself, summed over a whole vocabulary ------------
+# -- estimates of the KL, compared with the divergence summed over a whole vocabulary --------------
 
 
 def policies(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -453,8 +453,8 @@ def test_k1_and_k3_are_the_divergence_on_average(kind: str) -> None:
     torch.testing.assert_close(mean, divergence(logp, ref))
 
 
-def test_k2s_gradient_is_the_divergences_on_average() -> None:
-    """Of tokens that the policy itself sampled, whose choice has no gradient."""
+def test_the_gradient_of_k2_is_the_divergences_on_average() -> None:
+    """Over tokens that the policy itself sampled; sampling has no gradient."""
     logits, ref, _ = policies(1)
     logp = logits.log_softmax(-1)
     sampled = (logp.detach().exp() * kl_estimate(logp, ref, "k2")).sum()
@@ -465,7 +465,7 @@ def test_k2s_gradient_is_the_divergences_on_average() -> None:
 
 @pytest.mark.parametrize("kind", ["k1", "k3"])
 def test_the_unbiased_kl_of_old_tokens_has_value_and_gradient_of_the_divergence(kind: str) -> None:
-    """arXiv:2512.02556: whatever policy sampled."""
+    """arXiv:2512.02556: for tokens from any policy."""
     logits, ref, old = policies(2)
     logp = logits.log_softmax(-1)
     mine = (old.exp() * unbiased_kl(logp, old, ref, kind)).sum()

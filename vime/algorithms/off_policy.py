@@ -102,3 +102,14 @@ def stale_and_bad(
     """
     drift_T = sequence_mean(old_logp_T - logp_T, sequence_sum)
     return (adv_T < 0) & (drift_T > delta)
+
+
+def divergences(log_ratio_T: Tensor) -> dict[str, Tensor]:
+    """How far the trainer is from the engine, estimated at each token that the engine sampled [T].
+
+    log_ratio_T  [T] log(trainer / engine)
+
+    kl and k3_kl estimate KL(engine || trainer); chi2 the chi-squared divergence E[ratio**2] - 1.
+    """
+    ratio_T = log_ratio_T.clamp(max=_LARGEST_LOG).exp()
+    return {"kl": -log_ratio_T, "k3_kl": ratio_T - 1 - log_ratio_T, "chi2": ratio_T.square() - 1}

@@ -1,26 +1,27 @@
-"""The policy in training: model, optimizer and loss, and the policies that it is compared with."""
+"""The policy in training: model, optimizer, loss, and the policies it is compared with."""
 
 from __future__ import annotations
 
 import logging
 from functools import partial
 
-import torch.distributed as dist
 from torch import Tensor
 
 from vime.backends.megatron.checkpoints.load import load_checkpoint
 from vime.backends.megatron.checkpoints.start import Start, reference_start, teacher_start
 from vime.backends.megatron.memory.weight_copies import SentWeights, WeightCopy
 from vime.backends.megatron.model.build import build_model
+from vime.backends.megatron.training.judges import policy_judge, remember_logps, sft_judge
 from vime.backends.megatron.training.losses import objective_of
 from vime.backends.megatron.training.optimizer import (
     apply_flags_again,
     build_optimizer,
     wrap_for_training,
 )
-from vime.backends.megatron.training.report import samples_of
+from vime.backends.megatron.training.passes import Judge, run_pass
+from vime.backends.megatron.training.report import samples_of, where_in
 from vime.backends.megatron.training.rollout_columns import RolloutColumns
-from vime.backends.megatron.training.step import policy_judge, remember_logps, run_pass, sft_judge
+from vime.backends.megatron.training.totals import Sums, step_means
 from vime.backends.megatron.training.update import Updates
 from vime.config import Config
 from vime.config.view import ArgsView
@@ -31,13 +32,13 @@ log = logging.getLogger(__name__)
 
 
 class Actor:
-    """Built by every rank together; every method is a collective.
+    """All ranks build it together, and every method is a collective.
 
-    start          where its weights come from; a checkpoint that resumes brings the optimizer too
-    first_rollout  the first that it will train
-    reference      the model that KL is measured to, where one is needed
-    teacher        the one that advantages distil, under --use-opd
-    sent           copies of the weights that engines were given, under --keep-old-actor
+    start          where the weights come from, and the optimizer's state if the run continues there
+    first_rollout  the first rollout that it will train
+    reference      the model of the KL terms, where one is needed
+    teacher        the model to distil, under --use-opd
+    sent           copies of the weights that the engines got, under --keep-old-actor
     """
 
     def __init__(self, cfg: Config, start: Start, first_rollout: int) -> None:
@@ -73,7 +74,7 @@ class Actor:
         self.objective = objective_of(cfg)
 
     def _was_the_reference_updated(self, first_rollout: int) -> bool:
-        """Whether the run before this one made the actor its reference when it was saved."""
+        """Whether the earlier run made the actor its reference at the checkpoint it saved."""
         interval = self.cfg.algorithm.ref_update_interval
         if not (self.cfg.algorithm.needs_reference and interval and first_rollout):
             return False
@@ -88,37 +89,38 @@ class Actor:
     # -- log-probabilities -------------------------------------------------------------------------
 
     def old_logps(self, batch: TrainBatch, columns: RolloutColumns, *, trains: bool) -> bool:
-        """Log-probabilities under the weights before this rollout's first step, or those kept.
+        """Fills the old policy's column. Returns whether the first step is left to fill its part.
 
-        The first step needs no pass of its own where its own forward pass still has those weights:
-        the answer is then True.
-        trains  else no step follows, and the metrics alone want them
+        The old policy has the weights before this rollout's first step, unless --keep-old-actor or
+        --use-rollout-logprobs name another. The first step's own forward pass still runs with those
+        weights, so it needs no pass before it.
+
+        trains  whether optimizer steps follow; otherwise the log-probabilities serve the metrics
+                only
         """
-        if self.cfg.algorithm.use_rollout_logprobs:  # the columns have them from the engine
+        if self.cfg.algorithm.use_rollout_logprobs:  # the columns have the engine's
             if not trains:
                 columns.own_logp_N = self.logps(columns, forward_plans(batch))
             return False
         if self.sent is not None and not self.sent.are_current(batch.weight_version):
             self._logps_of_generator(batch, columns)
             return False
-        on_policy = self._first_step_is_on_policy and trains
+        on_policy = trains and not self._advantages_need_old_logps
         first = 1 if on_policy else 0
         if len(batch.steps) > first:
             columns.old_logp_N = self.logps(columns, forward_plans(batch, first))
         return on_policy
 
-    def logps_of(
-        self, copy: WeightCopy, batch: TrainBatch, columns: RolloutColumns, prefix: str = ""
-    ) -> Tensor:
-        """A column of the rollout's log-probabilities under other weights."""
-        with copy.swapped_in():
-            return self.logps(columns, forward_plans(batch), prefix)
+    @property
+    def _advantages_need_old_logps(self) -> bool:
+        a = self.cfg.algorithm
+        return a.kl_coef != 0.0 or a.use_opd or a.custom_advantage_path is not None
 
     def _logps_of_generator(self, batch: TrainBatch, columns: RolloutColumns) -> None:
-        """Those of the weights that generated the rollout.
+        """Makes the weights that generated the rollout the old policy.
 
-        Of a rollout that was generated before this run began no copy is kept; the engine's own
-        log-probabilities then take the place.
+        There is no copy of the weights that generated a rollout before this run began. The engine's
+        own log-probabilities replace them.
         """
         assert self.sent is not None
         copy = self.sent.copies.get(batch.weight_version)
@@ -133,31 +135,22 @@ class Actor:
             return
         columns.old_logp_N = self.logps_of(copy, batch, columns)
 
-    @property
-    def _first_step_is_on_policy(self) -> bool:
-        """Advantages that depend on the old log-probabilities need them before the first step."""
-        a = self.cfg.algorithm
-        no_early_use = a.kl_coef == 0.0 and not a.use_opd and a.custom_advantage_path is None
-        return no_early_use and not a.use_rollout_logprobs
+    def logps_of(
+        self, copy: WeightCopy, batch: TrainBatch, columns: RolloutColumns, prefix: str = ""
+    ) -> Tensor:
+        """A column of the rollout's log-probabilities under other weights."""
+        with copy.swapped_in():
+            return self.logps(columns, forward_plans(batch), prefix)
 
     def logps(self, columns: RolloutColumns, plans: list[StepPlan], prefix: str = "") -> Tensor:
         """A column of log-probabilities under the weights that the chunks hold now.
 
-        prefix  tells the user's hook whose they are
+        prefix  tells the user's hook which model's they are
         """
         if self.before_log_probs is not None:
             self.before_log_probs(self.args, self.chunks, prefix)
         column_N = columns.table.column()
-        batches = [b for plan in plans for b in columns.micro_batches(plan)]
-        run_pass(
-            self.chunks,
-            batches,
-            columns.table,
-            remember_logps(column_N),
-            temperature=self.temperature,
-            forward_only=True,
-            chunk_tokens=self.cfg.batch.log_probs_chunk,
-        )
+        self._run(columns, plans, remember_logps(column_N), forward_only=True)
         return column_N
 
     # -- steps -------------------------------------------------------------------------------------
@@ -165,58 +158,55 @@ class Actor:
     def step(
         self, batch: TrainBatch, columns: RolloutColumns, step_id: int, *, on_policy: bool
     ) -> dict[str, float]:
-        """One optimizer step. Gives its metrics, none for a step that `Updates.take` skips."""
+        """One optimizer step. Returns its metrics; `Updates.take` says when a step is skipped."""
         plan = batch.steps[step_id]
         if self.before_train_step is not None:
             trained = (self.chunks, self.optimizer, self.scheduler)
             self.before_train_step(self.args, batch.rollout_id, step_id, *trained)
         self.updates.begin()
         spoilt_N = columns.table.column()
+        judge = self._judge(columns, spoilt_N, on_policy=step_id == 0 and on_policy)
+        sums = self._run(columns, [plan], judge, forward_only=False)
+        loss, means = step_means(sums, spoilt_N.device)
+
+        def samples() -> str:
+            return samples_of(batch, plan, columns.not_finite(plan, spoilt_N))
+
+        metrics = {"train/loss": loss, **means}
+        return self.updates.take(loss, metrics, where_in(batch, step_id), samples)
+
+    def _judge(self, columns: RolloutColumns, spoilt_N: Tensor, *, on_policy: bool) -> Judge:
         if self.is_sft:
-            judge = sft_judge(columns.table, spoilt_N)
-        else:
-            judge = policy_judge(
-                columns.table,
-                self.objective,
-                columns.adv_N,
-                columns.old_logp_N,
-                columns.ref_logp_N,
-                on_policy=step_id == 0 and on_policy,
-                own_logp_N=columns.own_logp_N,
-                spoilt_N=spoilt_N,
-            )
-        sums = run_pass(
+            return sft_judge(columns.table, spoilt_N)
+        return policy_judge(
+            columns.table,
+            self.objective,
+            columns.adv_N,
+            columns.old_logp_N,
+            columns.ref_logp_N,
+            on_policy=on_policy,
+            own_logp_N=columns.own_logp_N,
+            spoilt_N=spoilt_N,
+        )
+
+    def _run(
+        self, columns: RolloutColumns, plans: list[StepPlan], judge: Judge, *, forward_only: bool
+    ) -> Sums:
+        return run_pass(
             self.chunks,
-            columns.micro_batches(plan),
+            [b for plan in plans for b in columns.micro_batches(plan)],
             columns.table,
             judge,
             temperature=self.temperature,
-            forward_only=False,
+            forward_only=forward_only,
             chunk_tokens=self.cfg.batch.log_probs_chunk,
         )
-        names = _STEP_SUMS
-        a = self.cfg.algorithm
-        if a.custom_loss_path is not None or a.custom_tis_path is not None:
-            names = _names_on_all_ranks(sums)
-        figures = columns.reduce(sums, names)
-        weight = figures.pop("weight", 0.0)
-        metrics = {"train/loss": figures.pop("loss", 0.0)}
-        metrics |= {f"train/{name}": total / weight for name, total in figures.items() if weight}
-
-        def samples() -> str:
-            return samples_of(batch, plan, columns.spoilt(plan, spoilt_N))
-
-        norm = self.updates.take(metrics["train/loss"], where_in(batch, step_id), samples)
-        if norm is None:
-            return {}
-        return {
-            **metrics,
-            "train/grad_norm": norm,
-            "train/lr": self.updates.lr,
-        }
 
     def finish(self, batch: TrainBatch, *, trained: bool) -> None:
-        """After a rollout's last step: what was sent is older now, and the reference may be due."""
+        """After a rollout's last step: drops copies of old weights, updates the reference if due.
+
+        trained  whether the actor took steps
+        """
         interval = self.cfg.algorithm.ref_update_interval
         if self.sent is not None:
             self.sent.trained(batch.weight_version, moved=trained)
@@ -225,32 +215,5 @@ class Actor:
 
 
 def forward_plans(batch: TrainBatch, first_step: int = 0) -> list[StepPlan]:
-    """Of a pass without gradients: packs of its own size where it has one."""
+    """The packs of a pass without gradients: its own where the batch has them, or the steps'."""
     return [batch.forward] if batch.forward is not None else list(batch.steps[first_step:])
-
-
-def where_in(batch: TrainBatch, step_id: int) -> str:
-    return f"rollout {batch.rollout_id}, step {step_id}"
-
-
-# Everything that a step may sum over tokens, in the order of the reduced vector.
-_STEP_SUMS = (
-    "weight",
-    "loss",
-    "pg_loss",
-    "pg_clipfrac",
-    "ppo_kl",
-    "kl_loss",
-    "entropy_loss",
-    "tis",
-    "tis_clipfrac",
-    "tis_vetofrac",
-    "opsm_clipfrac",
-)
-
-
-def _names_on_all_ranks(sums: dict[str, Tensor]) -> list[str]:
-    """The same names in the same order everywhere: only the last pipeline stage has sums."""
-    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, list(sums))
-    return sorted({name for names in found for name in names})

@@ -13,12 +13,15 @@ from vime.backends.megatron.checkpoints.load import load_critic
 from vime.backends.megatron.checkpoints.start import Start
 from vime.backends.megatron.chunks import unwrap
 from vime.backends.megatron.model.build import build_model
+from vime.backends.megatron.training.judges import remember_values, value_judge
 from vime.backends.megatron.training.optimizer import (
     apply_flags_again,
     build_optimizer,
     wrap_for_training,
 )
-from vime.backends.megatron.training.step import remember_values, run_chunks, value_judge
+from vime.backends.megatron.training.passes import run_chunks
+from vime.backends.megatron.training.rollout_columns import RolloutColumns
+from vime.backends.megatron.training.totals import step_means
 from vime.backends.megatron.training.update import Updates
 from vime.config import Config
 from vime.types import StepPlan
@@ -27,9 +30,9 @@ from vime.types import StepPlan
 class Critic:
     """Model, optimizer and loss. It starts as a copy of the actor with a value head of zeros.
 
-    start  a checkpoint that resumes brings the critic that it has
-    actor  its chunks, already loaded
-    Built by every rank together; every method is a collective.
+    All ranks build it together, and every method is a collective.
+    start  a checkpoint; where the run continues from it, it also holds the critic
+    actor  the actor's chunks, already loaded
     """
 
     def __init__(self, cfg: Config, start: Start, actor: Sequence[nn.Module]) -> None:
@@ -40,42 +43,35 @@ class Critic:
         load_critic(cfg, start, self)
         apply_flags_again(cfg, self.optimizer, self.scheduler)
         lr_flag = f"--critic-lr {cfg.optimizer.lr}"
-        self.updates = Updates(self.chunks, self.optimizer, self.scheduler, lr_flag)
+        self.updates = Updates(self.chunks, self.optimizer, self.scheduler, lr_flag, "critic_")
 
-    def values(self, columns: Any, plans: Sequence[StepPlan]) -> Tensor:
-        """A column: at each token's row the value of the state before it, by the weights of now."""
+    def values(self, columns: RolloutColumns, plans: Sequence[StepPlan]) -> Tensor:
+        """A column: the value of the state before each token, under the present weights."""
         value_N = columns.table.column()
         batches = [b for plan in plans for b in columns.micro_batches(plan)]
         run_chunks(self.chunks, batches, remember_values(value_N), forward_only=True)
         return value_N
 
     def step(
-        self, columns: Any, plan: StepPlan, where: str, samples: Callable[[], str]
+        self, columns: RolloutColumns, plan: StepPlan, where: str, samples: Callable[[], str]
     ) -> dict[str, float]:
-        """One optimizer step towards the columns' returns. Gives its metrics, as `Actor.step`."""
+        """One optimizer step towards the columns' returns. Returns its metrics.
+
+        `Updates.take` explains `where` and `samples`.
+        """
         self.updates.begin()
         clip = self.cfg.algorithm.value_clip
         judge = value_judge(columns.table, columns.value_N, columns.return_N, clip=clip)
         batches = columns.micro_batches(plan)
         sums = run_chunks(self.chunks, batches, judge, forward_only=False)
-        figures = columns.reduce(sums, ("weight", "loss", "value_clipfrac"))
-        weight = figures.pop("weight", 0.0)
-        loss = figures.pop("loss", 0.0)
-        metrics = {"train/value_loss": loss}
-        metrics |= {f"train/{name}": total / weight for name, total in figures.items() if weight}
-        norm = self.updates.take(loss, f"the critic in {where}", samples)
-        if norm is None:
-            return {}
-        return {
-            **metrics,
-            "train/critic_grad_norm": norm,
-            "train/critic_lr": self.updates.lr,
-        }
+        loss, means = step_means(sums, columns.table.weight_N.device)
+        metrics = {"train/value_loss": loss, **means}
+        return self.updates.take(loss, metrics, f"the critic in {where}", samples)
 
 
 @torch.no_grad()
 def _copy(source: Sequence[nn.Module], target: Sequence[nn.Module]) -> None:
-    """Every weight and buffer but the head's; the layouts are the same."""
+    """Copies all weights and buffers except the head; both models have one layout."""
     for a, b in zip(source, target, strict=True):
         known = dict(_tensors(a))
         for name, tensor in _tensors(b):

@@ -1,9 +1,9 @@
 """Log-probability of the taken token, and entropy, from logits whose columns are spread over ranks.
 
-Temperature is applied as the sampler applied it, so trainer and engine measure one distribution.
-Nothing the size of the logits is kept for the backward pass besides the logits themselves. On a GPU
-one kernel reads them, and one writes the gradient over them; in PyTorch a float32 copy exists for
-one chunk of tokens at a time.
+The sampler's temperature is applied, so trainer and engine measure the same distribution. The
+backward pass keeps the logits and nothing else of their size. On a GPU, one kernel reads them and
+another writes the gradient over them; PyTorch makes a float32 copy of one chunk of tokens at a
+time.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ def token_logprobs(
     chunk_tokens: int | None = None,
     owned: bool = False,
 ) -> TokenLogProbs:
-    """Both with gradients to the logits; equal on every rank of `group`.
+    """Both with gradients to the logits, and equal on every rank of `group`.
 
     logits_TV    [T, V / ranks] this rank's columns, in order of rank; any float type
     taken_T      [T] ids in 0..V-1
-    temperature  divides the logits, above 0
-    group        the ranks that share the vocabulary (tensor parallel); None: this rank has it all
-    chunk_tokens  in PyTorch, tokens whose float32 logits exist at a time (--log-probs-chunk-size);
-                 None: as many as take 64 MiB. The GPU's kernel makes no such copy
+    temperature  divides the logits; above 0
+    group        the tensor-parallel ranks that share the vocabulary; None: this rank has it all
+    chunk_tokens  number of tokens whose float32 logits PyTorch holds at a time, as in
+                 --log-probs-chunk-size; None: as many as fit in 64 MiB. The GPU's kernel has no
+                 such copy
     owned        nobody else reads the logits: the backward pass may write over them, once
     """
     rows, columns = logits_TV.shape
@@ -71,13 +72,13 @@ class _VocabParallel(torch.autograd.Function):
         columns = logits.shape[1]
         local = taken - rank * columns
         top, *sums = steps.statistics(logits, local)
-        # the taken logit, seen from the largest: 0 on ranks that do not have it
+        # the taken logit minus the largest; 0 on ranks that do not have it
         here = (local >= 0) & (local < columns)
         sums = torch.stack([sums[0], sums[1], (sums[2] - top) * here])
         if group is not None and group.size() > 1:
             shared = top.clone()
             dist.all_reduce(shared, dist.ReduceOp.MAX, group=group)
-            shift = top - shared  # <= 0: this rank's shift seen from the common one
+            shift = top - shared  # <= 0: from this rank's largest logit to the largest of all
             sums[1] = (sums[1] + shift * sums[0]) * shift.exp()
             sums[0] *= shift.exp()
             sums[2] += shift * here
@@ -99,7 +100,7 @@ class _VocabParallel(torch.autograd.Function):
 
 
 class _Fused:
-    """One kernel each way; the gradient takes the place of the logits."""
+    """One kernel each way; the gradient is written over the logits."""
 
     def __init__(self, temperature: float, _: int) -> None:
         self.temperature, self.spent = temperature, False
@@ -124,7 +125,7 @@ class _Chunked:
         self.temperature, self.chunk = temperature, chunk
 
     def statistics(self, logits: Tensor, local: Tensor) -> Tensor:
-        """[4, T]: largest logit; sum(exp), sum(exp * logit), both shifted; the taken logit."""
+        """[4, T]: largest logit m; sum(exp(x - m)); sum(exp(x - m) * (x - m)); the taken logit."""
         local = local.clamp(0, max(logits.shape[1] - 1, 0))
         out = logits.new_empty(4, len(logits), dtype=torch.float32)
         for part in _chunks(len(logits), self.chunk):
@@ -164,7 +165,7 @@ class _Chunked:
         return grad
 
     def _scaled(self, logits: Tensor) -> Tensor:
-        """A float32 copy, always: what follows works in place."""
+        """Always a copy, in float32, because callers change it in place."""
         return logits.to(torch.float32, copy=True).div_(self.temperature)
 
 

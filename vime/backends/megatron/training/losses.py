@@ -1,4 +1,4 @@
-"""The policy loss that a configuration asks for."""
+"""The policy loss of a configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vime.plugins.hook import Plugin
 
 
 def objective_of(cfg: Config) -> Callable[..., TokenLoss]:
-    """The policy loss that the flags ask for."""
+    """The user's function, or the policy loss of the flags; called as `PolicyObjective` is."""
     a = cfg.algorithm
     if loss := a.plugin("custom_loss_path"):
         return users_loss(loss, ArgsView(cfg))

@@ -6,10 +6,12 @@ from functools import partial
 
 import torch
 
-from vime.backends.megatron.training.actor import Actor, forward_plans, where_in
+from vime.backends.megatron.training.actor import Actor, forward_plans
+from vime.backends.megatron.training.advantages import set_advantages
 from vime.backends.megatron.training.critic import Critic
-from vime.backends.megatron.training.report import Clock, mean_of_steps, samples_of
+from vime.backends.megatron.training.report import Clock, mean_of_steps, samples_of, where_in
 from vime.backends.megatron.training.rollout_columns import RolloutColumns
+from vime.backends.megatron.training.rollout_metrics import rollout_metrics
 from vime.config import Config
 from vime.types import TrainBatch
 
@@ -41,16 +43,16 @@ class OneRollout:
         on_policy = False
         if not self.actor.is_sft:
             on_policy = self._forward_passes()
-            self.columns.set_advantages(self.cfg.algorithm, self.actor.args)
+            set_advantages(self.columns, self.cfg.algorithm, self.actor.args)
         metrics = mean_of_steps(self._actor_steps(on_policy) + self._critic_steps())
         if not self.actor.is_sft:
-            metrics |= self.columns.metrics()
+            metrics |= rollout_metrics(self.columns, self.cfg.algorithm)
         return metrics | self.clock.seconds
 
     def _forward_passes(self) -> bool:
-        """Fills the columns with log-probabilities and values under the weights of now.
+        """Fills the columns of log-probabilities and values under the present weights.
 
-        Returns whether the first step's own forward pass takes the place of the actor's pass.
+        Returns whether the actor's pass is left to the first step, which runs with these weights.
         """
         actor, batch, columns, timed = self.actor, self.batch, self.columns, self.clock.timed
         with timed("perf/log_probs_time"):

@@ -23,7 +23,7 @@ _WSD_DECAY = 0.1  # --lr-decay-style WSD: the last tenth of the run decays
 
 
 def wrap_for_training(cfg: Config, chunks: Sequence[nn.Module]) -> list[DistributedDataParallel]:
-    """The chunks with gradient buffers, and the schedule's hooks set in their config."""
+    """The chunks with gradient buffers. Sets the hooks of Megatron's schedule in their config."""
     p = cfg.parallel
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=cfg.optimizer.accumulate_fp32,
@@ -49,7 +49,7 @@ def wrap_for_training(cfg: Config, chunks: Sequence[nn.Module]) -> list[Distribu
 def build_optimizer(
     cfg: Config, chunks: Sequence[DistributedDataParallel]
 ) -> tuple[Any, OptimizerParamScheduler]:
-    """Optimizer and scheduler, which counts optimizer steps. Norms and biases do not decay."""
+    """Optimizer, and the scheduler that counts its steps. Norms and biases do not decay."""
     o, dtype = cfg.optimizer, platform.current().dtype(cfg.model.dtype)
     config = OptimizerConfig(
         optimizer=o.optimizer,
@@ -66,8 +66,8 @@ def build_optimizer(
         overlap_param_gather=cfg.parallel.overlap_param_gather,
     )
     overrides = mcore_optimizer.get_standard_config_overrides(config)
-    # A group of its own, by a mark that changes no rate: Megatron mixes up the state of a group
-    # that has two precisions.
+    # This mark puts the value head into its own group and changes no rate. Megatron confuses the
+    # optimizer states of a group with two precisions.
     overrides[mcore_optimizer.ParamKey(attr="is_value_head")] = {"is_decoupled_lr": True}
     optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
     if platform.current().is_cuda:
@@ -76,10 +76,10 @@ def build_optimizer(
 
 
 def _fuse(optimizer: Any) -> None:
-    """Has torch's Adam update every parameter in a few kernels that read each tensor once."""
+    """Makes torch's Adam update all parameters in a few kernels that read each tensor once."""
 
     def counters_on_device(inner: torch.optim.Optimizer, *_: Any) -> None:
-        for parameter, state in inner.state.items():  # a checkpoint brings them on the host
+        for parameter, state in inner.state.items():  # a checkpoint loads them on the host
             if torch.is_tensor(state.get("step")):
                 state["step"] = state["step"].to(parameter.device, torch.float32)
 
@@ -92,9 +92,9 @@ def _fuse(optimizer: Any) -> None:
 
 
 def apply_flags_again(cfg: Config, optimizer: Any, scheduler: OptimizerParamScheduler) -> None:
-    """After a checkpoint was loaded: its counters and moments stay, the rest is this run's flags.
+    """After a checkpoint was loaded: keeps its counters and moments, sets the rest from the flags.
 
-    Weight decay comes with the scheduler's step.
+    The scheduler's step sets the weight decay.
     """
     o = cfg.optimizer
     for group in optimizer.param_groups:
@@ -110,7 +110,7 @@ def _scheduler(cfg: Config, optimizer: Any) -> OptimizerParamScheduler:
     warmup = o.warmup_steps(total)
     return OptimizerParamScheduler(
         optimizer,
-        # Megatron would take the first step at this rate; 0 would waste a rollout.
+        # Megatron takes the first step at this rate; at 0 the first rollout would be wasted.
         init_lr=o.lr / (warmup + 1),
         max_lr=o.lr,
         min_lr=o.min_lr,

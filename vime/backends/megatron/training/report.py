@@ -1,4 +1,4 @@
-"""What a trainer says of a rollout's steps: seconds, means, and which samples a step had."""
+"""Reports on a rollout's steps: seconds, means, and the samples of a step."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from vime.plan.shape import Shape
 from vime.types import StepPlan, TrainBatch
 
 
-def samples_of(batch: TrainBatch, plan: StepPlan, spoilt: Sequence[int] = ()) -> str:
-    """Which samples a step has, by index; only those at the `spoilt` positions where there are any.
+def where_in(batch: TrainBatch, step_id: int) -> str:
+    return f"rollout {batch.rollout_id}, step {step_id}"
 
-    spoilt  positions of sequences with a token whose loss, or its gradient, is not finite
+
+def samples_of(batch: TrainBatch, plan: StepPlan, spoilt: Sequence[int] = ()) -> str:
+    """The indices of a step's samples, or of those at the `spoilt` positions if there are any.
+
+    spoilt  positions of sequences with a token whose loss or gradient is not finite
     """
     members = spoilt or sorted(p for owned in plan.micro_batches for b in owned for p in b)
     shown = ", ".join(str(batch.sequences[p].index) for p in members[:16])
@@ -55,7 +59,7 @@ def training_speed(shape: Shape | None, batch: TrainBatch, seconds: float) -> di
 
 
 class Clock:
-    """Seconds by name, after the device has finished."""
+    """Seconds by name. Each measurement waits for the device to finish."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

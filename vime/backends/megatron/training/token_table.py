@@ -1,8 +1,8 @@
 """This rank's tokens as one flat table, and micro-batches as indices into it.
 
-A row describes one prediction: the token at it is read, the next one is the target. Everything
-known per token (weight, advantage, old log-probability ...) is a column: laying out a micro-batch
-is one gather, whatever the packing, padding or context parallelism.
+A row describes one prediction: its token is the last one read, and the next token is the target.
+Each quantity per token (weight, advantage, old log-probability ...) is a column, so a micro-batch
+is laid out by one gather, whatever the packing, padding or context parallelism.
 """
 
 from __future__ import annotations
@@ -22,26 +22,25 @@ from vime.types import TrainSequence
 
 @dataclass(frozen=True, slots=True)
 class TokenTable:
-    """N rows, the sequences end to end, then one row of padding that weighs nothing.
+    """N rows: the sequences end to end, then one row of padding with weight 0.
 
-    weight_N, mask_N, score_N are 0 where nothing is predicted that a loss could want: inside
-    prompts, at a sequence's last token, in the padding. Log-probabilities are NaN where unknown.
+    weight_N and mask_N are 0 at rows that predict no response token: inside prompts, at a
+    sequence's last token, in the padding. Log-probabilities are NaN where unknown.
     """
 
     tokens_N: Tensor  # int64
     targets_N: Tensor  # int64
     weight_N: Tensor  # float32
     mask_N: Tensor  # float32, 0 or 1
-    score_N: Tensor  # float32, the sequence's score at each of its response tokens
     rollout_logp_N: Tensor  # float32
     teacher_logp_N: Tensor  # float32
-    sequence_N: Tensor  # int64, which sequence of the table; the padding row: their number
+    sequence_N: Tensor  # int64, number of the sequence in the table; num_sequences for padding
     starts: dict[int, int]  # position in the batch -> first row
     responses: dict[int, slice]  # position in the batch -> rows that predict its response
 
     @property
     def padding(self) -> int:
-        """The row that stands for padding."""
+        """The padding row."""
         return len(self.tokens_N) - 1
 
     @property
@@ -56,10 +55,10 @@ class TokenTable:
 def token_table(
     sequences: Sequence[TrainSequence], positions: Sequence[int], device: torch.device
 ) -> TokenTable:
-    """The table of the sequences at `positions`: those of one data-parallel rank."""
+    """The table of the sequences at `positions`, which belong to one data-parallel rank."""
     rows = sum(sequences[p].length for p in positions) + 1
     tokens, targets = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
-    weight, mask, score = (np.zeros(rows, np.float32) for _ in range(3))
+    weight, mask = (np.zeros(rows, np.float32) for _ in range(2))
     rollout_logp, teacher_logp = (np.full(rows, np.nan, np.float32) for _ in range(2))
     sequence = np.full(rows, len(positions), np.int64)
     starts, responses, first = {}, {}, 0
@@ -69,26 +68,26 @@ def token_table(
         tokens[first:last] = seq.tokens
         targets[first : last - 1] = seq.tokens[1:]
         response = slice(last - 1 - seq.response_length, last - 1)
-        weight[response], mask[response], score[response] = seq.weight, seq.loss_mask, seq.reward
+        weight[response], mask[response] = seq.weight, seq.loss_mask
         if seq.rollout_logp is not None:
             rollout_logp[response] = seq.rollout_logp
         if seq.teacher_logp is not None:
             teacher_logp[response] = seq.teacher_logp
         sequence[first:last] = number
         starts[p], responses[p], first = first, response, last
-    columns = (tokens, targets, weight, mask, score, rollout_logp, teacher_logp, sequence)
+    columns = (tokens, targets, weight, mask, rollout_logp, teacher_logp, sequence)
     return TokenTable(*(torch.from_numpy(c).to(device) for c in columns), starts, responses)
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one forward pass of this rank takes. With context parallelism: a share."""
+    """The input of one forward pass on this rank. With context parallelism: the rank's share."""
 
     rows_T: Tensor  # int64, into the table
     tokens: Tensor  # [1, T] int64
-    positions: Tensor  # [1, T] int64; unused by rotary embeddings of packs, which count themselves
+    positions: Tensor  # [1, T] int64, unused: rotary embeddings of packs count positions themselves
     pack: PackedSeqParams
-    kept_T: Tensor  # int64, which of the T weigh in the loss: found here, since finding them waits
+    kept_T: Tensor  # int64, indices of tokens with weight; found early, since that waits for a GPU
 
 
 def lay_out(
@@ -102,11 +101,11 @@ def lay_out(
 ) -> MicroBatch:
     """One micro-batch. Padding is always at the end of a sequence, so causal attention ignores it.
 
-    positions  its sequences, as positions in the batch; none: padding alone
-    lengths    their tokens
+    positions  positions of its sequences in the batch; without any, the micro-batch is padding
+    lengths    numbers of tokens of these sequences
     cp         each sequence is padded to a multiple of 2 * cp and cut into zigzag chunks
-    tp_shards  ranks that share the tokens under sequence parallelism: this rank's tokens are padded
-               to a multiple of it with a sequence of padding
+    tp_shards  number of ranks that share the tokens under sequence parallelism: a sequence of
+               padding makes this rank's tokens a multiple of it
     """
     multiple = 2 * cp if cp > 1 else 1
     pieces, sizes = [], []

@@ -97,7 +97,7 @@ class MegatronTrainer:
             self._wait_for_weights()
             self.actor.finish(batch, trained=rollout.trains_actor)
         if rollout.trains_actor:
-            metrics |= training_speed(self.shape, batch, metrics["perf/actor_train_time"])
+            metrics |= training_speed(self.shape, batch, rollout.actor_train_s)
         return metrics | self.memory.metrics()
 
     # -- sharing a GPU -----------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from vime.backends.megatron.training.rollout_metrics import rollout_metrics
 from vime.config import Config
 from vime.types import TrainBatch
 
+_ACTOR_TRAIN_TIME = "perf/actor_train_time"
+
 
 class OneRollout:
     """One batch, its columns and its clock.
@@ -37,6 +39,11 @@ class OneRollout:
         self.trains_actor = batch.rollout_id >= critic_only
         self.columns = RolloutColumns(batch, cfg, device)
         self.clock = Clock()
+
+    @property
+    def actor_train_s(self) -> float:
+        """Duration of the actor's optimizer steps."""
+        return self.clock.seconds[_ACTOR_TRAIN_TIME]
 
     def train(self) -> dict[str, float]:
         """Runs every phase and returns the metrics. A collective."""
@@ -70,7 +77,7 @@ class OneRollout:
 
     def _actor_steps(self, on_policy: bool) -> list[dict[str, float]]:
         num_steps = len(self.batch.steps) if self.trains_actor else 0
-        with self.clock.timed("perf/actor_train_time"):
+        with self.clock.timed(_ACTOR_TRAIN_TIME):
             return [
                 self.actor.step(self.batch, self.columns, step_id, on_policy=on_policy)
                 for step_id in range(num_steps)

@@ -14,13 +14,13 @@ def tokenizer(tmp_path_factory):
     return chat.load_tokenizer(str(write_tokenizer(tmp_path_factory.mktemp("tok"))))
 
 
-def test_a_string_stands_for_one_user_message(tokenizer):
+def test_a_string_is_one_user_message(tokenizer):
     text = chat.render(tokenizer, "hi")
     assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert text == chat.render(tokenizer, [{"role": "user", "content": "hi"}])
 
 
-def test_an_answer_that_has_been_begun_is_continued(tokenizer):
+def test_a_begun_answer_is_continued(tokenizer):
     talk = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "It is"}]
     asked = "<|im_start|>user\n2+2<|im_end|>\n<|im_start|>assistant\n"
     assert chat.render_prompt(tokenizer, talk) == asked + "It is"
@@ -35,7 +35,7 @@ def test_encode_and_decode_are_inverse_and_special_tokens_can_be_left_out(tokeni
     assert chat.decode(tokenizer, ids, skip_special_tokens=True) == "a b\n"
 
 
-def test_the_mask_covers_every_assistant_turn_with_its_end_mark_and_nothing_else(tokenizer):
+def test_the_mask_covers_exactly_the_assistant_turns_with_their_end_marks(tokenizer):
     talk = [
         {"role": "user", "content": "2+2"},
         {"role": "assistant", "content": "4"},
@@ -200,7 +200,7 @@ def test_text_parts_reach_a_template_that_wants_strings(templated):
         chat.render(tokenizer, image)
 
 
-def test_a_folder_without_a_template_is_told_before_anything_starts(tmp_path):
+def test_a_folder_without_a_template_is_refused_before_anything_starts(tmp_path):
     cfg = make_config(write_tokenizer(tmp_path / "a"), data={"apply_chat_template": True})
     assert check_chat_template(cfg) == []
     for file in (tmp_path / "a").glob("chat_template.*"):
@@ -208,5 +208,5 @@ def test_a_folder_without_a_template_is_told_before_anything_starts(tmp_path):
     (problem,) = check_chat_template(cfg)
     assert problem.startswith(f"--apply-chat-template: --hf-checkpoint {tmp_path}/a has no chat")
     (tmp_path / "a" / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
-    assert check_chat_template(cfg) == []  # where older checkpoints have it
+    assert check_chat_template(cfg) == []  # older checkpoints have it there
     assert check_chat_template(make_config(tmp_path / "none")) == []

@@ -1,4 +1,4 @@
-"""Flags become a typed configuration; each mistake names flag, value and remedy."""
+"""Flags become a typed configuration. The message of each mistake names flag, value and remedy."""
 
 import re
 import subprocess
@@ -29,14 +29,14 @@ def test_flags_fill_the_fields_that_declare_them(tmp_path):
     assert cfg.data.label_key == "label"
 
 
-def test_what_is_not_given_keeps_its_default(tmp_path):
+def test_flags_that_are_not_given_keep_their_defaults(tmp_path):
     cfg = parse_config(words(tmp_path, {}))
     assert cfg.cluster.colocate is False
     assert cfg.rollout.stop is None
     assert cfg.algorithm == AlgorithmConfig()
 
 
-def test_a_negation_sets_false_and_the_last_of_both_wins(tmp_path):
+def test_a_negation_sets_false_and_the_last_flag_wins(tmp_path):
     off = parse_config([*words(tmp_path, {}), "--save-optim", "--no-save-optim"])
     on = parse_config([*words(tmp_path, {}), "--no-save-optim", "--save-optim"])
     assert off.checkpoint.save_optim is False
@@ -103,15 +103,15 @@ def test_the_routers_own_parser_judges_its_flags(capsys, tmp_path, flag, value, 
     assert re.search(f"{flag} {value}.*{answer}", problem)
 
 
-def test_what_is_said_to_be_absent_is_no_flag():
+def test_no_flag_is_listed_as_absent():
     assert ABSENT.keys().isdisjoint(all_flags())
 
 
-def test_bf16_is_a_spelling_of_the_dtype(tmp_path):
+def test_bf16_sets_the_dtype(tmp_path):
     assert parse_config([*words(tmp_path, {}), "--bf16"]).model.dtype == "bfloat16"
 
 
-def test_megatron_flags_that_say_what_vime_does_are_accepted(tmp_path):
+def test_megatron_flags_that_match_vimes_behaviour_are_accepted(tmp_path):
     argv = "--attention-dropout 0.0 --hidden-dropout 0 --attention-backend flash --no-rope-fusion"
     assert parse_config([*words(tmp_path, {}), *argv.split()]).batch.prompts == 32
 
@@ -180,7 +180,7 @@ def test_megatron_flags_that_say_what_vime_does_are_accepted(tmp_path):
         ),
     ],
 )
-def test_a_mistake_is_told_with_flag_value_and_remedy(capsys, tmp_path, changes, expected):
+def test_a_mistake_is_reported_with_flag_value_and_remedy(capsys, tmp_path, changes, expected):
     assert refused(capsys, tmp_path, changes) == [expected]
 
 
@@ -191,7 +191,7 @@ def test_a_stray_word_is_refused(capsys, tmp_path):
     ]
 
 
-def test_all_problems_are_told_at_once(capsys, tmp_path):
+def test_all_problems_are_reported_at_once(capsys, tmp_path):
     def check(cfg):
         return [f"--rm-type {cfg.reward.rm_type} is not mine. Choose another."]
 
@@ -219,7 +219,7 @@ def test_all_problems_are_told_at_once(capsys, tmp_path):
         assert flag in found
 
 
-def test_a_check_that_trips_over_a_reported_problem_stays_silent(capsys, tmp_path):
+def test_a_check_that_fails_on_a_reported_problem_adds_no_message(capsys, tmp_path):
     def check(cfg):
         return [f"{cfg.optimizer.lr * 2}"]
 
@@ -227,7 +227,7 @@ def test_a_check_that_trips_over_a_reported_problem_stays_silent(capsys, tmp_pat
     assert len(refusal(capsys, lambda: parse_config(argv, checks=[check]))) == 1
 
 
-def test_a_path_that_is_closed_to_the_user_is_told_with_its_flag(capsys, tmp_path):
+def test_a_path_that_the_user_may_not_read_is_reported_with_its_flag(capsys, tmp_path):
     def check(cfg):
         raise PermissionError(13, "Permission denied", f"{cfg.checkpoint.load}/iter_0000001")
 
@@ -238,7 +238,7 @@ def test_a_path_that_is_closed_to_the_user_is_told_with_its_flag(capsys, tmp_pat
     ]
 
 
-def test_a_check_that_fails_by_itself_is_not_hidden(tmp_path):
+def test_a_bug_in_a_check_is_not_hidden(tmp_path):
     def check(cfg):
         raise RuntimeError("a mistake of ours")
 
@@ -246,7 +246,7 @@ def test_a_check_that_fails_by_itself_is_not_hidden(tmp_path):
         parse_config(words(tmp_path, {}), checks=[check])
 
 
-def test_a_malformed_line_is_told_with_its_number(capsys, tmp_path):
+def test_a_malformed_line_is_reported_with_its_number(capsys, tmp_path):
     argv = words(tmp_path, {})
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write("{not json\n")

@@ -1,4 +1,4 @@
-"""Each rule names flag, value and remedy. What works otherwise than asked is a notice."""
+"""Rules across flags: a refusal names flag, value and remedy; a notice names an ignored flag."""
 
 import pytest
 
@@ -304,7 +304,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_it_is_refused(case, capsys, tmp_path):
+def test_a_combination_that_cannot_work_is_refused(case, capsys, tmp_path):
     changes, expected = REFUSED[case]
     assert refused(capsys, tmp_path, changes) == [expected]
 
@@ -330,7 +330,7 @@ def test_a_missing_reference_is_refused(capsys, tmp_path):
     ]
 
 
-def test_imitation_has_no_part_for_a_teacher(capsys, tmp_path):
+def test_a_teacher_is_refused_for_sft(capsys, tmp_path):
     changes = {
         "--loss-type": "sft_loss",
         "--rollout-function-path": "vime.rollout.sft_rollout.generate_rollout",
@@ -342,14 +342,14 @@ def test_imitation_has_no_part_for_a_teacher(capsys, tmp_path):
     ]
 
 
-def test_one_answer_to_a_prompt_is_enough_for_a_teacher(capsys, tmp_path):
+def test_with_a_teacher_one_sample_per_prompt_is_enough(capsys, tmp_path):
     teacher = str(write_checkpoint(tmp_path / "teacher"))
     changes = {"--n-samples-per-prompt": "1", "--use-opd": None, "--opd-teacher-load": teacher}
     parse_config(words(tmp_path, changes))
     assert capsys.readouterr().err == ""
 
 
-def test_a_folder_that_cannot_be_made_is_refused(capsys, tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     path = f"{tmp_path}/file/a/{{rollout_id}}"
     assert refused(capsys, tmp_path, {"--save-hf": path, "--save": f"{tmp_path}/new/folder"}) == [
@@ -358,7 +358,7 @@ def test_a_folder_that_cannot_be_made_is_refused(capsys, tmp_path):
     ]
 
 
-def test_a_missing_load_is_a_fresh_run(tmp_path):
+def test_a_missing_load_folder_starts_a_fresh_run(tmp_path):
     argv = words(tmp_path, {"--load": f"{tmp_path}/none", "--save": f"{tmp_path}/none"})
     assert parse_config(argv).checkpoint.load == f"{tmp_path}/none"
 
@@ -379,7 +379,7 @@ def test_evaluation_data_comes_in_pairs(capsys, tmp_path):
     )
 
 
-def test_a_recipe_of_sft_may_say_that_there_are_no_advantages(tmp_path):
+def test_an_sft_recipe_may_disable_advantages(tmp_path):
     flags = {
         "--loss-type": "sft_loss",
         "--rollout-function-path": "vime.rollout.sft_rollout.generate_rollout",
@@ -449,7 +449,7 @@ NOTICED = {
 
 
 @pytest.mark.parametrize("case", NOTICED)
-def test_it_is_noticed_once(case, capsys, tmp_path):
+def test_an_ignored_flag_gives_one_notice(case, capsys, tmp_path):
     changes, expected = NOTICED[case]
     parse_config(words(tmp_path, changes))
     assert capsys.readouterr().err.splitlines() == [expected]
@@ -462,7 +462,7 @@ def test_the_reference_is_the_hf_checkpoint_unless_told_otherwise(capsys, tmp_pa
     )
 
 
-def test_a_plain_run_is_noticed_nothing(capsys, tmp_path):
+def test_a_plain_run_gives_no_notice(capsys, tmp_path):
     parse_config(words(tmp_path, {}))
     assert capsys.readouterr().err == ""
 
@@ -474,6 +474,6 @@ def test_sequence_parallelism_alone_is_turned_off(tmp_path):
     assert parse_config(words(tmp_path, both)).parallel.sequence_parallel is True
 
 
-def test_rollout_gpus_are_the_trainers_under_colocate(tmp_path):
+def test_under_colocate_the_trainers_gpus_generate(tmp_path):
     cfg = parse_config(words(tmp_path, {"--colocate": None, "--rollout-num-gpus": "4"}))
     assert (cfg.cluster.rollout_gpus, cfg.cluster.total_gpus) == (8, 8)

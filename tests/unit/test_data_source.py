@@ -24,7 +24,7 @@ def labels(groups):
     return [group[0].label for group in groups]
 
 
-def test_groups_are_numbered_on_and_their_samples_share_nothing(hf, tmp_path):
+def test_groups_are_numbered_consecutively_and_their_samples_share_no_state(hf, tmp_path):
     groups = make_source(hf, tmp_path).get_samples(3)
     assert [[s.index for s in g] for g in groups] == [[0, 1], [2, 3], [4, 5]]
     assert [{s.group_index for s in g} for g in groups] == [{0}, {1}, {2}]
@@ -32,10 +32,10 @@ def test_groups_are_numbered_on_and_their_samples_share_nothing(hf, tmp_path):
     a.metadata["x"] = 1
     a.tokens.append(3)
     assert "x" not in b.metadata
-    assert len(b.tokens) == 2  # "q0", one token a character
+    assert len(b.tokens) == 2  # "q0", one token per character
 
 
-def test_each_epoch_has_every_prompt_once_in_an_order_of_its_own(hf, tmp_path):
+def test_each_epoch_has_every_prompt_once_in_its_own_order(hf, tmp_path):
     source = make_source(hf, tmp_path, 20, data={"shuffle": True})
     first, second = labels(source.get_samples(20)), labels(source.get_samples(20))
     assert sorted(first) == sorted(second) == sorted(map(str, range(20)))
@@ -48,7 +48,7 @@ def test_each_epoch_has_every_prompt_once_in_an_order_of_its_own(hf, tmp_path):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_a_resumed_source_goes_on_as_one_that_was_never_stopped(hf, tmp_path, shuffle):
+def test_a_resumed_source_continues_like_one_that_never_stopped(hf, tmp_path, shuffle):
     straight = make_source(hf, tmp_path, data={"shuffle": shuffle})
     wanted = [straight.get_samples(3) for _ in range(6)]
     stopped = make_source(hf, tmp_path, data={"shuffle": shuffle})
@@ -75,7 +75,7 @@ def test_the_buffer_survives_a_restart_with_tokens_and_log_probabilities(hf, tmp
     assert resumed.buffer == []
 
 
-def test_a_snapshot_is_not_touched_by_what_follows(hf, tmp_path):
+def test_later_samples_do_not_change_a_snapshot(hf, tmp_path):
     source = make_source(hf, tmp_path)
     source.add_samples(source.get_samples(1))
     state = source.state_dict()
@@ -106,7 +106,7 @@ def test_the_buffer_comes_first_and_its_filter_gets_the_real_rollout_id(hf, tmp_
     assert source.buffer == [old]
 
 
-def test_pop_first_is_the_documents():
+def test_pop_first_works_as_in_the_document():
     from vime.rollout.buffer import pop_first
 
     buffer = [["a"], ["b"], ["c"]]
@@ -166,7 +166,7 @@ def test_prompts_over_the_limit_are_dropped_and_counted(hf, tmp_path):
         make_source(hf, tmp_path, rollout={"max_prompt_len": 1}).get_samples(1)
 
 
-def test_the_chat_template_is_applied_once_and_tools_travel_in_the_metadata(hf, tmp_path):
+def test_the_chat_template_is_applied_once_and_rows_keep_their_tools(hf, tmp_path):
     source = make_source(hf, tmp_path, data={"apply_chat_template": True})
     (group,) = source.get_samples(1)
     assert group[0].prompt == "<|im_start|>user\nq0<|im_end|>\n<|im_start|>assistant\n"
@@ -199,7 +199,7 @@ def test_a_missing_or_damaged_state_is_refused(hf, tmp_path):
         source.load(4)
 
 
-def test_a_buffer_filter_that_gives_too_much_is_refused(hf, tmp_path):
+def test_a_buffer_filter_that_returns_too_many_groups_is_refused(hf, tmp_path):
     source = make_source(hf, tmp_path, rollout={"buffer_filter_path": f"{__name__}.take_all"})
     source.add_samples(source.get_samples(3))
     with pytest.raises(PluginError, match="returned 3 groups"):
@@ -210,7 +210,7 @@ def take_all(args, rollout_id, buffer, num_samples):
     return buffer
 
 
-def test_an_epoch_flag_gives_the_rollouts_that_fit_whole(hf, tmp_path):
+def test_an_epoch_flag_gives_the_number_of_whole_rollouts(hf, tmp_path):
     batch = make_config(hf, batch={"prompts": 4, "num_epoch": 3}).batch
     assert batch.rollouts(num_prompts=10) == 7  # 30 prompts, 4 at a time
     assert make_config(hf, batch={"prompts": 4, "num_rollout": 5}).batch.rollouts(10) == 5

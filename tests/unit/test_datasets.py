@@ -110,7 +110,7 @@ def test_parquet_gives_the_same_rows_as_jsonl(tmp_path):
         ('{"prompt": "x", "label": "1", "metadata": [1]}', ["line 2", "metadata"]),
     ],
 )
-def test_a_malformed_line_is_named_with_its_number_and_what_is_wrong(tmp_path, line, words):
+def test_a_malformed_line_is_reported_with_its_number_and_its_mistake(tmp_path, line, words):
     path = write(tmp_path / "a.jsonl", row(0), line, row(2))
     problems = check_prompt_data(path, input_key="prompt", label_key="label")
     assert len(problems) == 1
@@ -121,7 +121,7 @@ def test_a_malformed_line_is_named_with_its_number_and_what_is_wrong(tmp_path, l
     assert all(word in str(refused.value) for word in words), refused.value
 
 
-def test_rows_with_the_same_problem_are_told_once_with_their_number(tmp_path):
+def test_rows_with_the_same_problem_are_reported_once_with_their_number(tmp_path):
     path = write(tmp_path / "a.jsonl", row(0), *['{"text": "x"}'] * 1200, "{")
     missing, broken = check_prompt_data(path, input_key="prompt")
     assert missing == (

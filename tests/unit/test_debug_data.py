@@ -1,4 +1,4 @@
-"""Samples to dict and back; rollouts to files and back."""
+"""Samples become dicts and rollouts become files, both without a loss."""
 
 import re
 from dataclasses import fields
@@ -48,7 +48,7 @@ FULL = {
 }
 
 
-def test_a_sample_survives_its_dict_with_every_field():
+def test_a_sample_keeps_every_field_through_its_dict():
     assert set(FULL) == {f.name for f in fields(Sample)}
     sample = Sample(**FULL)
     data = sample.to_dict()
@@ -70,7 +70,7 @@ def groups():
     ]
 
 
-def test_a_saved_rollout_trains_as_the_first_time(tmp_path):
+def test_a_saved_rollout_gives_the_same_batch_again(tmp_path):
     path = str(tmp_path / "deep" / "{rollout_id}.pt")
     written = debug_data.save_rollout(path, 7, groups(), {"rollout/groups_taken": 2})
     assert written == tmp_path / "deep" / "7.pt"
@@ -83,7 +83,7 @@ def test_a_saved_rollout_trains_as_the_first_time(tmp_path):
     assert [p.name for p in written.parent.iterdir()] == ["7.pt"]
 
 
-def test_numpy_values_become_plain_and_others_are_refused_by_name(tmp_path):
+def test_numpy_values_become_plain_and_unsavable_values_are_named(tmp_path):
     path = str(tmp_path / "{rollout_id}.pt")
     sample = Sample(**FULL | {"reward": np.float64(0.5), "metadata": {"a": np.arange(2)}})
     debug_data.save_rollout(path, 0, [[sample]], {})
@@ -94,7 +94,7 @@ def test_numpy_values_become_plain_and_others_are_refused_by_name(tmp_path):
         debug_data.save_rollout(path, 0, [[sample]], {})
 
 
-def test_a_rollout_that_is_missing_or_damaged_says_so(tmp_path):
+def test_a_missing_or_damaged_rollout_is_reported(tmp_path):
     path = str(tmp_path / "{rollout_id}.pt")
     with pytest.raises(ConfigError, match="3.pt does not exist. Lower --num-rollout"):
         debug_data.load_rollout(path, 3)
@@ -105,7 +105,7 @@ def test_a_rollout_that_is_missing_or_damaged_says_so(tmp_path):
         debug_data.generate_rollout(None, 0, None, evaluation=True)
 
 
-def test_an_evaluation_has_a_file_of_its_own(tmp_path):
+def test_an_evaluation_has_its_own_file(tmp_path):
     output = RolloutFnEvalOutput({"held": {"rewards": [1.0], "samples": groups()[0][:1]}})
     written = debug_data.save_evaluation(str(tmp_path / "{rollout_id}.pt"), 4, output)
     assert written.name == "eval_4.pt"
@@ -124,7 +124,7 @@ def parsed(tmp_path, words, capsys):
         return capsys.readouterr().err
 
 
-def test_debug_flags_say_who_is_needed(tmp_path, capsys):
+def test_debug_flags_decide_whether_engines_and_trainer_are_needed(tmp_path, capsys):
     loads = parsed(tmp_path, "--load-debug-rollout-data d/{rollout_id}.pt", capsys)
     assert loads.debug.no_engines
     assert loads.total_gpus == 1
@@ -143,5 +143,5 @@ def test_debug_flags_say_who_is_needed(tmp_path, capsys):
         ("--debug-rollout-only --save d --save-interval 1", "has no trainer"),
     ],
 )
-def test_debug_flags_that_contradict_are_refused(tmp_path, capsys, words, said):
+def test_contradicting_debug_flags_are_refused(tmp_path, capsys, words, said):
     assert said in parsed(tmp_path, words, capsys)

@@ -1,4 +1,4 @@
-"""`--dry-run` says what a configuration means and starts nothing. Its figures can be redone."""
+"""`--dry-run` explains a configuration and starts nothing. A reader can redo its figures."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def plan(capsys: pytest.CaptureFixture, folder: Path, changes: Flags) -> str:
     return capsys.readouterr().out
 
 
-def test_it_prints_and_exits_with_0(capsys, tmp_path):
+def test_it_prints_the_plan_and_exits_with_0(capsys, tmp_path):
     changes = {
         "--colocate": None,
         "--num-steps-per-rollout": "2",
@@ -45,14 +45,14 @@ def test_it_prints_and_exits_with_0(capsys, tmp_path):
         assert line in text
 
 
-def test_a_bad_configuration_is_refused_before_it_is_shown(capsys, tmp_path):
+def test_a_wrong_configuration_is_refused_and_not_shown(capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         parse_config(words(tmp_path, {"--dry-run": None, "--num-steps-per-rollout": "3"}))
     assert stopped.value.code == 2
     assert capsys.readouterr().out == ""
 
 
-def test_an_unusual_architecture_is_shown_without_memory(capsys, tmp_path):
+def test_an_unknown_architecture_is_shown_without_memory_figures(capsys, tmp_path):
     folder = tmp_path / "other"
     folder.mkdir()
     (folder / "config.json").write_text('{"d_model": 64}')
@@ -60,7 +60,7 @@ def test_an_unusual_architecture_is_shown_without_memory(capsys, tmp_path):
     assert f"unknown: {folder}/config.json describes no architecture that vime trains" in text
 
 
-def test_a_plan_may_be_for_gpus_that_are_not_here(capsys, tmp_path):
+def test_a_plan_can_be_for_gpus_that_this_machine_lacks(capsys, tmp_path):
     changes = {
         "--plan-gpu-memory": "80",
         "--colocate": None,
@@ -81,12 +81,12 @@ def test_a_plan_that_does_not_fit_says_by_how_much(capsys, tmp_path):
     assert "(1.0 GiB), lacks 1." in plan(capsys, tmp_path, {"--plan-gpu-memory": "0.01"})
 
 
-def test_planning_is_not_running(capsys, tmp_path):
+def test_a_flag_of_plans_is_refused_for_a_run(capsys, tmp_path):
     (problem,) = refused(capsys, tmp_path, {"--plan-gpu-memory": "80"})
     assert problem.startswith("--plan-gpu-memory 80.0 is for a plan")
     assert "Add --dry-run" in problem
 
 
-def test_a_trainer_that_stays_is_told(capsys, tmp_path):
+def test_a_trainer_that_stays_on_the_gpus_is_shown(capsys, tmp_path):
     changes = {"--colocate": None, "--no-offload-train": None}
     assert "While engines generate, the trainer keeps " in plan(capsys, tmp_path, changes)

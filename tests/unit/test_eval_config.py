@@ -33,7 +33,7 @@ eval:
 """
 
 
-def test_a_dataset_comes_before_defaults_before_eval_flags_before_rollout_flags(tmp_path):
+def test_dataset_values_override_defaults_override_eval_flags_override_rollout_flags(tmp_path):
     cfg = make_config(
         "none",
         rollout={"temperature": 0.9, "top_p": 0.8, "top_k": 50, "max_context_len": 99},
@@ -53,7 +53,7 @@ def test_a_dataset_comes_before_defaults_before_eval_flags_before_rollout_flags(
     assert cfg.eval.datasets == {"own": "a.jsonl", "plain": "b.jsonl"}
 
 
-def test_naming_one_kind_of_grader_takes_back_the_other(tmp_path):
+def test_naming_one_kind_of_grader_unsets_the_other(tmp_path):
     text = """
 eval:
   defaults: {custom_rm_path: a.b}
@@ -89,7 +89,7 @@ eval:
         ("eval: {datasets: [{name: a, path: p}, {name: a, path: q}]}", "'a' twice"),
     ],
 )
-def test_a_wrong_file_is_refused_in_its_own_words(tmp_path, text, words):
+def test_a_wrong_file_is_refused_with_its_own_mistake(tmp_path, text, words):
     with pytest.raises(ConfigError, match=words):
         read_eval_config(write(tmp_path, text))
 
@@ -129,7 +129,7 @@ def test_what_fits_the_rollouts_but_not_an_evaluation_is_refused_at_the_start(tm
     assert "--eval-config, a: --rollout-max-prompt-len 9 leaves no room" in capsys.readouterr().err
 
 
-def test_all_of_a_files_problems_come_out_of_the_command_line_together(tmp_path, capsys):
+def test_the_command_line_reports_all_problems_of_a_file_together(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
     prompts = write_prompts(tmp_path / "q.jsonl", 2)
     text = "eval: {datasets: [{name: a, path: p, top_kk: 1}, {name: b}]}"
@@ -149,7 +149,7 @@ def test_all_of_a_files_problems_come_out_of_the_command_line_together(tmp_path,
 
 
 def answer(prompt, params):
-    """Digits of the prompt, boxed: right for write_prompts; "B" where the prompt begins with c."""
+    """The prompt's digits, boxed, are right for `write_prompts`. Prompts with "c" get "B"."""
     if prompt[0] == ids_of("c")[0]:
         return [*ids_of("B"), 2], 0.001
     return [*ids_of("\\boxed{" + chr(28 + prompt[1]) + "}"), 2], 0.001
@@ -220,7 +220,7 @@ eval:
     assert any(p.startswith("--eval-config, b:") and "Expected: async f(" in p for p in problems)
 
 
-def test_intervals_come_from_how_prompts_differ():
+def test_confidence_intervals_come_from_the_differences_between_prompts():
     groups = [[Sample(response_length=2, status=Status.TRUNCATED)] * 2 for _ in range(4)]
     values = metrics.of_evaluation("x", groups, [[1, 1], [1, 0], [0, 0], [0, 0]])
     assert values["eval/x"] == 0.375

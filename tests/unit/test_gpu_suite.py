@@ -1,4 +1,4 @@
-"""How GPU benchmarks share GPUs and time; jobs here note what they got."""
+"""How GPU benchmarks share GPUs and time. The jobs here note their GPUs and times."""
 
 from __future__ import annotations
 
@@ -53,21 +53,21 @@ def test_no_gpu_serves_two_jobs_at_once(job: Callable, tmp_path: Path) -> None:
             assert not (together and mine & others)
 
 
-def test_alone_means_one_after_the_other(job: Callable, tmp_path: Path) -> None:
+def test_with_alone_jobs_run_one_after_the_other(job: Callable, tmp_path: Path) -> None:
     jobs = [job("a", 1, 0.2), job("b", 1, 0.2)]
     run_all(jobs, ["0", "1"], tmp_path, time.monotonic() + 30, alone=True)
     (_, _, first_ended), (_, second_began, _) = notes(tmp_path, "a"), notes(tmp_path, "b")
     assert first_ended < second_began
 
 
-def test_when_the_time_is_up_a_job_ends_with_what_it_started(
+def test_when_the_time_is_up_a_job_ends_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script, log = tmp_path / "parent.py", tmp_path / "slow.log"
     script.write_text(PARENT)
 
     def now() -> float:
-        """The deadline comes as soon as the job has a child."""
+        """The deadline, 1.0, as soon as the job has a child."""
         return float(log.exists() and log.read_text().endswith("\n"))
 
     clock = SimpleNamespace(monotonic=now, sleep=time.sleep, strftime=time.strftime)
@@ -78,14 +78,14 @@ def test_when_the_time_is_up_a_job_ends_with_what_it_started(
 
 
 def alive(pid: int) -> bool:
-    """Not ended, nor a zombie that nobody has waited for."""
+    """Whether the process runs. A zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
 
 
-def test_every_job_names_a_file_that_is_there() -> None:
+def test_every_job_names_an_existing_script_or_module() -> None:
     root = Path(__file__).resolve().parents[2]
     for each in JOBS:
         script, *words = each.command.split()

@@ -23,7 +23,7 @@ from vime.types import Sample, Status
 
 @pytest.fixture(scope="module")
 def pool():
-    """One grader process with more time than any answer of these tests takes."""
+    """One grader process, with a deadline that no answer of these tests needs."""
     pool = GraderPool(1, timeout_s=120.0)
     yield pool
     pool.close()
@@ -42,7 +42,7 @@ def grade(args, *samples):
     return samples[0].reward if len(samples) == 1 else [s.reward for s in samples]
 
 
-def test_the_last_box_counts_and_its_braces_must_close():
+def test_the_last_box_counts_if_its_braces_close():
     assert answers.last_boxed(r"\boxed{1} so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
     assert answers.last_boxed(r"\boxed{1} so \boxed{2") is None
     assert answers.last_boxed("42") is None
@@ -68,7 +68,7 @@ def test_the_last_box_counts_and_its_braces_must_close():
         (r"\sqrt2", r"\sqrt{2}"),
     ],
 )
-def test_spellings_of_one_answer_are_one(a, b):
+def test_spellings_of_one_answer_are_equal(a, b):
     assert answers.normalise(a) == answers.normalise(b)
 
 
@@ -88,7 +88,7 @@ def test_spellings_of_one_answer_are_one(a, b):
         (r"</think>\boxed{}", "1", 0.0),
     ],
 )
-def test_deepscaler_without_algebra(response, label, reward):
+def test_deepscaler_grades_plain_answers_without_algebra(response, label, reward):
     assert deepscaler.quick(response, label, {}) == reward
 
 
@@ -107,7 +107,7 @@ def test_deepscaler_without_algebra(response, label, reward):
         (r"sqrt.__class__", r"\sqrt{2}", 0.0),
     ],
 )
-def test_deepscaler_with_algebra_in_a_grader_process(pool, answer, label, reward):
+def test_deepscaler_grades_the_rest_by_algebra_in_a_grader_process(pool, answer, label, reward):
     response = rf"</think>\boxed{{{answer}}}"
     assert deepscaler.quick(response, label, {}) is None
     assert pool.submit("deepscaler", response, label, {}).result(240) == reward
@@ -117,7 +117,7 @@ def test_deepscaler_with_algebra_in_a_grader_process(pool, answer, label, reward
     ("answer", "label", "reward"),
     [("834", "834", 1.0), ("835", "834", 0.0), ("0.50", r"\frac{1}{2}", 1.0), ("", "", 0.0)],
 )
-def test_math_compares_plain_numbers_at_once(answer, label, reward):
+def test_math_compares_plain_numbers_itself(answer, label, reward):
     assert math.quick(rf"\boxed{{{answer}}}", label, {}) == reward
 
 
@@ -125,14 +125,14 @@ def test_math_compares_plain_numbers_at_once(answer, label, reward):
     ("answer", "label", "reward"),
     [(r"\sqrt{8}", r"2\sqrt{2}", 1.0), (r"\{1,2\}", r"\{2,1\}", 1.0), (r"x+1", "x", 0.0)],
 )
-def test_math_asks_math_verify_for_the_rest(pool, answer, label, reward):
+def test_math_uses_math_verify_for_the_rest(pool, answer, label, reward):
     pytest.importorskip("math_verify")
     response = rf"\boxed{{{answer}}}"
     assert math.quick(response, label, {}) is None
     assert pool.submit("math", response, label, {}).result(240) == reward
 
 
-def test_dapo_reads_the_answer_line_of_the_tail():
+def test_dapo_reads_the_answer_line_near_the_end():
     assert dapo.grade("so\nAnswer: 42", "42", {}) == {"score": 1.0, "acc": True, "pred": "42"}
     assert dapo.grade("Answer: $x = 1,042$.<|im_end|>", "1042", {})["acc"]
     assert dapo.grade("Answer: 41", "42", {})["score"] == -1.0
@@ -161,7 +161,7 @@ def test_gpqa_reads_the_letter(response, reward):
     assert gpqa.grade(response, "two", {"choices": choices}) == reward
 
 
-def test_the_first_grader_that_is_set_wins():
+def test_the_most_specific_grader_wins():
     here = f"{__name__}."
     metadata = {"rm_type": "f1"}
     sample = lambda **kw: finished(r"\boxed{5}", "5", **kw)  # noqa: E731
@@ -190,7 +190,7 @@ async def too_few(args, samples, **kwargs):
     return [1.0]
 
 
-def test_group_rm_grades_the_group_at_once_and_must_answer_for_each():
+def test_group_rm_grades_a_whole_group_and_must_return_a_reward_for_each_sample():
     samples = [finished("x", "y", index=i) for i in range(3)]
     args = make_args(group_rm=True, custom_rm_path=f"{__name__}.by_rank")
     assert grade(args, *samples) == [0.0, 1.0, 2.0]
@@ -199,13 +199,13 @@ def test_group_rm_grades_the_group_at_once_and_must_answer_for_each():
         grade(args, *[finished("x", "y", index=i) for i in range(3)])
 
 
-def test_boxed_prefix_grades_what_the_box_holds():
+def test_the_boxed_prefix_grades_the_content_of_the_box():
     assert grade(make_args(rm_type="boxed_f1"), finished(r"noise \boxed{a cat}", "cat")) == 1.0
     assert grade(make_args(rm_type="f1"), finished(r"noise \boxed{a cat}", "cat")) < 1.0
 
 
 @pytest.mark.parametrize("name", [name for name, grader in GRADERS.items() if grader.takes_box])
-def test_boxed_prefix_is_refused_where_the_grader_looks_for_the_box(name):
+def test_the_boxed_prefix_is_refused_where_the_grader_reads_boxes_itself(name):
     with pytest.raises(ConfigError, match=f"boxed_{name} would take the box away.*Use {name}"):
         make_args(rm_type=f"boxed_{name}", reward_key="score")
     named = {"rm_type": f"boxed_{name}"}
@@ -223,7 +223,7 @@ def test_a_right_answer_in_a_box_is_right_wherever_the_prefix_is_allowed():
         assert grade(make_args(rm_type=f"boxed_{name}"), sample) == 1.0, name
 
 
-def test_random_is_the_same_in_every_run():
+def test_random_gives_the_same_rewards_in_every_run():
     first = [grade(make_args(rm_type="random"), finished("", "", index=i)) for i in range(20)]
     again = [grade(make_args(rm_type="random"), finished("", "", index=i)) for i in range(20)]
     assert first == again
@@ -239,7 +239,7 @@ def infinite(args, sample):
 
 
 @pytest.mark.parametrize("name", ["nothing", "infinite"])
-def test_a_reward_that_is_none_fails_the_sample_with_its_reason(name):
+def test_an_unusable_reward_fails_the_sample_with_its_reason(name):
     sample = finished("x", "y")
     assert grade(make_args(custom_rm_path=f"{__name__}.{name}"), sample) is None
     assert sample.status is Status.FAILED
@@ -247,7 +247,7 @@ def test_a_reward_that_is_none_fails_the_sample_with_its_reason(name):
 
 
 @pytest.mark.parametrize("answer", ["x" + "+x" * 400, "{" * 100_000], ids=["long", "unclosed"])
-def test_a_long_expression_is_judged(pool, answer):
+def test_a_long_expression_is_graded(pool, answer):
     response = rf"</think>\boxed{{{answer}}}"
     assert pool.submit("deepscaler", response, r"\sqrt{2}", {}).result(240) == 0.0
 
@@ -259,10 +259,10 @@ def test_a_long_expression_is_judged(pool, answer):
         ("math", "9^{9^{9^{2}}}-x", r"x^{9^{9^{9}}}"),
     ],
 )
-def test_a_hostile_expression_costs_its_deadline_and_the_next_answer_is_graded(
+def test_a_hostile_expression_times_out_and_the_next_answer_is_graded(
     pool, monkeypatch, grader, answer, label
 ):
-    """A timeout, and not a wrong answer: these expressions would keep a grader busy for years."""
+    """These expressions would keep a grader busy for years. A timeout is not a wrong answer."""
     with monkeypatch.context() as hasty:
         hasty.setattr(pool, "timeout_s", 1.0)
         hostile = pool.submit(grader, rf"</think>\boxed{{{answer}}}", label, {})
@@ -282,7 +282,7 @@ def test_256_plain_answers_take_a_tenth_of_a_cpu_second_and_no_grader_process(mo
     assert {s.reward for s in samples} == {1.0}
 
 
-def test_remote_rm_posts_and_a_4xx_is_not_tried_again():
+def test_remote_rm_posts_the_sample_and_does_not_retry_a_4xx():
     from aiohttp import web
 
     seen = []
@@ -316,7 +316,7 @@ def test_remote_rm_posts_and_a_4xx_is_not_tried_again():
     assert "HTTP 400" in bad.failure
 
 
-def test_reward_flags_that_cannot_work_are_named():
+def test_reward_flags_that_cannot_work_are_refused_by_name():
     def problems(**reward):
         return grading.check_rewards(make_args(**reward).config)
 
@@ -332,7 +332,7 @@ def test_reward_flags_that_cannot_work_are_named():
         make_args(rm_type="dapo")
 
 
-def test_a_package_that_a_grader_lacks_is_named_before_the_run(monkeypatch):
+def test_a_missing_package_of_a_grader_is_reported_before_the_run(monkeypatch):
     cfg = make_args(rm_type="math").config
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert grading.check_rewards(cfg) == [
@@ -346,18 +346,18 @@ def test_every_grader_file_is_registered():
     assert declared == set(GRADERS)
 
 
-def test_the_documentations_table_says_what_the_graders_give():
+def test_the_documentations_table_matches_the_graders():
     rows = [("`--rm-type`", "reward"), *((f"`{n}`", g.gives) for n, g in GRADERS.items())]
     assert table_in("data-generation.md", "graders") == markdown(rows)
 
 
-def test_the_registry_loads_nothing_that_only_some_graders_need():
+def test_the_registry_imports_no_package_that_only_some_graders_need():
     heavy = {"torch", "sympy", "math_verify", "aiohttp", "numpy"}
     code = f"import sys, vime.rollout.rm_hub.registry; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_an_answer_goes_to_a_worker_where_the_grader_has_no_quick_way(monkeypatch):
+def test_without_a_quick_function_answers_go_to_a_worker(monkeypatch):
     asked = []
 
     class Pool:
@@ -373,7 +373,7 @@ def test_an_answer_goes_to_a_worker_where_the_grader_has_no_quick_way(monkeypatc
     assert asked == [("f1", "cat", "cat", {})]
 
 
-def test_scores_below_0_are_none_for_maxrl():
+def test_scores_below_0_are_refused_for_maxrl():
     def problems(key):
         reward = {"rm_type": "dapo", "reward_key": key}
         cfg = make_config("none", reward=reward, algorithm={"advantage_estimator": "maxrl"})
@@ -383,7 +383,7 @@ def test_scores_below_0_are_none_for_maxrl():
     assert problems("score")[0].endswith("wants rewards from 0 up. Give --reward-key acc.")
 
 
-def test_a_grader_that_compares_needs_a_label():
+def test_a_grader_that_compares_answers_needs_a_label():
     sample = finished(r"\boxed{5}", None)
     assert grade(make_args(rm_type="math"), sample) is None
     assert sample.failure == "grading failed: math compares with a label, and the prompt has none"
@@ -398,7 +398,7 @@ def test_a_grader_that_compares_needs_a_label():
     assert problems("math", label_key="label") == problems("ifeval") == problems("random") == []
 
 
-def test_no_warning_where_some_response_has_the_mark(caplog):
+def test_missing_thinking_marks_are_warned_of_only_if_no_response_has_one(caplog):
     args = make_args(rm_type="deepscaler")
     samples = [finished("x", "1", reward=0.0), finished("</think> x", "1", reward=0.0)]
     with caplog.at_level(logging.WARNING):
@@ -417,7 +417,7 @@ def test_no_warning_where_some_response_has_the_mark(caplog):
         ("2 <| 3 |>", "2 <| 3 |>"),
     ],
 )
-def test_end_marks_are_no_part_of_an_answer(response, text):
+def test_end_marks_are_removed_from_an_answer(response, text):
     assert grading.without_end_mark(response) == text
 
 
@@ -485,7 +485,7 @@ def test_an_instruction_is_followed_or_not(name, given, right, wrong):
     assert ifeval.grade(wrong, None, metadata) == 0.0
 
 
-def test_every_instruction_has_an_example_and_all_must_be_followed():
+def test_every_instruction_has_an_example_and_a_response_must_follow_all():
     assert {case[0] for case in INSTRUCTIONS} == set(ifeval.CHECKS)
     both = ["punctuation:no_comma", "change_case:english_lowercase"]
     metadata = {"instruction_id_list": both, "rm_type": "ifeval"}

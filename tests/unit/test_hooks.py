@@ -23,7 +23,7 @@ from vime.types import RolloutFnEvalOutput, Sample, Status
 HERE = __name__
 EXAMPLES = "examples.hooks.hooks"
 
-# (section, field) -> the examples for that flag
+# {(section, field): names of the examples for its flag}
 FIELDS = {
     ("data", "data_source_path"): ["HardestLast"],
     ("rollout", "buffer_filter_path"): ["newest_first"],
@@ -45,14 +45,14 @@ CASES = [(where, name) for where, names in FIELDS.items() for name in names]
 
 
 def naming(section, field, path, **more):
-    """A configuration whose one hook is `path`."""
+    """A configuration whose only hook is `path`."""
     return make_config(
         "none", **{section: {field: [path] if field.endswith("s") else path, **more}}
     )
 
 
 @pytest.mark.parametrize(("where", "name"), CASES, ids=[name for _, name in CASES])
-def test_each_example_can_be_named_by_its_flag(where, name):
+def test_each_example_is_accepted_by_its_flag(where, name):
     more = {"group_rm": True} if name == "shortest_wins" else {}
     cfg = naming(*where, f"{EXAMPLES}.{name}", **more)
     assert check_plugins(cfg) == []
@@ -70,7 +70,7 @@ def test_every_flag_of_a_hook_has_an_example():
     assert named == set(FIELDS)
 
 
-def test_every_function_of_the_examples_is_an_example_of_a_flag():
+def test_every_function_in_the_examples_belongs_to_a_flag():
     defined = {
         name
         for name, thing in vars(examples).items()
@@ -86,7 +86,7 @@ def no_parameters():
 
 
 @pytest.mark.parametrize("where", FIELDS, ids=lambda where: ".".join(where))
-def test_a_wrong_signature_is_refused_with_the_flag_and_the_right_one(where):
+def test_a_wrong_signature_is_refused_with_the_flag_and_the_right_signature(where):
     (problem,) = check_plugins(naming(*where, f"{HERE}.no_parameters"))
     flag, path, *_ = problem.split()
     assert flag.startswith("--")
@@ -129,7 +129,7 @@ def groups():
     return [[sample_of(2 * g + i, r) for i, r in enumerate(rs)] for g, rs in enumerate(GROUPS)]
 
 
-def test_reward_post_processing_takes_the_place_of_normalisation():
+def test_reward_post_processing_replaces_normalisation():
     args = view_of(reward={"post_process_path": f"{EXAMPLES}.centred_on_the_batch"})
     batch = make_train_batch(args, groups(), 4)
     assert [s.reward for s in batch.sequences] == [0.25, -0.75, 0.25, 0.25]
@@ -153,7 +153,7 @@ def test_converted_columns_become_a_batch_with_weights_and_steps():
     assert batch.metrics["rollout/truncated_ratio"] == 0.0
 
 
-def test_a_converted_batch_is_taken_as_it_is():
+def test_a_converted_batch_is_used_unchanged():
     args = view_of(rollout={"convert_path": f"{EXAMPLES}.every_other_group"})
     batch = make_train_batch(args, groups(), 4)
     assert [s.index for s in batch.sequences] == [0, 1]
@@ -164,7 +164,7 @@ def double(args, samples):
     return raw, raw
 
 
-def test_the_postprocess_hook_has_the_last_word():
+def test_the_postprocess_hook_runs_last():
     args = view_of(
         rollout={"data_postprocess_path": f"{EXAMPLES}.clip_scores"},
         reward={"post_process_path": f"{HERE}.double"},
@@ -219,7 +219,7 @@ def run(engine, cfg, source=None, rollout_id=0):
 
 
 def test_the_examples_work_together_in_a_rollout(config, capsys):
-    """Data source, buffer filter, generation, reward, sample hook, filters: all in one."""
+    """One rollout with data source, buffer filter, generation, reward, sample hook and filters."""
     names = {
         "buffer_filter_path": "newest_first",
         "function_path": "warm_up_rollout",
@@ -249,7 +249,7 @@ def test_the_examples_work_together_in_a_rollout(config, capsys):
     assert source.get_samples(1) == [new]
 
 
-def test_evaluation_tells_a_generation_function_that_it_is_one(config, tmp_path):
+def test_a_generation_function_learns_that_it_generates_for_an_evaluation(config, tmp_path):
     path = write_prompts(tmp_path / "eval.jsonl", 2)
     cfg = config(
         rollout={"custom_generate_path": f"{EXAMPLES}.try_twice"},
@@ -258,7 +258,7 @@ def test_evaluation_tells_a_generation_function_that_it_is_one(config, tmp_path)
     )
     with FakeEngine(answer) as engine:
         output = generate_rollout(engine.args(cfg), 0, None, evaluation=True)
-        assert len(engine.log) == 2  # not twice
+        assert len(engine.log) == 2  # once for each prompt
     assert output.metrics["eval/held"] == 1.0
     quiet = examples.no_evaluation_yet(None, 3, None)
     assert quiet.metrics == {"eval/skipped": 1.0}

@@ -1,4 +1,4 @@
-"""Which stack scripts/install.sh chooses, and that both lock files hold what vime asks for."""
+"""The stack that scripts/install.sh chooses, and the contents of both lock files."""
 
 import os
 import re
@@ -12,7 +12,7 @@ GPU = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)"
 
 
 def install(folder: Path, *words: str, driver: str | None = None) -> str:
-    """What the script says on a machine with (driver) or without a GPU, and with no Python."""
+    """The script's output on a machine without Python, with a GPU if `driver` is given."""
     folder.mkdir(exist_ok=True)
     smi = folder / "nvidia-smi"
     answer = f'[ "$1" = -L ] && echo "{GPU}" || echo {driver}' if driver else "exit 9"
@@ -29,7 +29,7 @@ def install(folder: Path, *words: str, driver: str | None = None) -> str:
     return done.stdout + done.stderr
 
 
-def test_a_gpu_decides_and_a_word_overrules_it(tmp_path):
+def test_a_gpu_decides_and_an_option_overrides_it(tmp_path):
     either, new = "vime needs Python 3.11 or 3.12 ", "vime needs Python 3.12 "
     assert either in install(tmp_path)
     assert new in install(tmp_path, driver="580.65.06")
@@ -37,14 +37,14 @@ def test_a_gpu_decides_and_a_word_overrules_it(tmp_path):
     assert either in install(tmp_path, "--cpu", driver="580.65.06")
 
 
-def test_an_old_driver_is_noted(tmp_path):
+def test_an_old_driver_gives_a_note(tmp_path):
     assert "CUDA 13 wants an NVIDIA driver of 580 or later; this is 550.90" in install(
         tmp_path, driver="550.90.07"
     )
     assert "driver" not in install(tmp_path, driver="580.65.06")
 
 
-def test_an_unknown_word_is_refused(tmp_path):
+def test_an_unknown_option_is_refused(tmp_path):
     assert "--cuda is not known. Use --gpu, --cpu" in install(tmp_path, "--cuda")
 
 
@@ -54,7 +54,7 @@ def pins(lock: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("variant", ["cpu", "gpu"])
-def test_a_lock_holds_what_was_asked_for(variant):
+def test_a_lock_holds_the_requested_packages(variant):
     asked = (ROOT / f"requirements/{variant}.in").read_text()
     locked = pins(ROOT / f"requirements/{variant}.txt")
     names = re.findall(r"^([a-z0-9-]+)(?:\[\w+\])?(?:==(\S+))?", asked, re.MULTILINE)
@@ -63,7 +63,7 @@ def test_a_lock_holds_what_was_asked_for(variant):
         assert locked[name] == version or not version
 
 
-def test_both_stacks_ask_for_the_same_parts():
+def test_both_stacks_request_the_same_packages():
     def names(variant: str) -> set[str]:
         text = (ROOT / f"requirements/{variant}.in").read_text()
         return set(re.findall(r"^[a-z0-9-]+", text, re.MULTILINE))

@@ -1,4 +1,4 @@
-"""Metrics that survive crashes and resumes, and what a person sees of them."""
+"""Metrics survive crashes and resumes; progress, plots and trackers show them."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def steps_in(folder):
     return [r["step"] for r in read_metrics(folder)]
 
 
-def test_each_step_is_one_line_and_is_there_before_the_run_ends(tmp_path):
+def test_each_step_is_one_line_and_is_written_before_the_run_ends(tmp_path):
     log = MetricsLog(tmp_path)
     log.log(0, {"eval/addition": 0.3})
     log.log(1, {"rollout/raw_reward": np.float32(0.5), "train/loss": torch.tensor(2)})
@@ -56,7 +56,7 @@ def test_each_step_is_one_line_and_is_there_before_the_run_ends(tmp_path):
     assert json.loads(lines[1])["train/loss"] == 2
 
 
-def test_a_value_that_json_lacks_is_null_and_named(tmp_path):
+def test_a_non_finite_value_is_null_and_listed(tmp_path):
     record = MetricsLog(tmp_path).log(1, {"train/loss": math.nan, "train/grad_norm": math.inf})
     assert record["train/loss"] is None
     assert record["non_finite"] == {"train/loss": "nan", "train/grad_norm": "inf"}
@@ -64,14 +64,14 @@ def test_a_value_that_json_lacks_is_null_and_named(tmp_path):
     json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
 
 
-def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
+def test_a_resumed_run_drops_the_steps_after_its_checkpoint(tmp_path):
     log_steps(tmp_path, range(0, 26), source=0)
     log_steps(tmp_path, range(21, 31), start_step=20, source=1)
     assert steps_in(tmp_path) == list(range(31))
     assert [r["source"] for r in read_metrics(tmp_path)] == [0] * 21 + [1] * 10
 
 
-def test_a_step_logged_again_on_resume_stays_one_line_and_keeps_its_first_values(tmp_path):
+def test_a_step_that_a_resume_logs_again_keeps_its_line_and_its_first_values(tmp_path):
     log_steps(tmp_path, range(0, 21), source=0)
     with MetricsLog(tmp_path, start_step=20) as log:
         log.log(20, {"source": 1, "eval/addition": 0.9})
@@ -82,7 +82,7 @@ def test_a_step_logged_again_on_resume_stays_one_line_and_keeps_its_first_values
     assert records[20]["eval/addition"] == 0.9
 
 
-def test_a_resumed_run_that_logs_nothing_loses_nothing(tmp_path):
+def test_a_resumed_run_that_logs_nothing_keeps_all_lines(tmp_path):
     log_steps(tmp_path, range(0, 21))
     MetricsLog(tmp_path, start_step=20).close()
     assert steps_in(tmp_path) == list(range(21))
@@ -94,7 +94,7 @@ def test_a_new_run_in_an_old_folder_starts_an_empty_file(tmp_path):
     assert steps_in(tmp_path) == [0, 1]
 
 
-def test_a_run_killed_between_the_commit_and_the_line_of_a_step_has_that_line(tmp_path):
+def test_a_run_killed_between_the_commit_of_a_step_and_its_line_keeps_the_line(tmp_path):
     with MetricsLog(tmp_path) as log:
         log.log(1, {"train/loss": 0.5})
         log.keep(2, {"train/loss": 0.25})  # then the checkpoint is committed, and the run is killed
@@ -131,7 +131,7 @@ def test_a_step_cannot_be_logged_twice(tmp_path):
         log.log(1, {})
 
 
-def test_trackers_get_the_numbers_and_nothing_else(tmp_path):
+def test_trackers_get_only_finite_numbers(tmp_path):
     seen = []
     tracker = SimpleNamespace(log=lambda step, n: seen.append((step, n)), close=lambda: None)
     with MetricsLog(tmp_path, trackers=[tracker]) as log:
@@ -151,10 +151,8 @@ def test_tensorboard_files_hold_the_metrics(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(7, 1.5)]
 
 
-def test_a_wandb_run_records_the_flags_and_counts_steps_on_an_axis_of_its_own(
-    monkeypatch, tmp_path
-):
-    """The package is a stand-in that notes what it is told."""
+def test_a_wandb_run_records_the_flags_and_has_its_own_step_axis(monkeypatch, tmp_path):
+    """A stand-in for the package records its calls."""
     said = []
 
     class Run:
@@ -185,7 +183,7 @@ def test_a_tracker_whose_package_is_missing_names_the_flag(monkeypatch, tmp_path
         make_trackers(tmp_path, use_wandb=True)
 
 
-def test_timers_add_up_and_start_anew_after_being_taken():
+def test_timers_add_up_and_restart_after_they_are_taken():
     clock = iter([0.0, 1.0, 5.0, 7.0, 8.0, 8.5])
     timers = Timers(clock=lambda: next(clock))
     with timers("rollout"):
@@ -198,7 +196,7 @@ def test_timers_add_up_and_start_anew_after_being_taken():
     assert timers.take() == {"perf/actor_train_time": 0.5}
 
 
-def test_eval_scores_are_told_from_their_details():
+def test_eval_scores_are_distinguished_from_their_details():
     record = {
         "eval/add-3": 0.5, "eval/add-3-truncated_ratio": 0.1, "eval/add-3-pass@4": 0.9,
         "eval/step": 5, "rollout/raw_reward": 0.4,
@@ -225,7 +223,7 @@ def test_plain_progress_prints_a_line_with_reward_score_and_time_left():
     assert lines[2] == "rollout 2/4  reward 0.250  left 0:20  rollout 7.0s"
 
 
-def test_plain_progress_leaves_out_lines_that_come_too_fast_but_not_the_last():
+def test_plain_progress_skips_lines_that_come_too_fast_except_the_last():
     now = [0.0]
     stream = io.StringIO()
     with Progress(400, mode="plain", stream=stream, clock=lambda: now[0]) as progress:
@@ -237,7 +235,7 @@ def test_plain_progress_leaves_out_lines_that_come_too_fast_but_not_the_last():
     assert lines[-1].startswith("rollout 400/400  loss 1.000")
 
 
-def test_live_progress_shows_its_phase_and_stops():
+def test_live_progress_shows_the_step_and_stops():
     stream = io.StringIO()
     with Progress(2, mode="rich", stream=stream) as progress:
         progress.phase("rollout")
@@ -245,7 +243,7 @@ def test_live_progress_shows_its_phase_and_stops():
     assert "1/2" in stream.getvalue()
 
 
-def test_the_live_lines_keep_what_matters_on_a_narrow_terminal(monkeypatch):
+def test_live_progress_keeps_the_main_figures_on_a_narrow_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     stream = io.StringIO()
     with Progress(60, mode="rich", stream=stream) as progress:
@@ -257,23 +255,23 @@ def test_the_live_lines_keep_what_matters_on_a_narrow_terminal(monkeypatch):
         assert words in shown
 
 
-def test_no_progress_prints_nothing():
+def test_progress_of_mode_none_prints_nothing():
     stream = io.StringIO()
     with Progress(2, mode="none", stream=stream) as progress:
         progress.update(1, {"rollout/raw_reward": 0.5})
     assert stream.getvalue() == ""
 
 
-def test_progress_shows_the_loss_where_there_is_no_reward():
+def test_progress_shows_the_loss_if_there_is_no_reward():
     assert result({"train/loss": 0.5}) == "loss 0.500"
     assert result({"train/loss": 0.5, "rollout/raw_reward": 1.0}) == "reward 1.000"
 
 
-def test_times_read_as_on_a_clock():
+def test_times_are_written_as_on_a_clock():
     assert [clock_time(s) for s in (8, 61, 3725)] == ["0:08", "1:01", "1:02:05"]
 
 
-def test_a_reward_is_drawn_at_the_rollouts_its_weights_were_trained_on():
+def test_a_reward_is_drawn_at_the_number_of_rollouts_that_trained_its_weights():
     records = [
         {"step": 0, "eval/addition": 0.3},
         {"step": 1, "rollout/raw_reward": 0.3},
@@ -300,7 +298,7 @@ def settings(**given):
     )
 
 
-def test_a_run_log_writes_into_run_dir_or_else_the_fallback(tmp_path):
+def test_a_run_log_writes_to_run_dir_or_else_to_the_fallback(tmp_path):
     with RunLog(settings(), fallback_dir=str(tmp_path / "save")) as log:
         log.start(0, 2)
         log.phase("train")
@@ -309,7 +307,7 @@ def test_a_run_log_writes_into_run_dir_or_else_the_fallback(tmp_path):
     assert RunLog(settings(run_dir=str(tmp_path)), fallback_dir="elsewhere").run_dir == tmp_path
 
 
-def test_a_run_log_that_never_started_leaves_old_metrics_alone(tmp_path):
+def test_a_run_log_that_never_started_keeps_old_metrics(tmp_path):
     log_steps(tmp_path, range(0, 3))
     with (
         RunLog(settings(run_dir=str(tmp_path))) as log,

@@ -1,4 +1,4 @@
-"""Whatever the packing, every sequence is trained on exactly once."""
+"""Every packing trains on every sequence exactly once."""
 
 from collections import Counter
 
@@ -51,7 +51,7 @@ def check(plan, positions, size_of, rules):
 
 @given(lengths_strategy, rules_strategy)
 @settings(max_examples=200, deadline=None)
-def test_every_sequence_once_within_the_cap_and_as_many_bins_on_every_rank(lengths, rules):
+def test_a_plan_has_every_sequence_once_within_the_cap_and_equal_counts_per_rank(lengths, rules):
     positions = range(10, 10 + len(lengths))
     size_of = {p: up(n, rules.granularity) for p, n in zip(positions, lengths, strict=True)}
     check(plan_step(positions, lengths, rules), positions, size_of, rules)
@@ -76,7 +76,7 @@ def test_the_forward_plan_keeps_every_sequence_on_its_rank(lengths, rules, cap):
 
 
 def test_first_fit_fills_the_first_bin_with_room():
-    # by length: 6 | 6+... 5 opens the second bin, 4 joins 6, 3 joins 5, 2 joins 5+3
+    # longest first: 6 opens a bin, 5 another, 4 joins 6, 3 joins 5, 2 joins 5 and 3
     assert first_fit([4, 6, 3, 5, 2], cap=10) == [[1, 0], [3, 2, 4]]
 
 
@@ -95,13 +95,13 @@ def test_snug_fit_places_every_sequence_once_within_the_cap(sizes, cap):
     assert len(bins) >= fewest_bins(sizes, cap)
 
 
-def test_the_fewest_bins_that_there_can_be():
+def test_the_smallest_possible_number_of_bins():
     assert fewest_bins([5, 5, 5], cap=10) == 2
     assert fewest_bins([50, 5, 5], cap=10) == 2
     assert fewest_bins([], cap=10) == 0
 
 
-def test_a_sequence_longer_than_the_cap_is_alone():
+def test_a_sequence_longer_than_the_cap_has_its_own_micro_batch():
     plan = plan_step(range(3), [5, 50, 5], PackingRules(max_tokens=10))
     assert sorted(plan.micro_batches[0]) == [(0, 2), (1,)]
 
@@ -119,7 +119,7 @@ def test_too_few_sequences_leave_empty_micro_batches():
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=40), st.integers(1, 6))
 @settings(max_examples=100, deadline=None)
-def test_a_balanced_partition_has_equal_counts_and_is_not_worse_than_dealing(costs, parts):
+def test_a_balanced_partition_has_equal_counts_and_is_at_least_as_even_as_dealing(costs, parts):
     costs = costs[: len(costs) // parts * parts]
     result = balanced_partition(costs, parts)
     assert sorted(i for part in result for i in part) == list(range(len(costs)))
@@ -130,7 +130,7 @@ def test_a_balanced_partition_has_equal_counts_and_is_not_worse_than_dealing(cos
     assert max(balanced, default=0) <= max(dealt, default=0)
 
 
-def test_balancing_evens_out_what_dealing_does_not():
+def test_balancing_is_more_even_than_dealing():
     costs = [8.0, 7.0, 6.0, 5.0, 4.0, 4.0]
     sums = sorted(sum(costs[i] for i in part) for part in balanced_partition(costs, 2))
     assert sums == [17.0, 17.0]
@@ -138,12 +138,12 @@ def test_balancing_evens_out_what_dealing_does_not():
         balanced_partition(costs, 4)
 
 
-def test_one_long_sequence_costs_more_than_the_same_tokens_in_two():
+def test_one_long_sequence_costs_more_than_two_of_half_its_length():
     assert sequence_cost(4096) > 2 * sequence_cost(2048)
 
 
-def test_a_models_own_balance_of_attention_and_matrices():
-    # Qwen3-4B: 100.9M weights a layer, 10.8M of the output layer, 4,096 attention columns
+def test_the_length_at_which_attention_equals_the_rest_follows_from_the_model():
+    # Qwen3-4B: per layer 100.9M weights and 10.8M of the output layer, 4,096 attention columns
     qwen3_4b = {
         "hidden_size": 2560,
         "num_hidden_layers": 36,
@@ -156,12 +156,12 @@ def test_a_models_own_balance_of_attention_and_matrices():
     assert attention_equals_rest(qwen3_4b) == pytest.approx((100_925_440 + 10_804_338) / 4096)
 
 
-def test_where_attention_equals_the_rest_a_sequence_costs_twice_its_tokens():
+def test_a_sequence_of_that_length_costs_twice_its_tokens():
     assert sequence_cost(100, 100) == 200
     assert sequence_cost(100, 50) == 300
 
 
-def test_a_long_tailed_batch_fills_its_packs_and_its_ranks_work_alike():
+def test_a_long_tailed_batch_fills_its_packs_and_gives_ranks_equal_work():
     rng = np.random.default_rng(0)
     lengths = (np.clip(rng.lognormal(7.6, 0.8, 256), 64, 8192).astype(int) + 200).tolist()
     plan = plan_step(range(256), lengths, PackingRules(dp=2, max_tokens=9216, balance=True))

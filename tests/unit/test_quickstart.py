@@ -32,7 +32,7 @@ def question(row):
     return row.get("prompt", row.get("messages"))[0]["content"]
 
 
-def test_careful_work_is_written_from_the_units_and_ends_with_the_sum():
+def test_careful_work_starts_with_the_units_and_ends_with_the_sum():
     work = solve(Problem(478, 356), random.Random(0), forget_carry=0, slip=0)
     assert work == "8+6+0=14\n7+5+1=13\n4+3+1=8\n\\boxed{834}"
 
@@ -57,7 +57,7 @@ def test_about_four_demonstrations_in_ten_are_right(data):
     assert abs(right / len(data["sft"]) - SHARE_RIGHT) < 0.02
 
 
-def test_labels_are_the_true_sums_in_the_form_that_the_flags_name(data):
+def test_labels_are_the_true_sums_in_the_form_that_the_flags_expect(data):
     for row in data["train"] + data["eval"]:
         [message] = row["prompt"]
         assert message["role"] == "user"
@@ -71,13 +71,13 @@ def test_held_out_problems_are_in_no_training_file(data):
     assert not held_out & {question(row) for row in data["train"] + data["sft"]}
 
 
-def test_a_seed_fixes_the_data_and_another_changes_it():
+def test_a_seed_fixes_the_data_and_another_seed_changes_it():
     assert [*islice(problems(3, "train"), 9)] == [*islice(problems(3, "train"), 9)]
     assert [*islice(problems(3, "train"), 9)] != [*islice(problems(4, "train"), 9)]
     assert [*islice(problems(3, "train"), 9)] != [*islice(problems(3, "sft"), 9)]
 
 
-def test_the_tokenizer_gives_back_the_text(tokenizer, data):
+def test_the_tokenizer_restores_the_text(tokenizer, data):
     for row in data["sft"][:200]:
         text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -85,7 +85,7 @@ def test_the_tokenizer_gives_back_the_text(tokenizer, data):
     assert tokenizer.decode(tokenizer(odd)["input_ids"]) == odd
 
 
-def test_every_digit_is_a_token_of_its_own(tokenizer):
+def test_every_digit_is_one_token(tokenizer):
     tokens = tokenizer.tokenize("9078+1234=10312")
     assert tokens == list("9078+1234=10312")
 
@@ -148,14 +148,14 @@ def test_finished_stages_are_skipped(tmp_path):
     assert all(d.reused for d in done)
 
 
-def test_a_change_redoes_the_stage_and_all_that_follow(tmp_path):
+def test_a_change_repeats_the_stage_and_all_later_stages(tmp_path):
     calls = []
     run_quietly(tmp_path, calls)
     run_quietly(tmp_path, calls, text="2")
     assert calls == ["first", "second"] * 2
 
 
-def test_a_stage_whose_output_is_gone_is_done_again(tmp_path):
+def test_a_stage_whose_output_is_gone_is_repeated(tmp_path):
     calls = []
     run_quietly(tmp_path, calls)
     (tmp_path / "second").unlink()
@@ -163,7 +163,7 @@ def test_a_stage_whose_output_is_gone_is_done_again(tmp_path):
     assert calls == ["first", "second", "second"]
 
 
-def test_a_stage_that_was_cut_off_is_done_again_on_a_clean_place(tmp_path):
+def test_an_interrupted_stage_is_repeated_without_its_partial_output(tmp_path):
     def cut_off():
         (tmp_path / "out").write_text("half")
         raise KeyboardInterrupt
@@ -182,13 +182,13 @@ def test_a_stage_that_was_cut_off_is_done_again_on_a_clean_place(tmp_path):
     assert (tmp_path / "out").read_text() == "whole"
 
 
-def test_a_stage_that_makes_nothing_is_an_error(tmp_path):
+def test_a_stage_without_output_is_an_error(tmp_path):
     stage = Stage("s", "s", lambda: None, (tmp_path / "out",), ())
     with pytest.raises(FileNotFoundError, match="out"):
         run_stages([stage], tmp_path / "stages", lambda words: None)
 
 
-def test_the_latest_export_is_the_highest_number_not_the_last_word(tmp_path):
+def test_the_latest_export_has_the_highest_number(tmp_path):
     for name in ("9", "59", "notes"):
         (tmp_path / name).mkdir()
     assert latest_export(tmp_path).name == "59"
@@ -196,7 +196,7 @@ def test_the_latest_export_is_the_highest_number_not_the_last_word(tmp_path):
         latest_export(tmp_path / "nothing")
 
 
-def test_the_summary_is_the_first_and_the_last_evaluation():
+def test_the_summary_has_the_first_and_the_last_evaluation():
     records = [
         {"step": 0, "eval/addition": 0.3, "eval/addition-truncated_ratio": 0.0},
         {"step": 5, "eval/addition": 0.6, "rollout/raw_reward": 0.5},
@@ -208,7 +208,7 @@ def test_the_summary_is_the_first_and_the_last_evaluation():
         summarize(records[1:])
 
 
-def test_the_quickstart_goes_on_in_the_folder_it_began_in(tmp_path):
+def test_the_command_to_continue_names_the_same_folder(tmp_path):
     command = Recipe(tmp_path / "a b", seed=2).continue_command(60)
     assert f"RUN_DIR='{tmp_path}/a b'" in command
     assert "NUM_ROLLOUT=120" in command
@@ -216,7 +216,7 @@ def test_the_quickstart_goes_on_in_the_folder_it_began_in(tmp_path):
     assert "scripts/run-tiny-cpu.sh" in command
 
 
-def test_the_warm_up_s_flags_are_accepted_and_make_one_pass_over_its_data(tmp_path):
+def test_the_flags_of_the_warm_up_parse_and_make_one_pass_over_its_data(tmp_path):
     pytest.importorskip("transformers")
     from vime.cli import parse_config
 

@@ -16,10 +16,10 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 RECIPES = sorted(SCRIPTS.glob("run-*.sh"))
 MODELS = sorted((SCRIPTS / "models").glob("*.sh"))
 
-HF_CONFIGS = Path(__file__).parent / "hf_configs"  # what the published config.json say
+HF_CONFIGS = Path(__file__).parent / "hf_configs"  # the published config.json files
 CONFIGS = {path.stem: json.loads(path.read_text()) for path in HF_CONFIGS.glob("*.json")}
 CONFIGS["qwen3-tiny"] = QWEN3_TINY
-# Left to config.json: what no script needs to say, and what differs between a model's variants.
+# Values that scripts leave to config.json: for no script, and for models with variants.
 UNSAID = {"max_position_embeddings", "position_embedding_type"}
 UNSAID_BY = {
     "qwen2.5-32B": {"norm_epsilon"},
@@ -34,7 +34,7 @@ UNSAID_BY = {
 
 
 def printed_words(command: list[str], **env: str) -> list[str]:
-    """What a shell script would have passed to Python: its PYTHON is a printer of words."""
+    """The words that a shell script passes to Python. $PYTHON is a script that prints them."""
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=30, check=True, env=os.environ | env
     )
@@ -63,13 +63,13 @@ def recipe_argv(script: Path, folder: Path, config: dict, **env: str) -> tuple[s
 
 
 def config_for(script: Path) -> dict:
-    """The model that a recipe sources, by its own line."""
+    """The config of the model whose script the recipe sources."""
     text = script.read_text()
     (name,) = [model.stem for model in MODELS if f"models/{model.name}" in text]
     return CONFIGS[name]
 
 
-def test_there_are_recipes_and_models():
+def test_the_shipped_recipes_and_models_are_complete():
     ours = {f"run-{name}.sh" for name in ("qwen3-4B", "qwen3-0.6B-1gpu", "qwen3-0.6B-2gpu")}
     assert {r.name for r in RECIPES} >= ours | {"run-tiny-cpu.sh"}
     assert {m.stem for m in MODELS} == set(CONFIGS)
@@ -87,7 +87,7 @@ def test_a_recipe_parses(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.name)
-def test_flags_given_to_a_recipe_come_last_and_win(script, tmp_path):
+def test_flags_after_a_recipe_override_its_own(script, tmp_path):
     printer = recipe_argv(script, tmp_path, config_for(script))
     assert printer[0] == "train.py"
     argv = printed_words(
@@ -119,7 +119,7 @@ EIGHT_GPUS = {
 
 @pytest.mark.parametrize("mode", EIGHT_GPUS)
 def test_the_founding_recipe_is_planned_for_eight_gpus(mode, tmp_path, capsys):
-    """On a machine without any: layout, batch and a peak that 80 GB hold."""
+    """On a machine without GPUs: layout, batch and a peak below 80 GB."""
     wanted, engines, trainers = EIGHT_GPUS[mode]
     script = SCRIPTS / "run-qwen3-4B.sh"
     entry, argv = recipe_argv(script, tmp_path, CONFIGS["qwen3-4B"], MODE=mode)
@@ -169,7 +169,7 @@ def test_a_ray_job_without_a_cluster_is_refused():
 
 
 @pytest.mark.parametrize("script", MODELS, ids=lambda path: path.stem)
-def test_model_args_are_those_derived_from_the_config(script, tmp_path):
+def test_model_args_agree_with_the_config(script, tmp_path):
     argv = printed_words(["bash", "-c", f'source {script}; printf "%s\\n" "${{MODEL_ARGS[@]}}"'])
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[script.stem]))
     argv += ["--hf-checkpoint", str(tmp_path), "--save", str(tmp_path / "out")]
@@ -185,7 +185,7 @@ def test_model_args_are_those_derived_from_the_config(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.name)
-def test_a_recipe_ends_nothing_that_it_did_not_start(script):
+def test_a_recipe_ends_no_process_that_it_did_not_start(script):
     text = script.read_text() + (SCRIPTS / "launch.sh").read_text()
     for word in ("pkill", "killall", "ray stop", "kill -9"):
         assert word not in text

@@ -1,4 +1,4 @@
-"""--megatron-config-path: what differs between actor and critic, and what may not."""
+"""--megatron-config-path: values that differ between actor and critic."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def entry(role: str, **overrides: object) -> str:
     return f"  - name: default\n    role: {role}\n    overrides:\n{lines}"
 
 
-def test_the_critic_has_its_own_values_and_the_rest_of_the_actors(tmp_path, capsys):
+def test_the_critic_has_its_own_values_and_otherwise_the_actors(tmp_path, capsys):
     text = "megatron:\n" + entry("actor", lr="1e-6", clip_grad=0.5, use_kl_loss="true")
     text += entry("critic", lr="1e-5", lr_warmup_iters=7, adam_beta2=0.99)
     argv = words(tmp_path, PPO | written(tmp_path, text) | {"--lr-warmup-iters": "2"})
@@ -54,12 +54,12 @@ def test_the_critic_has_its_own_values_and_the_rest_of_the_actors(tmp_path, caps
         ("megatron:\n" + entry("critic", min_lr=1), PPO, "of the critic, --min-lr 1.0 is above"),
     ],
 )
-def test_what_the_file_cannot_say_is_refused(capsys, tmp_path, text, flags, expected):
+def test_a_wrong_entry_is_refused(capsys, tmp_path, text, flags, expected):
     (problem,) = refused(capsys, tmp_path, flags | written(tmp_path, text))
     assert problem.startswith(f"--megatron-config-path {tmp_path}/roles.yaml")
     assert expected in problem
 
 
-def test_what_the_command_line_says_too_is_no_contradiction(tmp_path):
+def test_the_command_line_may_repeat_a_value_of_the_file(tmp_path):
     text = "megatron:\n" + entry("actor", lr="1e-6", sequence_parallel="false")
     assert parse_config(words(tmp_path, written(tmp_path, text) | {"--lr": "1e-6"}))

@@ -1,9 +1,9 @@
-"""The arithmetic of the rollout's benchmarks, on made-up measurements."""
+"""The arithmetic of the rollout benchmarks, on invented measurements."""
 
 from benchmarks import grading, rollout
 
 
-def test_the_ratio_is_taken_run_by_run(monkeypatch):
+def test_the_ratio_is_computed_for_each_run(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "1")
     common = {"cpu": 0.5, "server_cpu_s": 4.0, "router_cpu_s": 1.0, "direct_cpu_s": 3.0}
     runs = [
@@ -35,7 +35,7 @@ def test_grading_figures_name_the_peer(monkeypatch):
     assert (figures["cpu_per_answer"]["value"], figures["cpu_per_answer"]["peer"]) == (1e4, 1e5)
 
 
-def test_the_answers_are_of_every_kind_and_their_graders_agree_that_most_are_right():
+def test_the_answers_are_of_every_kind_and_most_of_them_are_right():
     answers = grading.make_answers(400)
     assert answers == grading.make_answers(400)
     boxes = sum("\\boxed" in response for response, _ in answers)

@@ -1,4 +1,4 @@
-"""The sampling loop on a simulated engine: latencies, failures and filters as hypothesis likes."""
+"""The sampling loop on a simulated engine with random latencies, failures and filters."""
 
 import asyncio
 import random
@@ -13,12 +13,12 @@ from vime.types import DynamicFilterOutput, Sample, Status
 
 
 class Simulation:
-    """Groups of two that take a few turns of the event loop, drop or fail by chance."""
+    """Groups of two samples that take a few turns of the event loop, and drop or fail at random."""
 
     def __init__(self, seed, drop=0.0, fail=0.0, abort_is_late=0):
         self.rng = random.Random(seed)
         self.drop, self.fail, self.abort_is_late = drop, fail, abort_is_late
-        self.taken = []  # batch sizes asked for, with the drops by then
+        self.taken = []  # (requested batch size, number of drops by then)
         self.groups = []
         self.num_dropped = 0
         self.aborting = False
@@ -110,14 +110,14 @@ def test_exactly_the_target_is_kept_and_no_sample_is_lost_or_doubled(
         assert indices == sorted(indices)
     made = sum(s.response_length for g in simulation.groups for s in g)
     assert made == simulation.tokens_made
-    # Every refill came when what was kept or pending could not reach the target, never before.
+    # A refill comes exactly when kept and pending groups can no longer reach the target.
     submitted = 0
     for count, dropped in simulation.taken:
         assert submitted - dropped < target
         submitted += count
 
 
-def test_with_32_wanted_of_64_the_33rd_drop_asks_for_64_more():
+def test_with_a_target_of_32_and_batches_of_64_the_33rd_drop_takes_64_more():
     for num_drops, taken in ((32, [(64, 0)]), (33, [(64, 0), (64, 33)])):
         simulation = Simulation(0)
         verdicts = iter([DynamicFilterOutput(False, "dull")] * num_drops)
@@ -134,7 +134,7 @@ def test_with_32_wanted_of_64_the_33rd_drop_asks_for_64_more():
         assert len(result.kept) == 32
 
 
-def test_the_rest_is_aborted_the_instant_the_target_is_met():
+def test_the_rest_is_aborted_as_soon_as_the_target_is_met():
     simulation = Simulation(1)
     result = simulation.run(4, 64)
     assert simulation.aborting
@@ -166,7 +166,7 @@ def test_an_error_in_a_group_ends_the_loop_and_cancels_the_others():
     assert simulation.aborting
 
 
-def test_engines_that_only_fail_and_filters_that_only_drop_end_the_rollout():
+def test_the_rollout_ends_if_engines_only_fail_or_filters_only_drop():
     with pytest.raises(EngineError, match="4 groups failed one after the other. The last.*: by ch"):
         Simulation(3, fail=1.0).run(2, 4)
     with pytest.raises(PluginError, match="dull 200.*0 of 2 kept"):

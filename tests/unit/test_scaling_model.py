@@ -1,4 +1,4 @@
-"""The scaling model's arithmetic, redone by hand, and where its inputs are from."""
+"""The scaling model's arithmetic, redone by hand, and the sources of its inputs."""
 
 import argparse
 import json
@@ -35,7 +35,7 @@ def test_bytes_of_sequence_and_data_parallelism():
     assert dp_bytes(QWEN3_4B, 2, 4) == pytest.approx(6 * QWEN3_4B.parameters / 2 * 3 / 4)
 
 
-def test_with_free_communication_and_no_straggler_work_divides(tmp_path):
+def test_without_communication_costs_and_stragglers_eight_gpus_are_eight_times_as_fast(tmp_path):
     free = {"nvlink_B_s": 1e30, "hbm_B_s": 1e30, "pcie_B_s": 1e30, "tp_engine": 1.0}
     free |= {"update_s": 0.0, "sleep_wake_s": 0.0}
     rates = known(tmp_path, train_tok_s=10_000.0, rollout_tok_s=10_000.0, **free)
@@ -46,14 +46,14 @@ def test_with_free_communication_and_no_straggler_work_divides(tmp_path):
     assert eight["idle share"] == pytest.approx(0)
 
 
-def test_the_longest_response_bounds_a_rollout(tmp_path):
+def test_a_rollout_takes_at_least_as_long_as_its_longest_response(tmp_path):
     args = argparse.Namespace(**{**vars(ARGS), "longest": 100_000})
     slow = step(layout("8, colocated"), known(tmp_path, token_s=0.01), args)
     assert slow["rollout"] == 1000
     assert slow["idle share"] > 0.9
 
 
-def test_a_measurement_takes_the_place_of_an_assumption(tmp_path):
+def test_a_measurement_replaces_an_assumption(tmp_path):
     assert "ASSUMED" in figures(tmp_path)["train_tok_s"].source
     record = {"tok_per_s": 15_000, "device": "NVIDIA H200"}
     (tmp_path / "train_mfu_4b.json").write_text(json.dumps(record))
@@ -62,7 +62,7 @@ def test_a_measurement_takes_the_place_of_an_assumption(tmp_path):
     assert "NVIDIA H200" in found.source
 
 
-def test_what_the_recipe_measured_stands_below_the_prediction(tmp_path):
+def test_measurements_of_the_recipe_stand_below_the_prediction(tmp_path):
     took = {"step": 40.0, "rollout": 38.0, "log_probs": 4.0, "train": 16.0, "weight_update": 0.2}
     took |= {"sleep_wake": 0.0, "offload_onload": 0.0}
     run = {

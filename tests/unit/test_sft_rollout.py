@@ -46,7 +46,7 @@ def test_loss_falls_on_the_assistants_turns(hf, tmp_path):
     assert two.loss_mask[0] == two.loss_mask[-1] == 1
 
 
-def test_a_prompt_and_its_label_make_a_demonstration(hf, tmp_path):
+def test_a_prompt_and_its_label_are_a_demonstration(hf, tmp_path):
     rows = [{"prompt": [user("1+1")], "label": "2"}, {"prompt": "1+2", "label": "3"}]
     data = {"apply_chat_template": True, "label_key": "label"}
     (one,), (two,) = rollout(hf, tmp_path, rows, data=data).samples

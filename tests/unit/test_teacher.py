@@ -1,4 +1,4 @@
-"""--opd-type vllm: a server's figures reach their tokens; what it cannot do is told in time."""
+"""--opd-type vllm: each token gets its log-probability from a server, which is checked before."""
 
 import contextlib
 import dataclasses
@@ -25,10 +25,12 @@ ANSWER = [*ids_of("abc"), 2]
 
 @dataclass
 class Server:
-    """Speaks what is asked of vLLM's OpenAI server: a token's figure is -(its place + id / 1000).
+    """Speaks the part of vLLM's OpenAI API that the teacher needs.
 
-    faults    HTTP statuses to answer first
-    is_ready  whether the server answers these tokens by now; it looks again and again
+    The log-probability of a token is -(its position + its id / 1000).
+
+    faults    HTTP statuses to answer with first
+    is_ready  whether to answer a request for these tokens now; asked repeatedly
     asked     the tokens of every request
     """
 
@@ -71,7 +73,7 @@ class Server:
 
             def answer(self, value, status=200):
                 data = json.dumps(value).encode()
-                with contextlib.suppress(ConnectionError):  # who asked may be gone
+                with contextlib.suppress(ConnectionError):  # the client may be gone
                     self.send_response(status)
                     self.send_header("Content-Length", str(len(data)))
                     self.end_headers()
@@ -94,7 +96,7 @@ class Server:
 
 @pytest.fixture
 def config(hf, tmp_path):
-    """make(url, **sections): two groups of two samples, taught by the server at `url`."""
+    """make(url, **sections): two groups of two samples; the teacher is the server at `url`."""
 
     def make(url, **sections):
         prompts = write_prompts(tmp_path / "p.jsonl", 40)
@@ -121,7 +123,7 @@ def answer(prompt, params):
     return ANSWER, 0.001
 
 
-def test_each_token_of_the_response_gets_its_own_figure(config):
+def test_each_token_of_the_response_gets_its_own_log_probability(config):
     with Server(faults=[503]) as teacher, FakeEngine(answer) as engine:
         output = rollout(engine, config(teacher.url + "/"))
     samples = [s for group in output.samples for s in group]
@@ -130,7 +132,7 @@ def test_each_token_of_the_response_gets_its_own_figure(config):
         assert sample.teacher_log_probs == pytest.approx(
             [-(i + t / 1000) for i, t in zip(places, ANSWER, strict=True)]
         )
-    assert (len(samples), len(teacher.asked)) == (4, 5)  # one was asked for again
+    assert (len(samples), len(teacher.asked)) == (4, 5)  # the 503 was retried
 
 
 @pytest.mark.parametrize(
@@ -141,14 +143,14 @@ def test_each_token_of_the_response_gets_its_own_figure(config):
     ],
     ids=["a refusal", "an answer without figures"],
 )
-def test_no_figures_fail_the_sample_and_say_whose(config, status, said):
+def test_without_log_probabilities_a_sample_fails_and_names_the_teacher(config, status, said):
     with Server(faults=[status] * 99) as teacher, FakeEngine(answer) as engine:
         cfg = config(teacher.url)
         with pytest.raises(EngineError, match=said):
             rollout(engine, cfg)
 
 
-def test_what_is_wanted_no_more_is_not_waited_for(config):
+def test_the_teachers_answers_for_surplus_groups_are_not_awaited(config):
     wanted = [ids_of(q) + ANSWER for q in ("q0", "q1")]
     with Server() as teacher, FakeEngine(answer) as engine:
         teacher.is_ready = lambda tokens: tokens in wanted and len(teacher.asked) == 40
@@ -159,7 +161,7 @@ def test_what_is_wanted_no_more_is_not_waited_for(config):
     assert len(teacher.asked) == 40
 
 
-def test_an_evaluation_asks_no_teacher(config):
+def test_an_evaluation_needs_no_teacher(config):
     with Server() as teacher, FakeEngine(answer) as engine:
         cfg = config(teacher.url)
         held = {"interval": 1, "prompt_data": ["held", cfg.data.prompt_data]}
@@ -169,7 +171,7 @@ def test_an_evaluation_asks_no_teacher(config):
     assert teacher.asked == []
 
 
-def test_the_server_is_looked_at_before_anything_starts(config):
+def test_the_server_is_checked_before_anything_starts(config):
     with Server() as teacher:
         cfg = config(teacher.url)
         name, own = f"--opd-teacher-url {teacher.url}", cfg.model.hf_checkpoint
@@ -197,7 +199,7 @@ def finished(**changes) -> Sample:
     return sample
 
 
-def test_figures_travel_with_their_sample_and_each_loss_token_needs_one(config):
+def test_each_token_with_loss_needs_a_teacher_log_probability(config):
     cfg = config("http://a:1")
     taught = finished(teacher_log_probs=[-1.0, -2.0, -3.0])
     (sequence,) = build_train_batch([[taught]], cfg, 0).sequences

@@ -1,4 +1,4 @@
-"""Users' functions in the loss: refused at start where they do not fit, called as documented."""
+"""Users' functions in training: refused at the start if they do not fit, called as documented."""
 
 import inspect
 import re
@@ -72,7 +72,7 @@ def test_a_function_that_does_not_fit_is_refused_with_its_flag(field, flag):
     assert "Expected: f(args" in problem
 
 
-def test_every_function_of_the_examples_fits_its_flag():
+def test_every_example_fits_its_flag():
     import examples.hooks.training_hooks as examples
 
     fields = {
@@ -92,7 +92,7 @@ def test_every_function_of_the_examples_fits_its_flag():
     assert optimizer.param_groups == [{"lr": 5e-4}]
 
 
-def test_the_documents_examples_work(tmp_path, monkeypatch):
+def test_the_examples_in_the_documentation_work(tmp_path, monkeypatch):
     text = (Path(__file__).parents[2] / "docs/algorithms.md").read_text()
     teacher_code, loss_code, estimator_code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     made: dict = {}

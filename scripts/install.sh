@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Makes .venv from a lock file and installs vime into it. A second run does nothing.
-# With an NVIDIA GPU the lock is requirements/gpu.txt (CUDA 13), else requirements/cpu.txt.
-#   PYTHON=python3.12 scripts/install.sh     another interpreter (CPU: 3.11 or 3.12; GPU: 3.12)
-#   VENV=/elsewhere/venv scripts/install.sh  another place
-#   scripts/install.sh --gpu                 the CUDA stack, whatever this machine has; or --cpu
-#   scripts/install.sh --force               install again although the stamp says it is done
-#   scripts/install.sh --check               only ask whether every package of the lock is to be had
+# The lock is requirements/gpu.txt (CUDA 13) on a machine with an NVIDIA GPU, else requirements/cpu.txt.
+#   PYTHON=python3.12 scripts/install.sh     use another interpreter (CPU: 3.11 or 3.12; GPU: 3.12)
+#   VENV=/elsewhere/venv scripts/install.sh  install to another place
+#   scripts/install.sh --gpu                 install the CUDA stack on any machine (--cpu: the CPU stack)
+#   scripts/install.sh --force               install again, although the stamp says that it is done
+#   scripts/install.sh --check               only check that every package of the lock can be downloaded
 set -euo pipefail
 
 ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." &>/dev/null && pwd)"
 VENV="${VENV:-${ROOT}/.venv}"
 STAMP="${VENV}/.vime-installed"
-VARIANT="${VENV}/.vime-variant" # cpu or gpu: one venv never holds packages of both
+VARIANT="${VENV}/.vime-variant" # cpu or gpu: a venv never mixes packages of both
 
 say() { printf '[install] %s\n' "$*"; }
 die() { printf '[install] error: %s\n' "$1" >&2; shift; printf '          %s\n' "$@" >&2; exit 1; }
@@ -42,7 +42,7 @@ else
 fi
 advised="${candidates%% *}"
 
-# The stamp is keyed by what decides the outcome: the lock, the project's metadata, its place.
+# The stamp names everything that decides the outcome: the lock, the project's metadata, its folder.
 key="$(hash_of "${LOCK}" "${ROOT}/pyproject.toml") ${ROOT}"
 if [[ -z "${force}${check}" && -f "${STAMP}" && "$(<"${STAMP}")" == "${key}" ]]; then
    exit 0
@@ -50,7 +50,7 @@ fi
 started=${SECONDS}
 
 [[ "$(uname -s)-$(uname -m)" == Linux-x86_64 ]] ||
-   die "requirements/${variant}.txt is a lock for Linux on x86-64; this is $(uname -s) on $(uname -m)." \
+   die "requirements/${variant}.txt is for Linux on x86-64, and this machine is $(uname -s) on $(uname -m)." \
       "Run vime in a Linux x86-64 machine or container."
 command -v gcc >/dev/null || command -v cc >/dev/null ||
    die "no C compiler (gcc) was found; PyTorch compiles kernels with it." \
@@ -59,7 +59,7 @@ command -v gcc >/dev/null || command -v cc >/dev/null ||
 if [[ "${variant}" == gpu ]] && has_gpu; then
    driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)"
    if [[ "${driver%%.*}" =~ ^[0-9]+$ ]] && ((${driver%%.*} < 580)); then
-      say "note: CUDA 13 wants an NVIDIA driver of 580 or later; this is ${driver}." \
+      say "note: CUDA 13 needs an NVIDIA driver of version 580 or later, and this is ${driver}." \
          "Update it, or put NVIDIA's cuda-compat-13-0 into LD_LIBRARY_PATH."
    fi
 fi
@@ -87,8 +87,8 @@ if ! { [[ -x "${VENV}/bin/python" && "${had}" == "${variant}" ]] && right_python
 fi
 py="${VENV}/bin/python"
 
-# --- where packages come from: uv does not read pip's configuration, so hand it on
-pip_setting() { # NAME of a pip option: environment first, as pip does, then its files
+# --- sources of packages: uv does not read pip's configuration, so pass it on
+pip_setting() { # value of a pip option: from the environment or, as in pip, from its files
    local variable="PIP_$(tr 'a-z-' 'A-Z_' <<<"$1")"
    if [[ -n "${!variable:-}" ]]; then
       printf '%s' "${!variable}"
@@ -101,15 +101,15 @@ for place in $(pip_setting find-links); do sources+=(--find-links "${place}"); d
 for place in $(pip_setting index-url); do sources+=(--default-index "${place}"); done
 extra=0
 for place in $(pip_setting extra-index-url); do sources+=(--index "${place}"); extra=1; done
-# With several indexes, take any version that fits, as pip does; the lock pins every one.
+# With several indexes, take a fitting version from any of them, as pip does. The lock pins all versions.
 if ((extra)); then sources+=(--index-strategy unsafe-best-match); fi
 cert="$(pip_setting cert)"
 if [[ -n "${cert}" ]]; then export SSL_CERT_FILE="${SSL_CERT_FILE:-${cert}}"; fi
 
 no_network() {
    die "$1" \
-      "Is there a network connection? Behind a proxy set HTTPS_PROXY; with a mirror set PIP_INDEX_URL;" \
-      "without any network point PIP_FIND_LINKS at a folder of wheels. Then run this again."
+      "Check the network connection. Behind a proxy, set HTTPS_PROXY. For a mirror, set PIP_INDEX_URL." \
+      "Without a network, set PIP_FIND_LINKS to a folder of wheels. Then run this again."
 }
 
 # --- uv, then everything in the lock
@@ -122,22 +122,22 @@ if [[ "$("${uv[@]}" --version 2>/dev/null | cut -d' ' -f2)" != "${uv_pin#uv==}" 
 fi
 install=("${uv[@]}" pip install --python "${py}" --no-deps)
 
-# A CPU-only PyTorch from pip's own places where they have one, else from PyTorch's CPU index. For
-# CUDA 13 the registry's own build is the right one.
+# A CPU-only PyTorch comes from pip's sources if they have one, else from PyTorch's CPU index. For
+# CUDA 13, the default registry's build is the right one.
 torch_pin="$(grep -E '^torch==' "${LOCK}")"
 if [[ "${variant}" == cpu ]] && ! "${install[@]}" --quiet --dry-run "${sources[@]}" "${torch_pin}" &>/dev/null; then
    sources+=(--torch-backend cpu)
 fi
 if [[ -n "${check}" ]]; then
    "${install[@]}" --quiet --dry-run --only-binary :all: "${sources[@]}" -r "${LOCK}" ||
-      no_network "not every package of requirements/${variant}.txt is to be had."
-   say "all $(grep -cE '^[a-z0-9]' "${LOCK}") packages of requirements/${variant}.txt are to be had"
+      no_network "not every package of requirements/${variant}.txt can be downloaded."
+   say "all $(grep -cE '^[a-z0-9]' "${LOCK}") packages of requirements/${variant}.txt can be downloaded"
    exit 0
 fi
-say "installing $(grep -cE '^[a-z0-9]' "${LOCK}") packages (${size} on disk; minutes on a slow line)"
+say "installing $(grep -cE '^[a-z0-9]' "${LOCK}") packages (${size} on disk; this takes minutes on a slow connection)"
 "${install[@]}" "${sources[@]}" -r "${LOCK}" || no_network "uv could not install requirements/${variant}.txt."
 "${install[@]}" --quiet --no-build-isolation --editable "${ROOT}" ||
-   die "vime itself did not install; the lines above say why."
+   die "vime itself could not be installed; see the lines above."
 
 printf '%s' "${key}" >"${STAMP}"
 say "done in $((SECONDS - started)) s"

@@ -84,7 +84,7 @@ def test_a_library_has_one_home(library):
     assert [user for user in users if not user.startswith(ONLY_HOME[library])] == []
 
 
-def test_rooms_above_no_stack_import_without_it():
+def test_rooms_that_do_not_use_the_stack_import_without_it():
     """Rooms that start neither Ray, Megatron nor vLLM work where these are not installed."""
     rooms = ("config", "cli", "algorithms", "data", "rollout", "observe")
     modules = [name for name in sources() if name.startswith(tuple(f"vime.{r}" for r in rooms))]

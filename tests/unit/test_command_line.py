@@ -61,6 +61,7 @@ def test_model_args_are_collected_as_given(tmp_path):
     assert parse_config(argv).model.args == {"num_layers": 3, "swiglu": True, "rotary_base": 1e4}
 
 
+@pytest.mark.stack
 def test_unknown_vllm_flags_go_to_the_engine(tmp_path):
     argv = words(
         tmp_path,
@@ -79,6 +80,7 @@ def test_unknown_vllm_flags_go_to_the_engine(tmp_path):
     assert cfg.router_policy == "random"
 
 
+@pytest.mark.stack
 def test_router_flags_go_to_the_router(tmp_path):
     pytest.importorskip("vllm_router", reason="needs vllm-router")
     given = {"--router-cache-threshold": "0.5", "--router-disable-retries": None}
@@ -87,6 +89,7 @@ def test_router_flags_go_to_the_router(tmp_path):
     assert cfg.engine.request_timeout_s == 60
 
 
+@pytest.mark.stack
 @pytest.mark.parametrize(
     ("flag", "value", "answer"),
     [

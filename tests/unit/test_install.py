@@ -38,7 +38,7 @@ def test_a_gpu_decides_and_an_option_overrides_it(tmp_path):
 
 
 def test_an_old_driver_gives_a_note(tmp_path):
-    assert "CUDA 13 wants an NVIDIA driver of 580 or later; this is 550.90" in install(
+    assert "CUDA 13 needs an NVIDIA driver of version 580 or later, and this is 550.90" in install(
         tmp_path, driver="550.90.07"
     )
     assert "driver" not in install(tmp_path, driver="580.65.06")

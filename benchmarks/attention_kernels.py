@@ -61,7 +61,7 @@ def main() -> int:
 
 def measure_new_packs(name: str) -> None:
     """Forward and backward of one layer's keys, values and attention, over new packs each time."""
-    from vime.backends.megatron.model.attention import seen_by
+    from vime.backends.megatron.model.zigzag import seen_by
 
     draw, taken_ms, tokens = random.Random(0), [], []
     for _ in range(12):

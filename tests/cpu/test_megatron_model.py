@@ -89,7 +89,7 @@ def packed_logits(cfg: Any, chunks: list) -> torch.Tensor | None:
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from vime.backends.megatron.model.attention import zigzag_order
+    from vime.backends.megatron.model.zigzag import zigzag_order
 
     bounds = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
     starts = torch.tensor(bounds, dtype=torch.int32)

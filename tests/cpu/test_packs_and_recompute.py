@@ -8,9 +8,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from vime.backends.megatron.kernels import many_tensors, reference, weight_gradient
 from vime.backends.megatron.kernels.choice import VARIABLE, chosen
-from vime.backends.megatron.model.attention import seen_by, zigzag_order
 from vime.backends.megatron.model.pack import bounds_of, make_pack, positions_of
 from vime.backends.megatron.model.recompute import forget, remakeable
+from vime.backends.megatron.model.zigzag import seen_by, zigzag_order
 from vime.errors import ConfigError
 
 LENGTHS = (8, 16, 4, 4, 32)

@@ -147,7 +147,7 @@ def test_attention(name: str, heads: int, groups: int) -> None:
 @pytest.mark.parametrize("size", [2, 4])
 def test_attention_of_all_ranks_of_context_parallelism(name: str, size: int) -> None:
     from vime.backends.megatron.kernels.attention import attend, missing
-    from vime.backends.megatron.model.attention import seen_by, zigzag_order
+    from vime.backends.megatron.model.zigzag import seen_by, zigzag_order
 
     if problem := missing(name):
         pytest.skip(problem)

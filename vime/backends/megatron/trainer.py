@@ -57,7 +57,7 @@ class MegatronTrainer:
         initialize_parallel(cfg, rank, world_size, local_rank, master_address, master_port)
         if init := cfg.algorithm.plugin("megatron_init_path"):
             init(ArgsView(cfg))
-        from vime.backends.megatron.kernels import chosen
+        from vime.backends.megatron.kernels.choice import chosen
         from vime.backends.megatron.training.actor import Actor
         from vime.backends.megatron.training.critic import Critic
 

@@ -1,13 +1,11 @@
 """Causal attention over packed sequences, on CPU and CUDA, with context parallelism.
 
 Shapes: a pack of T tokens, H query heads, G key/value groups, D channels. Under context parallelism
-of C ranks a sequence is cut into 2C equal chunks and rank r holds chunks r and 2C-1-r (Megatron's
-zigzag, which evens out causal work); each rank then holds T/C tokens of the pack.
+of C ranks each rank holds T/C tokens of the pack, as `zigzag.py` cuts it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,13 +16,14 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from vime.backends.megatron.kernels import chosen
 from vime.backends.megatron.kernels.attention import Spans, attend
+from vime.backends.megatron.kernels.choice import chosen
 from vime.backends.megatron.model.pack import bounds_of, remembered, spans_of
+from vime.backends.megatron.model.zigzag import seen_by
 
 
 class PackedAttention(MegatronModule):
-    """`core_attention` of the layer spec. Takes packs (THD) and plain batches ([S, B, H, D])."""
+    """`core_attention` of the layer spec, for packs (THD) and plain batches ([S, B, H, D])."""
 
     def __init__(
         self, config: Any, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any
@@ -55,7 +54,7 @@ class PackedAttention(MegatronModule):
         if query.is_cuda and query.dtype.itemsize == 2:
             out = attend(chosen().attention, query, key, value, queries, keys, self.scale)
         else:
-            # split, not slices: the backward of each slice would fill a tensor as long as the pack
+            # split, not slices: the backward of each slice would fill a tensor of the pack's length
             parts = query.split(queries.lengths), key.split(keys.lengths), value.split(keys.lengths)
             out = torch.cat([_one(q, k, v, self.scale) for q, k, v in zip(*parts, strict=True)])
         return out.flatten(1)
@@ -63,10 +62,10 @@ class PackedAttention(MegatronModule):
     def _gathered(
         self, key: Tensor, value: Tensor, pack: PackedSeqParams
     ) -> tuple[Tensor, Tensor, Spans, Spans]:
-        """The keys and values that each of this rank's query chunks sees, side by side.
+        """The keys and values that each of this rank's query chunks sees, one chunk after another.
 
-        Every rank gathers all keys and values; the gather's backward is a reduce-scatter. A row
-        that both chunks of a sequence see stands there twice, and its two gradients add up.
+        Every rank gathers all keys and values; the backward of that gather is a reduce-scatter. If
+        both chunks of a sequence see a row, the row occurs twice, and its two gradients add up.
         """
         size, rank = self.cp_group.size(), self.cp_group.rank()
         order, queries, keys = remembered(
@@ -79,45 +78,8 @@ class PackedAttention(MegatronModule):
         return key, value, queries, keys
 
 
-def seen_by(
-    bounds: Sequence[int], size: int, rank: int, device: Any = None
-) -> tuple[Tensor, Spans, Spans]:
-    """(rows of the gathered keys, query chunks, keys of each chunk) of one rank.
-
-    The rows count rank-major zigzag shards. A chunk sees its sequence from the start to its end.
-
-    bounds  cumulative sequence lengths of the whole pack, each length divisible by 2 * size
-    """
-    place_in_shards = zigzag_order(bounds, size)
-    rows, queries, keys = [], [0], [0]
-    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
-        chunk = (b - a) // (2 * size)
-        for place in (rank, 2 * size - 1 - rank):
-            seen = (place + 1) * chunk
-            rows.append(place_in_shards[a : a + seen])
-            queries.append(queries[-1] + chunk)
-            keys.append(keys[-1] + seen)
-    return torch.cat(rows).to(device), Spans.of(queries, device), Spans.of(keys, device)
-
-
-def zigzag_order(bounds: Sequence[int], size: int) -> Tensor:
-    """[T] indices that put rank-major zigzag shards back into the pack's order.
-
-    bounds  cumulative sequence lengths of the whole pack, each length divisible by 2 * size
-    """
-    per_rank = bounds[-1] // size
-    order = []
-    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
-        chunk = (b - a) // (2 * size)
-        for place in range(2 * size):
-            rank, half = (place, 0) if place < size else (2 * size - 1 - place, 1)
-            first = rank * per_rank + a // size + half * chunk
-            order.append(torch.arange(first, first + chunk))
-    return torch.cat(order)
-
-
 def _one(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """[Q, H, D]: one sequence; queries are its last positions when there are fewer than keys."""
+    """[Q, H, D] of one sequence. If there are fewer queries than keys, they are the last ones."""
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     num_q, num_k = q.shape[2], k.shape[2]
     if num_q == num_k:

@@ -1,4 +1,4 @@
-"""Which weights train: --freeze-params-name-list and --only-train-params-name-list."""
+"""The weights that train: --freeze-params-name-list and --only-train-params-name-list."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vime.errors import ConfigError
 
 
 def freeze_parameters(chunks: Sequence[nn.Module], args: dict[str, Any], cfg: Config) -> None:
-    """Sets requires_grad from the regular expressions, searched for in Megatron's names.
+    """Sets requires_grad by regular expressions, searched for in Megatron's names.
 
-    Layers and experts are numbered as in the whole model, whatever the layout. A collective; call
-    it before the chunks are wrapped. Raises ConfigError on every rank when a pattern matches no
-    weight of any rank, or when nothing is left to train.
+    In every layout, layers and experts are numbered as in the whole model. A collective; call it
+    before the chunks are wrapped. Raises ConfigError on every rank if a pattern matches no weight
+    of any rank, or if no weight is left to train.
     """
     o = cfg.optimizer
     patterns = o.freeze_names or o.train_names
@@ -39,8 +39,17 @@ def freeze_parameters(chunks: Sequence[nn.Module], args: dict[str, Any], cfg: Co
         listed = any(re.search(pattern, name) for pattern in patterns)
         tensor.requires_grad_(listed != bool(o.freeze_names))
         training |= tensor.requires_grad
+    _check_everywhere(flag, patterns, names, training)
+    if cfg.parallel.recompute_granularity or cfg.parallel.ep > 1:
+        for chunk in chunks:
+            if hasattr(chunk, "embedding"):
+                chunk.embedding.register_forward_hook(_ask_for_gradient)
+
+
+def _check_everywhere(flag: str, patterns: Sequence[str], names: list[str], trains: bool) -> None:
+    """Raises the same ConfigError on every rank. A collective."""
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (names, training))
+    dist.all_gather_object(found, (names, trains))
     everywhere = sorted({name for some, _ in found for name in some})
     unknown = [p for p in patterns if not any(re.search(p, name) for name in everywhere)]
     if unknown:
@@ -48,20 +57,16 @@ def freeze_parameters(chunks: Sequence[nn.Module], args: dict[str, Any], cfg: Co
             f"{flag} {unknown[0]} matches no weight. Weights are called, for example, "
             f"{everywhere[0]} and {everywhere[-1]}."
         )
-    if not any(training for _, training in found):
+    if not any(trains for _, trains in found):
         raise ConfigError(f"{flag} {' '.join(patterns)} leaves no weight to train. Narrow it.")
-    if cfg.parallel.recompute_granularity or cfg.parallel.ep > 1:
-        for chunk in chunks:
-            if hasattr(chunk, "embedding"):
-                chunk.embedding.register_forward_hook(_ask_for_gradient)
 
 
 def _ask_for_gradient(_: nn.Module, __: Any, embedded: Tensor) -> None:
-    """Megatron's recomputation gives a layer no gradient unless its input has one.
+    """Makes the embedding's output require a gradient, even if the embedding is frozen.
 
-    Behind a frozen embedding no input would, and no layer of the stage would train. And where one
-    expert trains, every rank of its group must take part in the exchange of gradients, which ranks
-    whose own experts are frozen would leave out: the others would wait for them.
+    Megatron's recomputation gives a layer no gradient unless its input requires one, so no layer of
+    the stage would train. If one expert trains, every rank of its group must exchange gradients.
+    Ranks whose own experts are frozen would skip that, and the other ranks would wait for them.
     """
     if torch.is_grad_enabled() and not embedded.requires_grad:
         embedded.requires_grad_()

@@ -12,14 +12,15 @@ from torch import Tensor
 
 
 class LatentAttention(MLASelfAttention):
-    """Megatron's, with the rotated part of the keys treated as what it is: shared by all heads.
+    """Megatron's latent attention, with a correct gradient of the keys' rotated part.
 
-    Its projection is split over tensor ranks and gathered, and the gather's backward keeps a rank's
-    share of that rank's own gradient: the other ranks' heads would not count (0.16 to 0.19).
+    All heads share that part. Its projection is split over tensor ranks and gathered. The backward
+    of Megatron's gather keeps a rank's share of that rank's own gradient, so the other ranks' heads
+    would not count (0.16 to 0.19).
     """
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
-        """The layers that the spec names. Only 0.19 asks; it would norm uncompressed queries."""
+        """The layers that the spec names. 0.19 calls this; its own would norm uncompressed queries."""
         names = "linear_q_proj linear_q_up_proj linear_kv_up_proj q_layernorm kv_layernorm"
         return {name: getattr(submodules, name) for name in names.split()}
 
@@ -33,7 +34,7 @@ class LatentAttention(MLASelfAttention):
 class _SharedTail(torch.autograd.Function):
     """The identity on keys [T, H, D] whose last `width` channels every head of every rank shares.
 
-    Backward: these channels' gradient, summed over heads, includes the other ranks' heads.
+    The backward pass adds the gradient of the other ranks' heads to these channels.
     """
 
     @staticmethod

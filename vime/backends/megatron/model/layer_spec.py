@@ -1,4 +1,4 @@
-"""Which modules make up a decoder layer: Megatron's own, with vime's norm and attention."""
+"""The modules of a decoder layer: Megatron's own, with vime's norm and attention."""
 
 from __future__ import annotations
 
@@ -7,32 +7,18 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
 
-from vime.backends.megatron.kernels import chosen
+from vime.backends.megatron.kernels.choice import chosen
 from vime.backends.megatron.model.attention import PackedAttention
 from vime.backends.megatron.model.latent_attention import LatentAttention
 from vime.backends.megatron.model.mlp import GatedMLP
-from vime.backends.megatron.model.norm import RMSNorm
+from vime.backends.megatron.model.norm import NormedRowParallelLinear, RMSNorm
 from vime.backends.megatron.model.self_attention import PackedSelfAttention
-
-
-class NormedRowParallelLinear(RowParallelLinear):
-    """A projection back into the residual stream whose output passes an RMSNorm first."""
-
-    def __init__(self, input_size: int, output_size: int, *, config: Any, **options: Any) -> None:
-        super().__init__(input_size, output_size, config=config, **options)
-        self.post_layernorm = RMSNorm(config, output_size, config.layernorm_epsilon)
-
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        output, bias = super().forward(input_)
-        return self.post_layernorm(output), bias
 
 
 def decoder_spec(
@@ -40,7 +26,7 @@ def decoder_spec(
 ) -> Any:
     """The block spec of this pipeline stage's layers. `args`: the architecture.
 
-    The stock local norm refuses sequence parallelism and the stock local attention refuses packs.
+    Megatron's local norm refuses sequence parallelism, and its local attention refuses packs.
     """
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
@@ -58,7 +44,7 @@ def decoder_spec(
         if config.multi_latent_attention:
             parts.self_attention.module = LatentAttention
             attention.kv_layernorm = RMSNorm
-            # queries that are not compressed are not normed either
+            # only compressed queries are normed
             attention.q_layernorm = IdentityOp if config.q_lora_rank is None else RMSNorm
         elif config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
@@ -70,10 +56,10 @@ def decoder_spec(
 
 
 def _gated(mlp: Any) -> Any:
-    """The spec of a dense layer with GatedMLP in it; any other as it is.
+    """The spec of a dense layer with GatedMLP in it. The spec of an expert layer is unchanged.
 
-    megatron-core 0.16 has a ModuleSpec, and warns of every module in one that it does not know;
-    0.19 a partial of MLP's constructor for specs.
+    megatron-core 0.16 has a ModuleSpec, and warns of every module that it does not know in one.
+    megatron-core 0.19 has a partial of the MLP's constructor for specs.
     """
     if isinstance(mlp, ModuleSpec) and mlp.module is MLP:
         return SimpleNamespace(module=GatedMLP, params=mlp.params, submodules=mlp.submodules)

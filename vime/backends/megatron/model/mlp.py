@@ -1,4 +1,4 @@
-"""The dense SwiGLU layer: one kernel for the activation, which need not be kept."""
+"""The dense SwiGLU layer. One kernel computes the activation, which can be recomputed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
-from vime.backends.megatron.kernels import swiglu
+from vime.backends.megatron.kernels.dispatch import swiglu
 from vime.backends.megatron.model.recompute import forget, remakeable
 
 
 class GatedMLP(MLP):
-    """Megatron's MLP. With `mlp_act` among --recompute-modules the activation is made again in the
-    backward pass: a fifth of what a layer keeps, for a hundredth of its time."""
+    """Megatron's MLP. With `mlp_act` among --recompute-modules the backward pass recomputes the
+    activation: this saves a fifth of what a layer keeps and costs a hundredth of its time."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple:
         config = self.config

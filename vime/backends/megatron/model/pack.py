@@ -1,8 +1,7 @@
-"""What is known of a pack on the host and per token: made once for a micro-batch, not once a layer.
+"""A pack's lengths on the host, and tables computed from them once for a micro-batch.
 
-Reading a length from the device stops the host until the device has caught up, and every layer
-needs the lengths. So they are kept beside the pack in Python, and all that follows from them is
-remembered with it.
+Every layer needs the lengths, and reading them from the device makes the host wait until the device
+has caught up. So the host keeps them beside the pack, with everything computed from them.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from vime.backends.megatron.kernels.attention import Spans
+from vime.backends.megatron.model.zigzag import positions
 
 
 def make_pack(bounds: list[int], device: torch.device) -> PackedSeqParams:
@@ -32,7 +32,7 @@ def make_pack(bounds: list[int], device: torch.device) -> PackedSeqParams:
 
 
 def remembered(pack: PackedSeqParams, name: str, make: Callable[[], Any]) -> Any:
-    """What `make` gave for this pack when it was first asked for."""
+    """The result of `make`, called only once for each pack and name."""
     notes = pack.__dict__.setdefault("_vime", {})
     if name not in notes:
         notes[name] = make()
@@ -40,7 +40,7 @@ def remembered(pack: PackedSeqParams, name: str, make: Callable[[], Any]) -> Any
 
 
 def starts_of(pack: PackedSeqParams) -> Tensor:
-    """[S + 1] int32, cumulative lengths of the whole pack with the padding in it."""
+    """[S + 1] int32, cumulative lengths of the whole pack, padding included."""
     padded = pack.cu_seqlens_q_padded
     return pack.cu_seqlens_q if padded is None else padded
 
@@ -56,22 +56,10 @@ def bounds_of(pack: PackedSeqParams) -> Sequence[int]:
 
 
 def positions_of(pack: PackedSeqParams, tokens: int, cp: int = 1, cp_rank: int = 0) -> Tensor:
-    """[tokens] int32: where each of this rank's tokens stands in its sequence.
+    """[tokens] int32: the position of each of this rank's tokens in its sequence.
 
-    tokens   of this rank
-    cp       ranks that share each sequence in zigzag chunks: rank r has chunks r and 2 * cp - 1 - r
+    cp  ranks that share each sequence in zigzag chunks
     """
     return remembered(
-        pack, "positions", lambda: _positions(starts_of(pack).long(), tokens, cp, cp_rank)
+        pack, "positions", lambda: positions(starts_of(pack).long(), tokens, cp, cp_rank)
     )
-
-
-def _positions(starts: Tensor, tokens: int, cp: int, rank: int) -> Tensor:
-    mine = torch.arange(tokens, device=starts.device)
-    sequence = torch.bucketize(mine, starts[1:-1] // cp, right=True)
-    place = mine - starts[sequence] // cp  # within this rank's share of the sequence
-    if cp > 1:
-        chunk = starts.diff()[sequence] // (2 * cp)
-        second = place >= chunk
-        place = torch.where(second, place + (2 * cp - 2 - rank) * chunk, place + rank * chunk)
-    return place.int()

@@ -1,8 +1,9 @@
-"""Activations that are made again in the backward pass instead of kept: `--recompute-modules`.
+"""Activations that the backward pass recomputes instead of keeping: `--recompute-modules`.
 
-Megatron's own way for norms (up to 0.19) needs TransformerEngine, saves random states and copies
-the result. Norm and SwiGLU draw nothing: what a projection keeps of its input is freed after its
-forward pass, and made again, from what the norm or the SwiGLU keeps anyway, before its backward.
+Megatron's own recomputation of norms (up to 0.19) needs TransformerEngine, saves random states and
+copies the result. Norm and SwiGLU draw no random numbers, so this is simpler: a projection's input
+is freed after its forward pass. Before its backward pass the input is recomputed from the tensors
+that the norm or the SwiGLU keeps anyway.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ OURS = ("layernorm", "mlp_act")  # the others are Megatron's
 
 
 def note(config: Any, modules: Sequence[str] | None) -> None:
-    """Has the config say which of OURS are asked for."""
+    """Notes on the config which of OURS are asked for."""
     config.recompute_norms = "layernorm" in (modules or ())
     config.recompute_mlp_act = "mlp_act" in (modules or ())
 
 
 def remakeable(output: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """`output`, with a note for `forget`. `make` must give the same values."""
+    """`output`, with a note for `forget`. `make` must return the same values."""
     output.remake = make  # type: ignore[attr-defined]
     return output
 
@@ -31,9 +32,10 @@ def remakeable(output: Tensor, make: Callable[[], Tensor]) -> Tensor:
 def forget(used: Tensor, result: Tensor) -> None:
     """Frees `used`, if it is remakeable, until the gradient of `result` is known.
 
-    result  the only one that was computed from `used`. A tensor is emptied and filled in place, and
-            not replaced by hooks on what autograd saves: these hand back weights without the
-            attributes by which Megatron finds their gradient buffers.
+    result  the only tensor that was computed from `used`
+
+    The tensor is emptied and filled in place. Hooks on the tensors that autograd saves would hand
+    back weights without the attributes by which Megatron finds their gradient buffers.
     """
     make = getattr(used, "remake", None)
     if make is None or not result.requires_grad:

@@ -1,7 +1,7 @@
-"""Self-attention over packs: Megatron's modules, one kernel between projection and attention.
+"""Self-attention over packs: Megatron's modules, and one kernel between projection and attention.
 
-Megatron's own path rotates one sequence of a pack after the other, and asks the device for their
-lengths to do so, in every layer.
+Megatron's own path rotates the sequences of a pack one by one. To do so it reads their lengths from
+the device in every layer.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from vime.backends.megatron.kernels import split_qkv
+from vime.backends.megatron.kernels.dispatch import split_qkv
 from vime.backends.megatron.model.norm import RMSNorm
 from vime.backends.megatron.model.pack import positions_of, remembered
 from vime.backends.megatron.model.recompute import forget
 
 
 class PackedSelfAttention(SelfAttention):
-    """For packs with rotary positions; everything else is Megatron's."""
+    """Attention for packs with rotary positions. Megatron handles everything else."""
 
     def forward(
         self,
@@ -65,7 +65,7 @@ class PackedSelfAttention(SelfAttention):
         cos, sin = remembered(pack, "rotary", lambda: _tables(frequencies, interleaved, mixed))
         groups = self.num_query_groups_per_partition
         norms = self.q_layernorm, self.k_layernorm
-        # called as modules, so that hooks that wait for a parameter see them used
+        # called as modules, for the hooks that wait until a parameter is used
         weights = [norm(None) if isinstance(norm, RMSNorm) else None for norm in norms]
         return split_qkv(
             mixed,
@@ -81,9 +81,9 @@ class PackedSelfAttention(SelfAttention):
 
 
 def _tables(frequencies: Tensor, interleaved: bool, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos, sin [P, R / 2] of Megatron's [P, 1, 1, R], which names each angle twice.
+    """cos, sin [P, R / 2] of Megatron's [P, 1, 1, R], which holds each angle twice.
 
-    In the model's dtype, as Hugging Face and vLLM have them.
+    In the model's dtype, as in Hugging Face and vLLM.
     """
     angles = frequencies[:, 0, 0]
     angles = angles[:, ::2] if interleaved else angles[:, : angles.shape[-1] // 2]

@@ -1,4 +1,4 @@
-"""The critic's last layer: one float32 value a token in place of logits."""
+"""The critic's last layer: one float32 value for each token in place of logits."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vime import platform
 class ValueHead(nn.Module):
     """[T, 1, hidden] -> [T, 1, 1], called as GPTModel calls its output layer.
 
-    Starts at zero: every value is 0 until rewards have been seen. Under sequence parallelism each
-    tensor parallel rank values its share of the tokens and gathers the others', so the weight's
-    gradient must be summed over these ranks, which the mark on it asks Megatron to do.
+    The weight starts at zero, so every value is 0 before the first training step. Under sequence
+    parallelism each tensor parallel rank values its share of the tokens and gathers the others'
+    values. The mark on the weight tells Megatron to sum its gradient over these ranks.
     """
 
     def __init__(self, config: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vime.backends.megatron.kernels import chosen
+from vime.backends.megatron.kernels.choice import chosen
 
 CHUNK_ELEMENTS = 1 << 24  # float32 logits of one chunk: 64 MiB
 

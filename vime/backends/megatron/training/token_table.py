@@ -15,8 +15,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from vime.backends.megatron.model.attention import zigzag_order
 from vime.backends.megatron.model.pack import make_pack
+from vime.backends.megatron.model.zigzag import zigzag_order
 from vime.types import TrainSequence
 
 

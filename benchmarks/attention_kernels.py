@@ -21,8 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu_timing import timed  # noqa: E402
-from vime.backends.megatron.kernels.attention import Spans, attend, missing  # noqa: E402
+from vime.backends.megatron.kernels.attention import attend  # noqa: E402
+from vime.backends.megatron.kernels.attention_trial import missing  # noqa: E402
 from vime.backends.megatron.kernels.choice import ATTENTION  # noqa: E402
+from vime.backends.megatron.kernels.spans import Spans  # noqa: E402
 
 MIXED = [5000, 300, 2100, 700, 4096, 1500, 900, 1788]
 SETTINGS = (

@@ -146,7 +146,7 @@ class Pass:
         port = int(os.environ.get("MASTER_PORT", 0))  # torchrun's
         initialize_parallel(cfg, rank, ranks, rank, master_port=port)
         self.device = platform.current().device(rank)
-        from vime.backends.megatron.kernels import chosen
+        from vime.backends.megatron.kernels.choice import chosen
         from vime.backends.megatron.model.build import build_model
         from vime.backends.megatron.training.losses import objective_of
         from vime.backends.megatron.training.optimizer import build_optimizer, wrap_for_training

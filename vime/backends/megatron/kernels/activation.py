@@ -1,4 +1,4 @@
-"""SwiGLU (arXiv:2002.05202) over a projection whose halves lie side by side."""
+"""SwiGLU (arXiv:2002.05202) over a projection whose rows hold the gate, then the value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which kernels this process uses: decided once, by device and by what can be imported."""
+"""The kernels that this process uses, chosen once by the device and the installed packages."""
 
 from __future__ import annotations
 
@@ -8,15 +8,25 @@ from dataclasses import dataclass
 from functools import cache
 
 from vime import platform
+from vime.backends.megatron.kernels.attention_trial import missing
 from vime.errors import ConfigError
 
 VARIABLE = "VIME_KERNELS"
-ATTENTION = ("fa3", "fa4", "cudnn", "varlen")  # on CUDA, best first
+ATTENTION = {  # on CUDA, best first
+    "fa3": "FlashAttention 3",
+    "fa4": "FlashAttention 4",
+    "cudnn": "cuDNN",
+    "varlen": "varlen (FlashAttention 2)",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """plain: Megatron's own modules; fused: Triton's in place of PyTorch's twins."""
+    """
+    plain      Megatron's own modules
+    fused      Triton kernels in place of their PyTorch twins
+    attention  a key of ATTENTION, or "sdpa" without a GPU
+    """
 
     plain: bool
     fused: bool
@@ -24,28 +34,20 @@ class Kernels:
 
     def __str__(self) -> str:
         rest = "Megatron's own" if self.plain else "Triton" if self.fused else "PyTorch"
-        return f"attention {_NAMES[self.attention]}; norm, rotary, SwiGLU, log-probs {rest}"
-
-
-_NAMES = {
-    "sdpa": "SDPA",
-    "varlen": "varlen (FlashAttention 2)",
-    "cudnn": "cuDNN",
-    "fa3": "FlashAttention 3",
-    "fa4": "FlashAttention 4",
-}
+        attention = ATTENTION.get(self.attention, "SDPA")
+        return f"attention {attention}; norm, rotary, SwiGLU, log-probs {rest}"
 
 
 @cache
 def chosen() -> Kernels:
-    """Raises ConfigError where VIME_KERNELS asks for what is not there."""
+    """Raises ConfigError if VIME_KERNELS asks for a kernel that cannot run here."""
     wish = os.environ.get(VARIABLE, "")
     plain = wish == "plain"
     asked = wish.removeprefix("attention=") if wish.startswith("attention=") else None
     if wish and not plain and asked not in ATTENTION:
         raise ConfigError(
-            f"{VARIABLE}={wish} is none of plain, {', '.join(f'attention={a}' for a in ATTENTION)}."
-            " Change it, or leave it out."
+            f"{VARIABLE}={wish} is unknown. Choose one of plain, "
+            f"{', '.join(f'attention={a}' for a in ATTENTION)}, or leave it out."
         )
     if not platform.current().is_cuda:
         return Kernels(plain=plain, fused=False, attention="sdpa")
@@ -54,8 +56,6 @@ def chosen() -> Kernels:
 
 
 def _attention(asked: str | None, plain: bool) -> str:
-    from vime.backends.megatron.kernels.attention import missing
-
     if plain:
         return "varlen"
     if asked is not None:

@@ -1,9 +1,9 @@
 """cuDNN's attention, through PyTorch, for packs of long sequences.
 
-cuDNN builds a plan for every shape it meets, which costs more than it saves where every sequence
-has a length of its own. So a sequence is computed as if it were up to a bucket's end: the rows that
-follow it in the pack take the place of padding. Causal attention keeps them out of its own rows,
-and a gradient of zero at those rows keeps them out of the gradients.
+cuDNN builds a plan for every shape it meets. If every sequence has its own length, that costs more
+than it saves. So a sequence is computed up to the end of a bucket: the rows that follow it in the
+pack serve as padding. Causal attention keeps them out of the sequence's own rows, and a gradient of
+zero at those rows keeps them out of the gradients.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_CALLS = 8  # a pack of more runs of equal lengths is left to other kernels
+MAX_CALLS = 8  # other kernels take packs with more runs of equal lengths
 BUCKET = 256
 
 _forward = torch.ops.aten._scaled_dot_product_cudnn_attention
@@ -78,7 +78,7 @@ class _Cudnn(torch.autograd.Function):
 
 
 def _batch(t: Tensor, first: int, length: int, count: int) -> Tensor:
-    """[count, H, S, D]: rows of `count` sequences. One alone has rows up to its bucket's end."""
+    """[count, H, S, D]: rows of `count` sequences; of a single one, up to its bucket's end."""
     if count > 1:
         return t[first : first + length * count].unflatten(0, (count, length)).transpose(1, 2)
     size = -(-length // BUCKET) * BUCKET
@@ -86,6 +86,6 @@ def _batch(t: Tensor, first: int, length: int, count: int) -> Tensor:
 
 
 def _padded(rows: Tensor, size: int) -> Tensor:
-    """[B, size, H, D] of [B, up to size, H, D], with zeros at the end."""
+    """[B, size, H, D] of [B, at most size, H, D], with zeros at the end."""
     missing = size - rows.shape[1]
     return F.pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows

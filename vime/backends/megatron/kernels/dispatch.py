@@ -1,4 +1,4 @@
-"""Triton's kernels where they are chosen, their PyTorch twins elsewhere."""
+"""Calls the Triton kernels if they are chosen, otherwise their PyTorch twins."""
 
 from __future__ import annotations
 

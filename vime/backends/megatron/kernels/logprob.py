@@ -1,7 +1,7 @@
-"""Statistics of a softmax over one rank's columns of logits, and its gradient written over them.
+"""Statistics of a softmax over one rank's columns of logits; the gradient overwrites the logits.
 
-A row of logits is read once in the forward pass and read and written once in the backward pass, in
-its own type; float32 exists in registers only.
+The forward pass reads a row of logits once. The backward pass reads and writes it once. Memory
+holds the logits' own type; only registers hold float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def statistics(logits: Tensor, local: Tensor, temperature: float) -> Tensor:
     """[4, T] float32: largest x, sum e, sum e * (x - largest), taken x; e = exp(x - largest).
 
     logits  [T, V] contiguous; x = logits / temperature
-    local   [T] int64, the taken column; where it is outside 0..V-1 the taken x is 0
+    local   [T] int64, the taken column; if it is outside 0..V-1, the taken x is 0
     """
     assert logits.is_contiguous()
     rows, columns = logits.shape
@@ -39,11 +39,11 @@ def gradient_in_place(
     d_entropy: Tensor | None,
     temperature: float,
 ) -> Tensor:
-    """Overwrites `logits` [T, V] with the gradient and returns them.
+    """Overwrites `logits` [T, V] with their gradient and returns them.
 
     log_z    [T] log of the sum of exp(x) over every rank's columns
     entropy  [T] nats
-    d_logp, d_entropy  [T] gradients of both results; None: zero
+    d_logp, d_entropy  [T] gradients of both results; None stands for zero
     """
     assert logits.is_contiguous()
     rows, columns = logits.shape

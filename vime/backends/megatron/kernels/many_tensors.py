@@ -1,4 +1,4 @@
-"""Operations on lists of tensors in a few kernels: what apex would bring, by torch's own."""
+"""Operations on lists of tensors in a few kernels: torch's, in place of apex's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 def l2_norm(
     _: int, __: Any, lists: Sequence[Sequence[Tensor]], per_tensor: bool = False, *___: Any
 ) -> tuple[Tensor, None]:
-    """([1] float32, None): the norm of all elements of all tensors. Waits for nothing.
+    """([1] float32, None): the norm of all elements of all tensors. Does not wait for the device.
 
     The arguments are those of apex's `multi_tensor_l2norm`.
     """
@@ -22,7 +22,7 @@ def l2_norm(
 
 
 def scale(_: int, __: Any, lists: Sequence[Sequence[Tensor]], factor: float) -> None:
-    """Each tensor of the second list becomes the one of the first times `factor`."""
+    """Sets each tensor of the second list to its twin in the first list times `factor`."""
     source, target = (list(tensors) for tensors in lists)
     if any(a is not b for a, b in zip(source, target, strict=True)):
         torch._foreach_copy_(target, source)

@@ -1,4 +1,4 @@
-"""RMSNorm in one Triton kernel each way; statistics and products in float32, rounded once."""
+"""RMSNorm in one Triton kernel each way. The arithmetic is in float32 and is rounded once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BACKWARD_PROGRAMS = (
-    8 * 132
-)  # each sums the weight's gradient over its rows; some per multiprocessor
+# Several per multiprocessor. Each sums the weight's gradient over its rows.
+BACKWARD_PROGRAMS = 8 * 132
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

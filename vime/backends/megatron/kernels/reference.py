@@ -1,4 +1,4 @@
-"""The kernels in plain PyTorch: what runs without a GPU, and what fused ones must agree with."""
+"""The kernels in plain PyTorch, for machines without a GPU. Fused kernels must agree with them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def split_qkv(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x [T, H, D] with its first R channels turned by cos, sin [T, 1, R / 2] (arXiv:2104.09864)."""
+    """x [T, H, D], its first R channels rotated by cos, sin [T, 1, R / 2] (arXiv:2104.09864)."""
     width = 2 * cos.shape[-1]
     turned, rest = x[..., :width], x[..., width:]
     if interleaved:

@@ -1,7 +1,7 @@
-"""The product that gives a weight's gradient, added to the gradient buffer as it is made.
+"""The matrix product of a weight's gradient, which adds its result to the gradient buffer.
 
-Megatron calls these two of an extension module of apex. Without it every gradient is first written
-in bfloat16 and then added to the buffer in a pass of its own.
+Megatron calls these two functions of an extension module of apex. Without them every gradient is
+first written in bfloat16 and then added to the buffer in a second pass.
 """
 
 from __future__ import annotations
@@ -20,5 +20,5 @@ def wgrad_gemm_accum_fp32(inputs: Tensor, grad_output: Tensor, main_grad: Tensor
 
 
 def wgrad_gemm_accum_fp16(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
-    """The same where the buffer has the gradients' type."""
+    """The same for a buffer that has the gradients' type."""
     main_grad.addmm_(grad_output.t(), inputs)

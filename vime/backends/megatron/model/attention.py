@@ -16,8 +16,9 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from vime.backends.megatron.kernels.attention import Spans, attend
+from vime.backends.megatron.kernels.attention import attend
 from vime.backends.megatron.kernels.choice import chosen
+from vime.backends.megatron.kernels.spans import Spans
 from vime.backends.megatron.model.pack import bounds_of, remembered, spans_of
 from vime.backends.megatron.model.zigzag import seen_by
 

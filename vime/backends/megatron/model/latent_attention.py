@@ -20,7 +20,7 @@ class LatentAttention(MLASelfAttention):
     """
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
-        """The layers that the spec names. 0.19 calls this; its own would norm uncompressed queries."""
+        """The layers that the spec names. 0.19 calls this; its own norms uncompressed queries."""
         names = "linear_q_proj linear_q_up_proj linear_kv_up_proj q_layernorm kv_layernorm"
         return {name: getattr(submodules, name) for name in names.split()}
 

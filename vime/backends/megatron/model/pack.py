@@ -13,7 +13,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from vime.backends.megatron.kernels.attention import Spans
+from vime.backends.megatron.kernels.spans import Spans
 from vime.backends.megatron.model.zigzag import positions
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vime.backends.megatron.kernels.attention import Spans
+from vime.backends.megatron.kernels.spans import Spans
 
 
 def zigzag_order(bounds: Sequence[int], size: int) -> Tensor:

@@ -1,12 +1,11 @@
-"""HF folder -> Megatron checkpoint (`SAVE/release/` and its tracker).
+"""Converts an HF folder to a Megatron checkpoint (`SAVE/release/` and its tracker).
 
     python tools/convert_hf_to_torch_dist.py ${MODEL_ARGS[@]} --hf-checkpoint HF --save SAVE
 
-One process suffices, and any layout loads the result. Weights pass through one at a time, so that
-memory holds the largest of them, not the model. Several processes share the work under torchrun
-with --tensor-model-parallel-size, --pipeline-model-parallel-size or --expert-model-parallel-size.
-Weights keep the dtype of config.json, unless --dtype is given.
-Exit codes: 2 for bad input, 1 when writing fails.
+One process is enough, and every layout loads the result. Memory holds one weight at a time, not
+the model. Several processes share the work under torchrun, with --tensor-model-parallel-size,
+--pipeline-model-parallel-size or --expert-model-parallel-size. Weights keep the dtype of
+config.json unless --dtype is given. Exit codes: 2 for bad input, 1 if writing fails.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def main() -> int:
 
     say("starting Megatron")
     from vime.backends.megatron.checkpoints.streaming import Conversion
-    from vime.backends.megatron.model.build import build_model  # takes seconds: after the checks
+    from vime.backends.megatron.model.build import build_model  # takes seconds, so after the checks
     from vime.backends.megatron.parallel import initialize_parallel, shutdown_parallel
 
     started = time.monotonic()
@@ -64,7 +63,7 @@ def main() -> int:
 
 
 def target_is_free(cfg: Config) -> list[str]:
-    """A run's own checkpoints must not lose their tracker to converted weights."""
+    """Converted weights would overwrite the tracker of a run's own checkpoints."""
     tracker = Path(cfg.checkpoint.save or "", TRACKER)
     if not cfg.checkpoint.save or not tracker.is_file() or tracker.read_text().strip() == RELEASE:
         return []
@@ -75,7 +74,7 @@ def target_is_free(cfg: Config) -> list[str]:
 
 
 def layout_fits(cfg: Config, world: int) -> list[str]:
-    """The ranks that torchrun started against the ranks that the layout needs."""
+    """Whether torchrun started as many ranks as the layout needs."""
     p = cfg.parallel
     needed = p.tp * p.pp * p.cp
     if world % needed == 0 and world % (p.etp * p.ep * p.pp) == 0:

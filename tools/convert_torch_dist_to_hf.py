@@ -1,11 +1,10 @@
-"""Megatron checkpoint -> HF folder, laid out like the folder that the model came from.
+"""Converts a Megatron checkpoint to an HF folder with the layout of the original folder.
 
     python tools/convert_torch_dist_to_hf.py --input-dir SAVE --output-dir OUT --origin-hf-dir HF
 
-`--input-dir` is a checkpoint folder (its latest iteration is taken) or one iter_* directory.
-Weights pass through one at a time, so that memory holds the largest of them, not the model.
-Config, tokenizer and the tensors' names, dtypes and files are those of --origin-hf-dir. Exit codes:
-2 for bad input, 1 when writing fails.
+`--input-dir` is a checkpoint folder, whose latest iteration is converted, or one iter_* directory.
+Memory holds one weight at a time, not the model. Config, tokenizer and the tensors' names, dtypes
+and files are those of --origin-hf-dir. Exit codes: 2 for bad input, 1 if writing fails.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def main() -> int:
     cfg = in_stored_dtype(parse_convert_config(argv, checks=[check_model_args]))
 
     from vime.backends.megatron.checkpoints.streaming import StoredWeights
-    from vime.backends.megatron.model.build import build_model  # takes seconds: after the checks
+    from vime.backends.megatron.model.build import build_model  # takes seconds, so after the checks
     from vime.backends.megatron.parallel import initialize_parallel, shutdown_parallel
 
     started = time.monotonic()

@@ -1,7 +1,7 @@
 """A running vLLM engine of each family gets weights from a Megatron trainer; both against HF.
 
-The engine starts from one random model and the trainer from another of the same shape, so that
-only an update through the real path can make the engine's samples follow the second.
+The engine starts from one random model and the trainer from another of the same shape. So the
+engine's samples can follow the second model only after a real weight update.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from training import hf_model
 from tests.tiny_families import TINY_MODELS
 from vime.backends.megatron.hf.registry import architecture
 
-# The shapes that vLLM's attention has kernels for on a CPU.
+# Shapes for which vLLM has attention kernels on a CPU.
 _HEADS = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 128}
 _LATENT = {
     "hidden_size": 128,
@@ -39,7 +39,7 @@ class LiveFinding:
     """Largest differences of a sampled token's log-probability from Hugging Face's."""
 
     before: float  # the weights that the engine started from
-    stale: float  # the same samples under the trainer's weights: what the update must close
+    stale: float  # the same samples under the trainer's weights; the update must close this gap
     after: float  # the trainer's weights, once sent
 
     @property
@@ -66,7 +66,7 @@ def examine_live(root: Path, model: str) -> LiveFinding:
     first, second = root / "first", root / "second"
     for seed, folder in enumerate((first, second)):
         make_model(folder, model, seed=seed, **shape_for_engine(model))
-        make_tokenizer().save_pretrained(folder)  # vLLM wants one, whatever it says
+        make_tokenizer().save_pretrained(folder)  # vLLM needs one; its content does not matter
     cfg = config_of(first, root)
     engine = VLLMEngine(cfg, 0, [0])
     url = engine.start()

@@ -1,4 +1,4 @@
-"""A tiny random model of every family, and what is compared with Hugging Face in every layout."""
+"""A tiny random model of every family, compared with Hugging Face in every layout."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one model in one layout showed. Differences are None where this rank has no logits."""
+    """The result of one model in one layout."""
 
-    logits: float | None  # largest absolute difference
+    logits: float | None  # largest absolute difference; None on a rank without logits
     gradient: float  # largest difference of a tensor, relative to that tensor's largest entry
     round_trip: bool  # the exported files have the bytes of the originals
 

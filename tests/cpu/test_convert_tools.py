@@ -1,4 +1,4 @@
-"""The converters as a user calls them: there and back, and what they refuse."""
+"""The converters as a user calls them: there and back, and their refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_there_and_back_gives_the_same_file(tmp_path: Path) -> None:
-    """Two tensor parallel ranks there, whose shards and padding one process reads back."""
+    """Two tensor parallel ranks convert; one process converts their shards and padding back."""
     source = write_tiny_hf(tmp_path / "hf", tied=True, dtype="bfloat16")
     made, back = tmp_path / "megatron", tmp_path / "back"
     two_ranks = ("-m", "torch.distributed.run", "--nproc-per-node", "2", TO_MEGATRON)

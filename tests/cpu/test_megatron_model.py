@@ -1,4 +1,4 @@
-"""The Megatron model against Hugging Face's: the same logits, and the same bytes back."""
+"""The Megatron model against Hugging Face's: the same logits, and the same bytes on export."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LAYOUTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny models in HF format; `expected.pt` beside each holds HF's logits of the test pack."""
+    """Tiny models in HF format. `expected.pt` in each folder holds HF's logits of the test pack."""
     root = tmp_path_factory.mktemp("hf")
     made = {
         "untied": write_tiny_hf(root / "untied", max_shard_size="200KB"),
@@ -83,7 +83,7 @@ def compare(rank: int, world: int, port: int, folders: dict, layouts: list, out:
 
 
 def packed_logits(cfg: Any, chunks: list) -> torch.Tensor | None:
-    """[T, vocab] of the whole pack, in its order; None where no logits are."""
+    """[T, vocab] of the whole pack, in its order; None on a rank without logits."""
     import torch.distributed as dist
     from megatron.core import parallel_state as mpu
     from megatron.core.packed_seq_params import PackedSeqParams

@@ -38,7 +38,7 @@ def test_every_family_computes_learns_and_exports_as_hugging_face_does(
 
 
 def biases_after(rank: int, world: int, port: int, folder: Path) -> list[dict[str, torch.Tensor]]:
-    """The routers' biases as loaded, after a step that was skipped, and after one that was not."""
+    """The routers' biases after loading, after a skipped step, and after a step that trained."""
     from vime.backends.megatron.trainer import MegatronTrainer
 
     cfg = config_of(folder, world, {})
@@ -62,7 +62,7 @@ def biases_after(rank: int, world: int, port: int, folder: Path) -> list[dict[st
 
 
 def test_a_skipped_step_does_not_move_the_routers_biases(tmp_path: Path) -> None:
-    """Megatron moves them before anyone knows whether the gradient is finite."""
+    """Megatron moves them before it is known whether the gradient is finite."""
     make_model(tmp_path / "hf", "Moonlight")
     (found,) = run_ranks(biases_after, 1, folder=tmp_path / "hf", timeout_s=120.0)
     loaded, skipped, trained = found

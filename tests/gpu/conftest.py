@@ -1,4 +1,4 @@
-"""Tests of this folder need a CUDA GPU; without one each is skipped and says so."""
+"""Tests of this folder need a CUDA GPU; without one, each is skipped with that reason."""
 
 from __future__ import annotations
 

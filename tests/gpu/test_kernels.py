@@ -22,7 +22,7 @@ def rand(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def with_gradients(call: Callable[..., Any], *inputs: torch.Tensor | None) -> list[torch.Tensor]:
-    """The call's outputs, then the inputs' gradients of one random mix of them."""
+    """The call's outputs, then the gradients of a random mix of them with respect to the inputs."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
     out = call(*leaves)
     outs = out if isinstance(out, tuple) else (out,)
@@ -33,7 +33,7 @@ def with_gradients(call: Callable[..., Any], *inputs: torch.Tensor | None) -> li
 
 
 def assert_near(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float) -> None:
-    """The largest difference, over the largest value, of each pair."""
+    """Compares each pair: the largest difference, relative to the largest value."""
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape
         error = (a.float() - b.float()).abs().max() / b.float().abs().max()
@@ -123,7 +123,7 @@ def test_log_probabilities_make_no_copy_of_the_logits() -> None:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    source = logits * 1  # what an output layer gives
+    source = logits * 1  # like the result of an output layer
     out = token_logprobs(source, taken, owned=True)
     del source
     out.logp_T.sum().backward()

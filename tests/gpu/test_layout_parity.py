@@ -1,6 +1,6 @@
 """Two steps of GRPO in every layout of two GPUs, over NCCL, against Hugging Face autograd.
 
-What tests/cpu/test_gradient_parity.py checks over gloo, in float32 with the GPU's own kernels.
+The same check as tests/cpu/test_gradient_parity.py over gloo, in float32 with the GPU's kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ranks import run_ranks
 
 LAYOUTS = [case for case in CASES[2] if case.task == (DENSE, False)]
 NUM_GPUS = torch.cuda.device_count()
-RTOL_LOSS, RTOL = 1e-5, 1e-4  # of the largest value; sums of GPUs come in another order each time
+RTOL_LOSS, RTOL = 1e-5, 1e-4  # of the largest value; GPUs add up in another order each time
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def expected(folder: Path) -> Expected:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> list[list[dict[str, Any]]]:
-    """By rank and case."""
+    """The results by rank and case."""
     if NUM_GPUS < 2:
         pytest.skip("needs two GPUs")
     return run_ranks(train, 2, timeout_s=400, root=folder, cases=LAYOUTS)

@@ -1,4 +1,4 @@
-"""The peak that the plan foretells is the one that a GPU counts, within 10%."""
+"""The plan's estimate of the peak is within 10% of the peak that a GPU counts."""
 
 import pytest
 
@@ -6,6 +6,6 @@ from benchmarks.memory import DEFAULT, TARGET, in_own_process
 
 
 @pytest.mark.parametrize("case", DEFAULT)
-def test_the_peak_is_the_one_foretold(case):
+def test_the_estimated_peak_is_near_the_measured_peak(case):
     estimate, measured = in_own_process(case)["peak"]
     assert estimate == pytest.approx(measured, rel=TARGET)

@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens of the pack, and what each logit weighs in the loss."""
+    """Tokens of the pack, and the weight of each logit in the loss."""
     g = torch.Generator().manual_seed(5)
     total = sum(LENGTHS)
     tokens = torch.randint(0, VOCAB, (total,), generator=g)
@@ -49,7 +49,7 @@ def ours(
     chunks = wrap_for_training(cfg, chunks)
     tokens, weight = inputs()
     pack = make_pack([0, *accumulate(LENGTHS)], tokens.device)
-    for _ in range(2):  # the second time nothing may be left of the first
+    for _ in range(2):  # nothing of the first pass may remain in the second
         chunks[0].zero_grad_buffer()
         logits = chunks[0](tokens[None], tokens[None], None, packed_seq_params=pack)[0]
         (logits.float() * weight).sum().backward()
@@ -75,7 +75,7 @@ def theirs(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def error(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
-    """By tensor: the norm of the difference over the norm."""
+    """{tensor: norm of the difference, relative to the norm of the expected tensor}"""
     names = [name for name in expected if name in found]
     assert len(names) >= len(expected) - 1, "all but a tied output layer"
     return {n: float((found[n] - expected[n]).norm() / expected[n].norm()) for n in names}

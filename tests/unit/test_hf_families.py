@@ -175,7 +175,9 @@ def test_what_megatron_refuses_late_or_leaves_out_is_told_before(tmp_path: Path)
     assert "Add --sequence-parallel." in told(2)
     assert "size 4 does not divide the model's 18 channels of an expert" in told(4)
     assert "coeff 0.1 has no effect" in told(moe_aux_loss_coeff=0.1)
-    assert "type sinkhorn is none of" in told(moe_router_load_balancing_type="sinkhorn")
+    assert "type sinkhorn is not supported. Choose one of" in told(
+        moe_router_load_balancing_type="sinkhorn"
+    )
     assert "mla_up_proj: the model has no latent attention" in told(modules=["mla_up_proj"])
 
 

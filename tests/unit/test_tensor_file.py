@@ -1,4 +1,4 @@
-"""A safetensors file written tensor by tensor against the one it is laid out like."""
+"""A safetensors file, written tensor by tensor with the layout of another."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_all_tensors_in_any_order_make_the_same_bytes(like: Path, tmp_path: Path
     assert path.read_bytes() == like.read_bytes()
 
 
-def test_some_tensors_make_a_file_of_these_alone(like: Path, tmp_path: Path) -> None:
+def test_a_subset_of_the_tensors_makes_a_smaller_file(like: Path, tmp_path: Path) -> None:
     path = tmp_path / "new.safetensors"
     file = TensorFile(path, like, {"a", "one"})
     for name in ("a", "one"):
@@ -50,7 +50,7 @@ def test_some_tensors_make_a_file_of_these_alone(like: Path, tmp_path: Path) -> 
         assert opened.metadata() == {"format": "pt"}
 
 
-def test_a_view_is_written_as_it_reads(like: Path, tmp_path: Path) -> None:
+def test_a_view_that_is_not_contiguous_is_written_in_order(like: Path, tmp_path: Path) -> None:
     file = TensorFile(tmp_path / "new.safetensors", like, {"b"})
     file.add("b", TENSORS["b"].t().contiguous().t())
     file.close()

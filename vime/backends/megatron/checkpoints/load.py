@@ -17,7 +17,7 @@ from vime.backends.megatron.checkpoints.contents import ENTRY, Contents, current
 from vime.backends.megatron.checkpoints.rng import restore_rng_state, sharded_rng_state
 from vime.backends.megatron.checkpoints.start import Start
 from vime.backends.megatron.checkpoints.state import CRITIC, critic_state, fill, sharded_state
-from vime.backends.megatron.hf.check import check_architecture_fits
+from vime.backends.megatron.hf.compare import check_architecture_fits
 from vime.backends.megatron.hf.registry import described_by
 from vime.backends.megatron.weights.load import load_hf_weights
 from vime.config import Config

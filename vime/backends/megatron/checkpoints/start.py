@@ -14,7 +14,7 @@ from vime.backends.megatron.checkpoints.commit import (
     committed,
     iteration_folder,
 )
-from vime.backends.megatron.hf.check import check_hf_fits
+from vime.backends.megatron.hf.compare import check_hf_fits
 from vime.backends.megatron.weights.files import HFFiles
 from vime.config import Config
 from vime.errors import CheckpointError

@@ -1,4 +1,4 @@
-"""Megatron's shards -> full HF tensors, streamed one weight at a time."""
+"""Joins Megatron's shards to full HF tensors, one weight at a time."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def export_hf(
 ) -> Iterator[tuple[str, Tensor]]:
     """(HF name, full tensor) of every weight, in the model's order, dtype and device.
 
-    A collective: every rank iterates to the end, and every rank gets every tensor. A tensor may be
-    a view of the live weights: use it before the next optimizer step. Padded vocabulary is cut off.
-    `read` gets the name of each weight right before it is used, and may then free those before it.
+    A collective: every rank iterates to the end and gets every tensor. A tensor may be a view of
+    the live weights: use it before the next optimizer step. Padding of the vocabulary is cut off.
+
+    read  gets the name of each weight right before it is used, and may free the earlier weights
     """
     args = model_args(cfg)
     family = family_of(cfg)
@@ -55,10 +56,7 @@ def _any_expert(name: str) -> str:
 def _homes(
     mine: dict[str, Tensor], pipeline: Place
 ) -> dict[str, tuple[int, tuple[int, ...], torch.dtype]]:
-    """{weight: (first pipeline stage that holds it, shape and dtype of a shard)}.
-
-    Experts share an entry.
-    """
+    """{weight: (first pipeline stage that holds it, a shard's shape, dtype)}; experts share one."""
     local = {_any_expert(name): (tuple(t.shape), t.dtype) for name, t in mine.items()}
     by_stage: list = [local]
     if pipeline.size > 1:
@@ -87,7 +85,7 @@ def _broadcast(
     source: int,
     axis: Place,
 ) -> list[Tensor]:
-    """`full` of the axis' rank `source`, on every rank of the axis."""
+    """The tensors `full` of rank `source` of an axis, on every rank of the axis."""
     if axis.size == 1:
         assert full is not None
         return [t.contiguous() for t in full]

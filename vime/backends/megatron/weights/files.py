@@ -70,14 +70,14 @@ class HFFiles:
         return tuple(self._file(self.file_of[tensor]).get_slice(tensor).get_shape())
 
     def dtype(self, tensor: str) -> str:
-        """safetensors' name of it: "F32", "BF16" ..."""
+        """Its dtype under safetensors' name: "F32", "BF16", ..."""
         return self._file(self.file_of[tensor]).get_slice(tensor).get_dtype()
 
     def metadata(self, name: str) -> dict[str, str] | None:
         return self._file(name).metadata()
 
     def forget(self) -> None:
-        """Unmaps what was read, so that it no longer counts as this process's memory."""
+        """Unmaps the files, so that they no longer count as this process's memory."""
         self._open.clear()
 
     def read(self, tensor: str) -> Tensor:

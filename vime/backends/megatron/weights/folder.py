@@ -1,4 +1,4 @@
-"""Writes an HF folder whose layout is that of the folder the model came from."""
+"""Writes an HF folder with the layout of the folder that the model came from."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ def save_hf(
 ) -> None:
     """Writes the weights, and --hf-checkpoint's config, tokenizer and other small files.
 
-    A collective. Names, dtypes, files and metadata are those of --hf-checkpoint, so weights that
-    did not change come back with the same bytes. `done` gets each tensor's bytes; `read` is
-    `export_hf`'s. Rank 0 writes, each tensor as it comes; config.json appears last. Raises
-    CheckpointError on every rank when the disk refuses.
+    A collective. Names, dtypes, files and metadata are those of --hf-checkpoint, so unchanged
+    weights are written with the same bytes. Rank 0 writes each tensor as it arrives; config.json
+    appears last. If the disk refuses, every rank raises CheckpointError.
+
+    done  gets the number of bytes of each tensor
+    read  see `export_hf`
     """
     writer = problem = None
     try:
@@ -66,24 +68,24 @@ def save_hf(
 def _steps(
     chunks: Iterable[nn.Module], cfg: Config, read: Callable[[str], None] | None
 ) -> Iterator[tuple[str, Tensor] | None]:
-    """The tensors, then None for the end."""
+    """The tensors, then None to finish."""
     yield from export_hf(chunks, cfg, read)
     yield None
 
 
 def _names(cfg: Config) -> set[str]:
-    """Every tensor that an export has."""
+    """The names of all tensors of an export."""
     return {name for weight in family_of(cfg).weights(model_args(cfg)) for name in weight.hf}
 
 
 class _Writer:
-    """Writes tensors as they come; a file gets its final name once it has all of them."""
+    """Writes tensors as they arrive. A file gets its final name once it is complete."""
 
     def __init__(self, source: Path, target: Path, names: Set[str]) -> None:
         self.source, self.target, self.names = source, target, names
         self.files = HFFiles(source) if any(source.glob("*.safetensors")) else None
         self.open: dict[str, TensorFile] = {}
-        self.held: dict[str, Tensor] = {}  # where the source has no weights to be laid out like
+        self.held: dict[str, Tensor] = {}  # if the source has no weights whose layout to copy
         self.written: dict[str, str] = {}
         self.num_bytes = self.num_parameters = 0
         if source.resolve() == target.resolve():
@@ -99,7 +101,9 @@ class _Writer:
             self.held[name] = tensor.detach().to("cpu", copy=True)
             return
         if name not in self.files.file_of:
-            raise CheckpointError(f"{self.source} holds no tensor {name}: it is another model's.")
+            raise CheckpointError(
+                f"{self.source} holds no tensor {name}: it belongs to another model."
+            )
         file = self.files.file_of[name]
         if file not in self.open:
             self.open[file] = TensorFile(self.target / file, self.source / file, self.names)
@@ -121,7 +125,7 @@ class _Writer:
                     shutil.copyfile(path, partial)
 
     def abandon(self) -> None:
-        """Deletes what is incomplete."""
+        """Deletes incomplete files."""
         for file in self.open.values():
             file.abandon()
 

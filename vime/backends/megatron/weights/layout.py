@@ -1,7 +1,7 @@
-"""How a weight is cut for tensor parallelism and put together again. Pure functions of tensors.
+"""Splits a weight over tensor parallel ranks and joins it again. Pure functions of tensors.
 
-Axes: R rows, K columns, N ranks. A query/key/value weight has G groups of H/G query heads, one key
-and one value head, D channels each: Megatron stores the groups one after another.
+A query/key/value weight has G groups, which Megatron stores one after another. A group has H/G
+query heads, one key head and one value head, each of D channels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vime.backends.megatron.hf.family import Kind
 
 @dataclass(frozen=True, slots=True)
 class Dims:
-    """What the layouts need to know of the architecture."""
+    """The sizes on which the layouts depend."""
 
     heads: int
     groups: int
@@ -37,7 +37,7 @@ class Dims:
 def hf_shapes(
     kind: Kind, shard: Sequence[int], num_ranks: int, dims: Dims
 ) -> list[tuple[int, ...]]:
-    """The shapes of the HF tensors behind one rank's shard of shape `shard`."""
+    """The shapes of the HF tensors of which one rank holds a shard of shape `shard`."""
     rows, rest = shard[0], tuple(shard[1:])
     match kind:
         case Kind.REPLICATED:
@@ -60,7 +60,7 @@ def hf_shapes(
 def shard(
     kind: Kind, tensors: Sequence[Tensor], rank: int, num_ranks: int, dims: Dims, rows: int
 ) -> Tensor:
-    """One rank's shard of full HF tensors. `rows` of the shard counts for padded vocabularies."""
+    """One rank's shard of full HF tensors. It has `rows` rows, a vocabulary's padding included."""
     first = tensors[0]
     match kind:
         case Kind.REPLICATED:

@@ -1,4 +1,4 @@
-"""HF folder -> this rank's shards, one tensor at a time."""
+"""Loads an HF folder into this rank's shards, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from vime.errors import CheckpointError
 
 
 class HFWeights:
-    """This rank's shard of any weight, read from a folder's safetensors when it is asked for.
+    """This rank's shard of any weight, read on demand from a folder's safetensors.
 
-    Strict: a missing, unexpected or wrongly shaped tensor raises CheckpointError naming file and
-    tensor. Not a collective; every rank reads what it needs.
+    A missing, unexpected or wrongly shaped tensor raises CheckpointError, which names file and
+    tensor. Not a collective: every rank reads the tensors that it needs.
     """
 
     def __init__(self, hf_dir: str | Path, cfg: Config) -> None:
@@ -35,7 +35,7 @@ class HFWeights:
         self.ranks, self.dims = Ranks.current(), Dims.of(args)
 
     def check(self, name: str, parameter: Tensor) -> tuple[Weight, Place]:
-        """What `parameter` is made of, once the files' shapes are known to fit."""
+        """The weight that `parameter` is, and the ranks that share it. Checks the files' shapes."""
         weight = self.weights.get(name) or _tied(name, self.weights)
         part = self.ranks.expert_tensor if weight.expert is not None else self.ranks.tensor
         wanted = hf_shapes(weight.kind, parameter.shape, part.size, self.dims)
@@ -43,14 +43,14 @@ class HFWeights:
             if self.files.shape(hf_name) != shape:
                 raise CheckpointError(
                     f"{self.files.path(hf_name)}: tensor {hf_name} has shape "
-                    f"{list(self.files.shape(hf_name))}, the model wants {list(shape)}. "
+                    f"{list(self.files.shape(hf_name))}, the model needs {list(shape)}. "
                     "The weights and config.json (or MODEL_ARGS) belong to different models."
                 )
         return weight, part
 
     @torch.no_grad()
     def fill(self, name: str, parameter: Tensor) -> None:
-        """Puts the weight of that Megatron name into `parameter`, converted to its dtype."""
+        """Copies the weight with that Megatron name into `parameter`, converted to its dtype."""
         weight, part = self.check(name, parameter)
         tensors = [self.files.read(n) for n in weight.hf]
         rows = parameter.shape[0]
@@ -58,7 +58,7 @@ class HFWeights:
 
 
 def load_hf_weights(chunks: Iterable[nn.Module], hf_dir: str | Path, cfg: Config) -> None:
-    """Fills the chunks from a folder. Raises CheckpointError as `HFWeights` does."""
+    """Fills the chunks from a folder. Raises CheckpointError like `HFWeights`."""
     source = HFWeights(hf_dir, cfg)
     for name, parameter in named_weights(chunks, source.ranks, model_args(cfg)):
         source.fill(name, parameter)
@@ -87,6 +87,6 @@ def _check_names(
         raise CheckpointError(
             f"{files.path(extra[0])}: unexpected tensor {extra[0]}"
             + (f" (and {len(extra) - 1} others)" if len(extra) > 1 else "")
-            + f"; a {family.model_type} model of {args['num_layers']} layers has none of that "
-            "name. The weights and config.json belong to different models."
+            + f"; a {family.model_type} model of {args['num_layers']} layers has no such tensor. "
+            "The weights and config.json belong to different models."
         )

@@ -1,4 +1,4 @@
-"""One safetensors file, written tensor by tensor in any order: memory holds one of them."""
+"""Writes a safetensors file tensor by tensor, in any order, so that memory holds one tensor."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _METADATA = "__metadata__"
 
 
 class TensorFile:
-    """`path`, laid out like the file `like`, with those of its tensors that are in `names`.
+    """A file with the layout of the file `like`, and those of its tensors that are in `names`.
 
-    Order, dtypes, shapes and metadata are those of `like`; where `names` has all its tensors, so
-    are the bytes of the header. Under its own name the file appears in `close`.
+    Order, dtypes, shapes and metadata are those of `like`. If `names` has all its tensors, the
+    header has the same bytes. The file appears under its own name in `close`.
     """
 
     def __init__(self, path: Path, like: Path, names: Set[str]) -> None:
@@ -36,37 +36,37 @@ class TensorFile:
         self.file.write(len(header).to_bytes(8, "little") + header)
 
     def add(self, name: str, tensor: Tensor) -> int:
-        """Writes one tensor, converted to the file's dtype; the bytes of it."""
+        """Writes one tensor, converted to the file's dtype. Returns its number of bytes."""
         entry = self.entries[name]
         dtype = DTYPES.get(entry["dtype"])
         if dtype is None or list(tensor.shape) != entry["shape"]:
             raise CheckpointError(
                 f"tensor {name} is {list(tensor.shape)} in {tensor.dtype}, yet {self.like} has "
-                f"{entry['shape']} in {entry['dtype']}: give the folder of the model that was "
+                f"{entry['shape']} in {entry['dtype']}. Give the folder of the model that was "
                 "trained, in bfloat16, float16 or float32."
             )
         data = tensor.detach().to("cpu", dtype).contiguous()
         self.file.seek(self.start + entry["data_offsets"][0])
-        if data.nbytes:  # not through numpy, after which torch could not free the storage
+        if data.nbytes:  # numpy would keep torch from freeing the storage
             self.file.write((ctypes.c_char * data.nbytes).from_address(data.data_ptr()))
         self.missing.discard(name)
         return data.nbytes
 
     def close(self) -> None:
-        """Gives the file its name: it is complete."""
+        """Gives the complete file its name."""
         assert not self.missing, f"{self.path} lacks {sorted(self.missing)[:3]}"
         self.file.close()
         commit(self.partial, self.path)
 
     def abandon(self) -> None:
-        """Deletes it: it will not be completed."""
-        with suppress(OSError):  # what is still buffered does not fit the disk either
+        """Deletes the incomplete file."""
+        with suppress(OSError):  # the rest of the buffer may not fit the disk either
             self.file.close()
         self.partial.unlink(missing_ok=True)
 
 
 def _header(like: Path, names: Set[str]) -> tuple[bytes, dict[str, Any]]:
-    """(header without its length, {tensor: dtype, shape, data_offsets}) of the file to write."""
+    """(header without its length, {tensor: dtype, shape, data_offsets}) of the new file."""
     with like.open("rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
     entries: dict[str, Any] = json.loads(header)

@@ -23,9 +23,7 @@ def test_actor_and_critic_leave_the_gpu_train_on_and_resume(sharded: bool, tmp_p
     assert found["trunk"] == torch.bfloat16
     assert found["freed"] > 0.9 * found["held"]
     losses = found["losses"]
-    assert losses[0] == pytest.approx(
-        0.25
-    )  # half the rewards' mean square: all values are 0
+    assert losses[0] == pytest.approx(0.25)  # half the rewards' mean square: all values are 0
     assert losses[-1] < 0.9 * losses[0]
     assert found["away"] == found["home"]
     assert found["resumed"] == (True, True)

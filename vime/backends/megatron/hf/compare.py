@@ -57,7 +57,7 @@ def check_architecture_fits(cfg: Config, found: dict[str, Any], own: dict[str, A
 def _not_fitting(cfg: Config, differences: list[str]) -> str:
     return (
         f"the weights are of another architecture than --hf-checkpoint {cfg.model.hf_checkpoint} "
-        f"describes: {'; '.join(differences)}. Choose weights of the same, or correct "
+        f"describes: {'; '.join(differences)}. Choose weights of that architecture, or correct "
         "--hf-checkpoint."
     )
 

@@ -79,8 +79,8 @@ def _server(rank: int) -> subprocess.Popen:
     import torch
 
     if rank not in _servers:
-        # CUDA does not survive a fork: with a GPU, each rank imports torch itself.
-        words = [sys.executable, __file__, *([] if torch.cuda.is_available() else ["import"])]
+        # CUDA does not survive a fork, hidden GPUs included: each rank imports torch itself.
+        words = [sys.executable, __file__, *([] if torch.version.cuda else ["import"])]
         _servers[rank] = subprocess.Popen(
             words,
             stdin=subprocess.PIPE,

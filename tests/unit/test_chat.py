@@ -76,7 +76,10 @@ QWEN_CALL = '<tool_call>\n{"name": "add", "arguments": {"x": 2}}\n</tool_call><|
 
 def published(name):
     """A chat template as its model's folder has it; TRL ships copies."""
-    folder = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
+    trl = importlib.util.find_spec("trl")
+    if trl is None:
+        pytest.skip("needs the package trl, which has copies of published chat templates")
+    folder = Path(trl.origin).parent / "chat_templates"
     return (folder / f"{name}.jinja").read_text()
 
 

@@ -43,7 +43,7 @@ def notes(folder: Path, name: str) -> tuple[set[str], float, float]:
 
 def test_no_gpu_serves_two_jobs_at_once(job: Callable, tmp_path: Path) -> None:
     jobs = [job("a", 1, 0.6), job("b", 2, 0.3), job("c", 1, 0.3), job("too many", 4, 0.0)]
-    codes = run_all(jobs, ["4", "5", "6"], tmp_path, time.monotonic() + 30, alone=False)
+    codes = run_all(jobs, ["4", "5", "6"], tmp_path, time.monotonic() + 120, alone=False)
     assert codes == {"a": 0, "b": 0, "c": 0}
     held = [notes(tmp_path, name) for name in "abc"]
     assert [len(gpus) for gpus, _, _ in held] == [1, 2, 1]
@@ -55,7 +55,7 @@ def test_no_gpu_serves_two_jobs_at_once(job: Callable, tmp_path: Path) -> None:
 
 def test_with_alone_jobs_run_one_after_the_other(job: Callable, tmp_path: Path) -> None:
     jobs = [job("a", 1, 0.2), job("b", 1, 0.2)]
-    run_all(jobs, ["0", "1"], tmp_path, time.monotonic() + 30, alone=True)
+    run_all(jobs, ["0", "1"], tmp_path, time.monotonic() + 120, alone=True)
     (_, _, first_ended), (_, second_began, _) = notes(tmp_path, "a"), notes(tmp_path, "b")
     assert first_ended < second_began
 

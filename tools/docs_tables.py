@@ -19,6 +19,7 @@ from tools.imports import picture  # noqa: E402
 from vime.algorithms.advantages import ESTIMATORS, Estimator  # noqa: E402
 from vime.algorithms.policy import clipped_policy_loss  # noqa: E402
 from vime.backends.megatron.hf.registry import FAMILIES  # noqa: E402
+from vime.rollout.rm_hub.registry import GRADERS  # noqa: E402
 
 
 def main() -> int:
@@ -76,8 +77,14 @@ def family_table() -> str:
     return markdown([head, *rows])
 
 
+def grader_table() -> str:
+    rows = ([f"`{name}`", grader.gives] for name, grader in GRADERS.items())
+    return markdown([["`--rm-type`", "reward"], *rows])
+
+
 TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("algorithms.md", "estimator-list"): estimator_table,
+    ("data-generation.md", "graders"): grader_table,
     ("models.md", "families"): family_table,
     ("architecture.md", "rooms"): picture,
 }

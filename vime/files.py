@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whatever ends the process that writes them."""
+"""Writes files so that they appear whole or not at all, also when the writer is killed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 
 def partial_path(path: Path) -> Path:
-    """Where to write a file that `commit` will name `path`: beside it, hidden, of this process."""
+    """The path to write to before `commit`: beside `path`, hidden, and of this process alone."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def commit(partial: Path, path: Path) -> None:
-    """Gives a finished file its name, once its bytes are on the disk."""
+    """Waits until the bytes of a finished file are on the disk, then gives it its name."""
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,12 +25,12 @@ def commit(partial: Path, path: Path) -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yields the path to write to. `path` gets its content when the block ends without an error.
+    """Yields a path to write to. If the block ends without an error, the file moves to `path`.
 
         with written_whole(path) as partial:
             torch.save(state, partial)
 
-    The folder is made if it is missing. Readers see the old file or the new one.
+    Makes the folder if it is missing. Readers see either the old file or the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)

@@ -139,7 +139,7 @@ class RolloutDataSourceWithBuffer:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Metrics: prompts that were passed over since the run began, by reason."""
+        """Metrics of the prompts that were left out since the run began, by reason."""
         return {
             "rollout/data/long_prompts": self.num_long_prompts,
             "rollout/data/refused_rows": self.num_refused_rows,

@@ -55,7 +55,7 @@ def generate_rollout(
 
 
 def _demonstrate(cfg: Config, tokenizer: Any, group: Group, rollout_id: int) -> str | None:
-    """Makes demonstrations of a group's samples. Returns the metric that counts a skipped group."""
+    """Makes demonstrations of a group. If it is skipped, returns the metric that counts it."""
     for sample in group:
         try:
             to_demonstration(cfg, tokenizer, sample)

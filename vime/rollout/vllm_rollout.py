@@ -39,7 +39,7 @@ def generate_rollout(
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
-    """`asyncio.run`, on uvloop where it is installed, which needs less CPU per request."""
+    """`asyncio.run`, with uvloop if it is installed, because that needs less CPU per request."""
     try:
         from uvloop import new_event_loop
     except ImportError:

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class GradingFailed(Exception):
-    """No reward could be computed; says why. The sample fails; its answer is not a wrong one."""
+    """Why an answer has no reward. Its sample fails, which differs from a wrong answer."""
 
 
 class GradingTimeout(GradingFailed):
@@ -19,21 +19,21 @@ class GradingTimeout(GradingFailed):
 class Grader:
     """A value of --rm-type.
 
-    grade   f(response, label, metadata) -> a number or a dict. Called in a worker process under
-            --rm-timeout-secs: it may hang or eat memory. Raises GradingFailed
-    quick   f(response, label, metadata) -> the same, or None where the answer needs `grade`. Called
-            first, in the rollout's own process, so it must be fast. None: every answer goes to a
-            worker
+    grade   f(response, label, metadata) -> a number or a dict. Runs in a worker process under
+            --rm-timeout-secs, so it may hang or eat memory. Raises GradingFailed
+    quick   f(response, label, metadata) -> the same, or None if the answer needs `grade`. Runs
+            first, in the rollout's process, so it must be fast. Without it all answers go to
+            workers
 
     gives          the reward in words, for the table in docs/data-generation.md
     lowest_reward  the lowest number that it gives; {key: lowest number} where it gives a dict, the
                    key to train on first
     needs_label    a sample without a label fails
-    takes_box      it looks for a box in the response itself; `boxed_` in front is refused
+    takes_box      it looks for a box itself, so `boxed_` in front is refused
     marks          a response that contains none of these texts gets 0
-    takes_sample   `grade` is `async f(args, sample)` and is called in the rollout's own process
-    needs_url      it asks the server of --rm-url
-    needs_package  the package that it imports; workers load it before their first answer
+    takes_sample   `grade` is `async f(args, sample)` and runs in the rollout's process
+    needs_url      it asks the server at --rm-url
+    needs_package  the package that it imports; workers import it before their first answer
     """
 
     grade: Callable[..., Any]
@@ -50,7 +50,7 @@ class Grader:
 
     @property
     def reward_keys(self) -> tuple[str, ...]:
-        """The keys of the dict that it gives; empty where it gives a number."""
+        """The keys of the dict that it gives; empty for a number."""
         return tuple(self.lowest_reward) if isinstance(self.lowest_reward, Mapping) else ()
 
     def lowest(self, reward_key: str | None) -> float:

@@ -1,6 +1,6 @@
-r"""The graders that --rm-type names. A new grader is a file of this folder and a name below.
+r"""The graders that --rm-type names. A new grader is a file in this folder and a name below.
 
-Imports no package that only some graders need: the command line reads the names from here.
+The command line imports this file, so graders import heavy packages inside their functions.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ BOXED = "boxed_"  # in front of a name: grade only what the last \boxed{} holds
 
 
 def grader_of(rm_type: str) -> Grader | None:
-    """The grader of "f1" or "boxed_f1"; None where no grader has that name."""
+    """The grader of "f1" or "boxed_f1"; None if there is none."""
     return GRADERS.get(rm_type.removeprefix(BOXED))
 
 
 def refusal(rm_type: str) -> str | None:
-    """Why --rm-type cannot have this value, to be read behind it; None if it can."""
+    """Why --rm-type cannot have this value, as the end of a sentence; None if it can."""
     grader = grader_of(rm_type)
     if grader is None:
         return (
@@ -39,7 +39,7 @@ def refusal(rm_type: str) -> str | None:
 def problems_of(
     name: str, rm_type: str | None, reward_key: str | None, rm_url: str | None
 ) -> list[str]:
-    """What is wrong with a grader's settings, in the user's words.
+    """The problems of a grader's settings, in the user's words.
 
     name  where rm_type was given: "--rm-type"
     """

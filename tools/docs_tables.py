@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +19,8 @@ from tools.imports import picture  # noqa: E402
 from vime.algorithms.advantages import ESTIMATORS, Estimator  # noqa: E402
 from vime.algorithms.policy import clipped_policy_loss  # noqa: E402
 from vime.backends.megatron.hf.registry import FAMILIES  # noqa: E402
+from vime.cli.flags import section_types  # noqa: E402
+from vime.config.fields import flags_in  # noqa: E402
 from vime.rollout.rm_hub.registry import GRADERS  # noqa: E402
 
 
@@ -78,13 +80,35 @@ def family_table() -> str:
 
 
 def grader_table() -> str:
-    rows = ([f"`{name}`", grader.gives] for name, grader in GRADERS.items())
-    return markdown([["`--rm-type`", "reward"], *rows])
+    return markdown([["`--rm-type`", "reward"], *([f"`{n}`", g.gives] for n, g in GRADERS.items())])
+
+
+def rollout_hook_table() -> str:
+    return hook_table(name for name in section_types() if name != "algorithm")
+
+
+def trainer_hook_table() -> str:
+    return hook_table(["algorithm"])
+
+
+def hook_table(sections: Iterable[str]) -> str:
+    """A row for each flag of these sections that takes a user's function."""
+    rows = [["flag", "the function", "its signature"]]
+    for section in sections:
+        flags = flags_in(section_types()[section])
+        for spec in filter(lambda spec: spec.hook, flags.values()):
+            rows.append([f"`{spec.name}`", spec.help, f"`{spec.hook.shape}`"])
+            for other, hook in (spec.hook_if or {}).items():
+                asked = f"`{spec.name}` with `{flags[other].name}`"
+                rows.append([asked, f"returns {hook.returns}", f"`{hook.shape}`"])
+    return markdown(rows)
 
 
 TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("algorithms.md", "estimator-list"): estimator_table,
+    ("algorithms.md", "trainer-hooks"): trainer_hook_table,
     ("data-generation.md", "graders"): grader_table,
+    ("data-generation.md", "hooks"): rollout_hook_table,
     ("models.md", "families"): family_table,
     ("architecture.md", "rooms"): picture,
 }

@@ -298,14 +298,16 @@ def test_a_fully_masked_sample_counts_in_the_step_but_has_no_weight():
 
 def test_balancing_by_flops_depends_on_the_model(tmp_path):
     shape = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
-    shape |= {"intermediate_size": 16, "vocab_size": 100}
+    shape |= {"intermediate_size": 16, "vocab_size": 100, "model_type": "llama"}
+    shape |= {"rms_norm_eps": 1e-6, "max_position_embeddings": 512}
     (tmp_path / "config.json").write_text(json.dumps(shape))
     cfg = make_config(balance_by_flops=True)
     cfg = dataclasses.replace(cfg, model=ModelConfig(hf_checkpoint=str(tmp_path)))
     rules = PackingRules.of(cfg)
     assert rules.balance
-    # 4 x 8 x 8 of attention, 3 x 8 x 16 of the MLP, half of 8 x 100; 8 attention columns
-    assert rules.attention_equals_rest == (256 + 384 + 400) / 8
+    # 4 x 8 x 8 of attention, 3 x 8 x 16 of the MLP, 2 x 8 of norms, half of 8 + 8 x 100 of the
+    # last norm and the output matrix; 8 attention columns
+    assert rules.attention_equals_rest == (256 + 384 + 16 + 4 + 400) / 8
     assert PackingRules.of(make_config()).attention_equals_rest == ATTENTION_EQUALS_REST
 
 

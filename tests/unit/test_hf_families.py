@@ -86,6 +86,12 @@ def test_a_pattern_of_expert_layers_that_nobody_can_read_is_refused(tmp_path: Pa
     assert problem.startswith("--moe-layer-freq: 'every second' is not a pattern such as")
 
 
+def test_a_size_that_config_json_lacks_is_named(tmp_path: Path) -> None:
+    config = {name: value for name, value in QWEN3_4B.items() if name != "intermediate_size"}
+    (problem,) = check_model_args(config_of(tmp_path, config))
+    assert problem == f"--hf-checkpoint {tmp_path}: config.json lacks 'intermediate_size'."
+
+
 def test_a_layout_that_does_not_divide_the_model_is_refused(tmp_path: Path) -> None:
     cfg = config_of(tmp_path, QWEN3_4B, parallel={"tp": 16, "pp": 5, "ep": 2})
     text = " ".join(check_model_args(cfg))

@@ -85,6 +85,15 @@ def test_a_step_takes_six_operations_per_weight_and_token_and_those_of_attention
     assert moe.training_flops([100, 300]) == dense.training_flops([100, 300]) + router
 
 
+def test_the_length_at_which_attention_takes_as_much_as_the_weights():
+    """Qwen3-4B. Per layer 100.9M weights, norms of 2 x 2560 + 2 x 128, and a 36th of the output's
+    389M and of the last norm; 4,096 attention columns."""
+    weights = 2 * 2560 * (4096 + 1024) + 3 * 2560 * 9728 + 2 * 2560 + 2 * 128
+    output = (2560 + 2560 * 151936) / 36
+    found = Shape.of(architecture(config_of("qwen3-4B"))).attention_equals_rest
+    assert found == pytest.approx((weights + output) / 4096)
+
+
 def test_a_step_of_the_founding_recipe(tmp_path):
     """Qwen3-4B: h 2560, q 4096, kv 1024, f 9728, 36 layers, vocabulary 151,936."""
     found = bytes_of(tmp_path, tokens=16384, tensor_model_parallel_size="2", sequence_parallel=None)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from vime.data.bins import fewest_bins, first_fit, snug_fit
 from vime.data.packing import (
     PackingRules,
-    attention_equals_rest,
     balanced_partition,
     plan_step,
     repack,
@@ -140,20 +139,6 @@ def test_balancing_is_more_even_than_dealing():
 
 def test_one_long_sequence_costs_more_than_two_of_half_its_length():
     assert sequence_cost(4096) > 2 * sequence_cost(2048)
-
-
-def test_the_length_at_which_attention_equals_the_rest_follows_from_the_model():
-    # Qwen3-4B: per layer 100.9M weights and 10.8M of the output layer, 4,096 attention columns
-    qwen3_4b = {
-        "hidden_size": 2560,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 9728,
-        "vocab_size": 151936,
-    }
-    assert attention_equals_rest(qwen3_4b) == pytest.approx((100_925_440 + 10_804_338) / 4096)
 
 
 def test_a_sequence_of_that_length_costs_twice_its_tokens():

@@ -232,16 +232,6 @@ def reference_is_in_every_checkpoint(cfg: Config) -> Iterator[str]:
         )
 
 
-def balance_knows_the_model(cfg: Config) -> Iterator[str]:
-    model, needs = hf_config(cfg), ("hidden_size", "num_hidden_layers", "num_attention_heads")
-    missing = [name for name in (*needs, "intermediate_size", "vocab_size") if name not in model]
-    if cfg.batch.balance_by_flops and model and missing:
-        yield (
-            f"--balance-by-flops reads {', '.join(missing)} from the config.json of "
-            f"--hf-checkpoint {cfg.model.hf_checkpoint}, which lacks them. Use --balance-data."
-        )
-
-
 def overlong_buffer_fits(cfg: Config) -> Iterator[str]:
     buffer, longest = cfg.algorithm.overlong_buffer_len, cfg.rollout.max_response_len
     if buffer is not None and buffer > longest:
@@ -385,7 +375,6 @@ RULES: tuple[Rule, ...] = (
     over_sampling_covers_the_batch,
     responses_fit_the_engine,
     overlong_buffer_fits,
-    balance_knows_the_model,
     reference_is_in_every_checkpoint,
     weights_are_due_in_time,
     the_critic_has_a_part,

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from vime.config import Config
-from vime.config.hf_config import hf_config
 from vime.data.bins import fewest_bins, first_fit, snug_fit
+from vime.plan.shape import shape_of
 from vime.types import StepPlan
 
 Bin = tuple[int, ...]  # positions of the sequences of one micro-batch
@@ -49,6 +48,7 @@ class PackingRules:
     @classmethod
     def of(cls, cfg: Config, *, forward_only: bool = False) -> PackingRules:
         batch, parallel = cfg.batch, cfg.parallel
+        shape = shape_of(cfg) if batch.balance_by_flops else None
         per_gpu = batch.max_tokens_per_gpu if batch.dynamic else None
         if per_gpu is not None and forward_only:
             per_gpu = batch.log_probs_max_tokens_per_gpu or per_gpu
@@ -59,11 +59,7 @@ class PackingRules:
             granularity=2 * parallel.cp if parallel.cp > 1 else 1,
             multiple=parallel.pp if parallel.vpp else 1,
             balance=batch.balance or batch.balance_by_flops,
-            attention_equals_rest=(
-                attention_equals_rest(hf_config(cfg))
-                if batch.balance_by_flops
-                else ATTENTION_EQUALS_REST
-            ),
+            attention_equals_rest=shape.attention_equals_rest if shape else ATTENTION_EQUALS_REST,
         )
 
 
@@ -103,26 +99,6 @@ def repack(plans: Sequence[StepPlan], length_of: Sequence[int], rules: PackingRu
 def sequence_cost(length: int, attention_equals_rest: float = ATTENTION_EQUALS_REST) -> float:
     """The estimated work of a sequence, in tokens of a short one. Attention grows quadratically."""
     return length * (1.0 + length / attention_equals_rest)
-
-
-def attention_equals_rest(model: Mapping[str, Any]) -> float:
-    """The length at which a model's causal attention costs as much as its matrix products.
-
-    In each layer a token of a sequence of length L takes 2 FLOPs per weight that it is multiplied
-    with, and 2 x L x heads x head_dim for scores and values over half of the sequence. The output
-    layer is divided among the layers.
-
-    model  the content of `config.json`
-    """
-    hidden, layers = model["hidden_size"], model["num_hidden_layers"]
-    heads = model["num_attention_heads"]
-    head_dim = model.get("head_dim") or hidden // heads
-    kv_heads = model.get("num_key_value_heads") or heads
-    experts = model.get("num_experts_per_tok") or 1
-    ffn = model.get("moe_intermediate_size") or model["intermediate_size"]
-    weights = 2 * hidden * head_dim * (heads + kv_heads) + 3 * hidden * ffn * experts
-    weights += hidden * model["vocab_size"] / layers
-    return weights / (heads * head_dim)
 
 
 def balanced_partition(costs: Sequence[float], num_parts: int) -> list[list[int]]:

@@ -103,14 +103,27 @@ class Shape:
         Each token takes 2 FLOPs forward and 4 backward for every weight that it meets, including
         the output matrix. Attention takes as many for each channel and each visible token.
         """
-        idle = (self.layers - self.dense_layers) * self.routed
-        met = self.parameters - (0 if self.tied else self.matrix) - idle
-        if self.experts:
-            met += idle * self.top_k / self.experts
-        m = self.latent
-        channels = self.heads * (m.nope + m.rope + m.value if m else 2 * self.head_dim)
         seen = sum(length * length for length in lengths) / 2
-        return 6 * (met * sum(lengths) + self.layers * channels * seen)
+        return 6 * (self._met * sum(lengths) + self._attention_channels * seen)
+
+    @property
+    def attention_equals_rest(self) -> float:
+        """The length of a sequence whose attention takes as many FLOPs as its weights do."""
+        return 2 * self._met / self._attention_channels
+
+    @property
+    def _met(self) -> float:
+        """The weights that a token meets, including the output matrix."""
+        routed = (self.layers - self.dense_layers) * self.routed
+        rest = self.parameters - (0 if self.tied else self.matrix) - routed
+        return rest + (routed * self.top_k / self.experts if self.experts else 0)
+
+    @property
+    def _attention_channels(self) -> int:
+        """The channels of keys and values over all heads and layers."""
+        m = self.latent
+        head = m.nope + m.rope + m.value if m else 2 * self.head_dim
+        return self.layers * self.heads * head
 
     @classmethod
     def of(cls, args: dict[str, Any]) -> Shape:

@@ -1,4 +1,4 @@
-"""Weights chosen by name: only those train, in layouts that hold them on different ranks."""
+"""Only the weights chosen by name train, in layouts that hold them on different ranks."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"pp": 2}, {"train_names": [r"layers\.3\.mlp"]}),  # nothing on the first
     ({"use_distributed_optimizer": True}, {"train_names": [r"layers\.3\.", "final_layernorm"]}),
     ({"tp": 2, "sequence_parallel": True}, {"freeze_names": ["linear_qkv"]}),
-    ({"tp": 2} | RECOMPUTE, {"train_names": ["norm"]}),  # what comes first is frozen
+    ({"tp": 2} | RECOMPUTE, {"train_names": ["norm"]}),  # the embedding is frozen
 ]
 
 
 def train(rank: int, world: int, port: int, folder: Path) -> tuple[list[set[str]], list[str]]:
-    """Per case, the HF names of the weights that changed; what mistakes are told.
+    """For each case the HF names of the weights that changed; then the messages of errors.
 
-    A second step from a checkpoint must be the one that would have followed.
+    Also checks that a resumed run takes the same second step as an undisturbed one.
     """
     from vime.backends.megatron.model.build import build_model
     from vime.backends.megatron.trainer import MegatronTrainer
@@ -95,7 +95,8 @@ def test_only_the_chosen_weights_train(tmp_path: Path) -> None:
         assert all("layers.3." in n or n == "model.norm.weight" for n in last)
         assert "model.embed_tokens.weight" in no_qkv
         assert not [n for n in no_qkv if ".q_proj" in n or ".k_proj" in n or ".v_proj" in n]
-        assert len(norms) == 4 * 4 + 1  # two of the stream, two of queries and keys; the last
+        # each of 4 layers has two in the stream, two of queries and keys; then the final norm
+        assert len(norms) == 4 * 4 + 1
         assert all("norm" in n for n in norms)
         for words in ("--freeze-params-name-list no_such matches no weight", "word_embeddings"):
             assert words in said[0]
@@ -127,8 +128,8 @@ def train_one_expert(rank: int, world: int, port: int, folder: Path) -> set[str]
     return {n for n in before if not torch.equal(before[n], after[n])}
 
 
-def test_an_expert_trains_whose_neighbours_on_other_ranks_are_frozen(tmp_path: Path) -> None:
-    """A rank without a gradient of its own would not take part in the exchange that it needs."""
+def test_an_expert_trains_although_those_of_other_ranks_are_frozen(tmp_path: Path) -> None:
+    """A rank whose experts are frozen must still take part in the exchange of gradients."""
     folder = write_tiny_hf(tmp_path / "hf", moe=True, num_hidden_layers=2)
     for changed in run_ranks(train_one_expert, 2, folder=folder, timeout_s=90.0):
         assert changed == {f"model.layers.1.mlp.experts.0.{x}_proj.weight" for x in _MLP}

@@ -1,4 +1,4 @@
-"""Positions of packed tokens, and activations that are made again instead of kept."""
+"""Positions of packed tokens, recomputed activations, and the kernels' plain twins."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_query_chunk_sees_its_sequence_up_to_its_own_end(size: int) -> None:
     bounds = bounds_of(pack_of(lengths))
     order = zigzag_order(bounds, size)
     rows_in_shards = torch.empty(bounds[-1], dtype=torch.long)
-    rows_in_shards[order] = torch.arange(bounds[-1])  # the pack's row that stands at each place
+    rows_in_shards[order] = torch.arange(bounds[-1])  # the pack's row at each place of the shards
     for rank, mine in enumerate(rows_in_shards.chunk(size)):
         rows, queries, keys = seen_by(bounds, size, rank)
         query_parts = mine.split(queries.lengths)
@@ -53,7 +53,7 @@ def test_a_pack_that_megatron_made_has_bounds_too() -> None:
     assert bounds_of(PackedSeqParams("thd", starts, starts)) == [0, 3, 7]
 
 
-def test_what_is_remakeable_is_not_kept_and_gives_the_same_gradient() -> None:
+def test_a_recomputed_activation_is_not_kept_and_gives_the_same_gradient() -> None:
     x = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     made = 0
@@ -80,8 +80,8 @@ def test_what_is_remakeable_is_not_kept_and_gives_the_same_gradient() -> None:
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_rotation_keeps_lengths_and_turns_by_the_distance(interleaved: bool) -> None:
-    """Of a query and a key, only the distance between their positions matters."""
+def test_rotation_keeps_lengths_and_only_distances_matter(interleaved: bool) -> None:
+    """The product of a query and a key depends on the distance between their positions alone."""
     q, k = torch.randn(1, 1, 12), torch.randn(1, 1, 12)
     angle = torch.rand(4)
 
@@ -94,11 +94,11 @@ def test_rotation_keeps_lengths_and_turns_by_the_distance(interleaved: bool) -> 
     assert torch.equal(at(q, 5)[..., 8:], q[..., 8:])
 
 
-def test_kernels_are_pytorchs_without_a_gpu_and_a_wrong_wish_is_refused(
+def test_without_a_gpu_the_kernels_are_pytorchs_and_an_unknown_choice_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if torch.cuda.is_available():
-        pytest.skip("this machine has CUDA: Triton's are chosen")
+        pytest.skip("this machine has CUDA, so Triton's kernels are chosen")
     monkeypatch.delenv(VARIABLE, raising=False)
     assert not chosen.__wrapped__().fused
     monkeypatch.setenv(VARIABLE, "attention=flash")
@@ -107,7 +107,7 @@ def test_kernels_are_pytorchs_without_a_gpu_and_a_wrong_wish_is_refused(
         chosen.__wrapped__()
 
 
-def test_norms_and_copies_of_many_tensors_are_those_of_each() -> None:
+def test_norms_and_copies_of_many_tensors_equal_those_of_single_tensors() -> None:
     tensors = [torch.randn(3, 4), torch.randn(5), torch.zeros(0)]
     norm, _ = many_tensors.l2_norm(0, None, [tensors], False)
     torch.testing.assert_close(norm, torch.cat([t.flatten() for t in tensors]).norm()[None])

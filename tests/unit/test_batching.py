@@ -25,8 +25,9 @@ from vime.config import (
     RewardConfig,
     RolloutConfig,
 )
-from vime.data.batching import build_train_batch, token_weights
+from vime.data.batching import build_train_batch
 from vime.data.packing import ATTENTION_EQUALS_REST, PackingRules
+from vime.data.train_batch import token_weights
 from vime.errors import PluginError
 from vime.types import Sample, Status
 

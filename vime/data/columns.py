@@ -21,9 +21,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vime.config import Config
-from vime.data.batching import Weigh, plan_batch
 from vime.data.sample_metrics import of_rewards
 from vime.data.sequences import train_sequence
+from vime.data.train_batch import Weigh, plan_batch, steps_of
 from vime.types import TrainBatch, TrainSequence
 
 
@@ -40,10 +40,10 @@ def as_train_batch(
     columns = {name: values for name, values in made.items() if values is not None}
     num = len(columns["tokens"])
     rows = [_sequence({name: values[i] for name, values in columns.items()}, i) for i in range(num)]
-    num_steps = cfg.batch.steps_per_rollout
-    steps = [[s for i, s in enumerate(rows) if i * num_steps // num == k] for k in range(num_steps)]
+    members = steps_of(num, range(num), cfg.batch.steps_per_rollout)
+    steps = [[rows[i] for i in step] for step in members]
     metrics = of_rewards([s.raw_reward for s in rows], [s.reward for s in rows])
-    return plan_batch([s for s in steps if s], cfg, rollout_id, metrics, weigh=weigh)
+    return plan_batch(steps, cfg, rollout_id, metrics, weigh=weigh)
 
 
 def _sequence(row: Mapping[str, Any], i: int) -> TrainSequence:

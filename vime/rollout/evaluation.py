@@ -17,8 +17,8 @@ from vime.data.datasets import DataKeys, PromptDataset
 from vime.errors import ConfigError, EngineError
 from vime.rollout import metrics
 from vime.rollout.client import GenerateClient
-from vime.rollout.data_source import Rendered, render_rows, to_sample
 from vime.rollout.generation import Rollout, finish_group, make_client
+from vime.rollout.prompts import Rendered, render_rows, to_sample
 from vime.types import Group, RolloutFnEvalOutput, Status
 
 logger = logging.getLogger(__name__)

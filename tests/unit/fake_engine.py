@@ -26,7 +26,7 @@ TEMPLATE = (
 
 
 def write_tokenizer(folder: Path) -> Path:
-    """One token a character, with a ChatML template: token ids can be read in a test."""
+    """A tokenizer with one token per character, so that tests can read ids, and ChatML."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

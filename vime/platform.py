@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 _DEVICE_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvmap", "/dev/dxg")
 
 
+LONGEST_SOCKET_PATH = 107  # bytes that Linux takes as the path of a socket
+
+
 @dataclass(frozen=True, slots=True)
 class Platform:
     device_type: str  # "cuda" or "cpu"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +26,9 @@ from vime.backends.vllm import cpu, plugin, plugin_patches, server
 from vime.backends.vllm.client import EngineClient
 from vime.backends.vllm.dialect import dialect_of
 from vime.backends.vllm.flags import check_vllm_flags
+from vime.backends.vllm.local_http import without_proxies
 from vime.backends.vllm.process import GuardedProcess, free_port
+from vime.backends.vllm.router import Router
 from vime.backends.vllm.spelling import whole_number
 from vime.errors import EngineError
 from vime.patches import Patch, apply_once
@@ -258,6 +263,75 @@ def test_a_server_that_never_gets_healthy_is_stopped_and_the_error_names_the_fla
     with pytest.raises(EngineError, match="--vllm-start-timeout-sec"):
         process.wait_until(lambda: False, 0.3, "--vllm-start-timeout-sec")
     assert gone(process.guard.pid)
+
+
+SERVER = """
+import http.server
+http.server.HTTPServer(("127.0.0.1", {port}), http.server.SimpleHTTPRequestHandler).serve_forever()
+"""
+
+
+def test_a_foreign_server_on_the_port_does_not_make_a_process_healthy(tmp_path):
+    port = free_port()
+    owner = guarded(tmp_path / "owner", SERVER.format(port=port))
+    other = guarded(tmp_path / "other", "import time; time.sleep(600)")
+    try:
+        owner.wait_until(lambda: owner.serves("127.0.0.1", port), 120)
+        assert not other.serves("127.0.0.1", port)
+        late = guarded(tmp_path / "late", SERVER.format(port=port))
+        with pytest.raises(EngineError, match="(?s)ended with code 1.*Address already in use"):
+            late.wait_until(lambda: late.serves("127.0.0.1", port), 120)
+    finally:
+        for process in (owner, other):
+            process.stop()
+
+
+@contextlib.contextmanager
+def health_server():
+    class Healthy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+def test_control_calls_pass_by_the_proxy_of_the_environment(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with health_server() as port:
+        assert EngineClient(f"http://127.0.0.1:{port}").healthy()
+
+
+def test_children_reach_the_hosts_of_the_run_without_a_proxy():
+    env = without_proxies({"no_proxy": "example.org,10.0.0.2", "x": "y"}, "10.0.0.2", "10.0.0.3")
+    exempt = "example.org,10.0.0.2,127.0.0.1,localhost,::1,10.0.0.3"
+    assert env == {"no_proxy": exempt, "NO_PROXY": exempt, "x": "y"}
+
+
+def test_the_routers_port_may_not_be_another_programs(tmp_path):
+    with health_server() as port:
+        cfg = make_config(tmp_path, engine={"router_port": port}, log={"run_dir": str(tmp_path)})
+        router = Router(cfg)
+        with pytest.raises(EngineError, match=f"--vllm-router-port {port}: another program"):
+            router.start(["http://127.0.0.1:1"])
+    assert router.process is None
+
+
+def test_sockets_of_an_engine_fit_into_a_long_temporary_folder(monkeypatch):
+    monkeypatch.setattr(server.tempfile, "gettempdir", lambda: "/tmp")
+    assert server.short_socket_paths({}) == {}
+    monkeypatch.setattr(server.tempfile, "gettempdir", lambda: "/scratch/" + "a" * 70)
+    assert server.short_socket_paths({}) == {"VLLM_RPC_BASE_PATH": "/tmp"}
+    assert server.short_socket_paths({"VLLM_RPC_BASE_PATH": "/x"}) == {}
 
 
 def test_a_server_dies_with_its_killed_owner(tmp_path):

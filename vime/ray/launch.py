@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vime.config import Config
 from vime.config.view import resolved
 from vime.errors import ConfigError
-from vime.platform import current
+from vime.platform import LONGEST_SOCKET_PATH, current
 from vime.ray.slots import local_slots
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def _ray(cfg: Config) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     joining = "RAY_ADDRESS" in os.environ
+    if not joining:
+        keep_socket_paths_short()
     # Without RAY_ADDRESS: a cluster of our own, even if another one runs on this machine.
     local: dict[str, Any] = {} if joining else {"address": "local", "include_dashboard": False}
     if not joining and not current().is_cuda:
@@ -64,6 +66,29 @@ def _ray(cfg: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def keep_socket_paths_short() -> None:
+    """Choose /tmp for Ray's sockets if TMPDIR is too long for them.
+
+    Raises ConfigError if the user chose the folder for Ray itself.
+    """
+    chosen = os.environ.get("RAY_TMPDIR")
+    folder = chosen or os.environ.get("TMPDIR") or "/tmp"
+    if len(os.fsencode(folder)) + len(_RAY_SOCKET) <= LONGEST_SOCKET_PATH:
+        return
+    if chosen:
+        raise ConfigError(
+            f"RAY_TMPDIR {chosen} is too long: Ray's sockets lie in it, and Linux takes paths of "
+            f"{LONGEST_SOCKET_PATH} bytes. Choose a folder of at most "
+            f"{LONGEST_SOCKET_PATH - len(_RAY_SOCKET)} bytes, or unset it."
+        )
+    os.environ["RAY_TMPDIR"] = "/tmp"
+    print(f"note: TMPDIR {folder} is too long for Ray's sockets; Ray uses /tmp.", file=sys.stderr)
+
+
+# The longest socket that Ray makes, below its temporary folder.
+_RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 
 
 def _interrupt(signum: int, frame: Any) -> None:

@@ -65,6 +65,12 @@ def place(cfg: Config) -> Placement:
         timeout_s=_PLACE_TIMEOUT_S,
     )
     where = _where_bundles_are(group, num, platform)
+    if len(nodes := {address for address, _ in where}) > 1:
+        remove_placement_group(group)
+        raise ConfigError(
+            f"the run needs {num} {platform.ray_resource}s, and Ray found them on {len(nodes)} "
+            "nodes. vime runs on one node: ask for what one of them has."
+        )
     order = sorted(range(num), key=lambda i: where[i])
     device_ids = {bundle: device for bundle, (_, device) in enumerate(where)}
     trainers = () if cfg.debug.rollout_only else tuple(order[: cluster.trainer_gpus])

@@ -19,6 +19,11 @@ def check_slots(cfg: Config) -> list[str]:
     `place` asks an existing cluster, after the connection. A dry run needs no slots.
     """
     platform = current()
+    if (nodes := cfg.cluster.actor_num_nodes) > 1:
+        return [
+            f"--actor-num-nodes {nodes}: vime runs on one node so far. Give 1, and with "
+            "--actor-num-gpus-per-node the GPUs of that node."
+        ]
     if os.environ.get("RAY_ADDRESS") or cfg.debug.dry_run:
         return []
     if platform.is_cuda:

@@ -5,6 +5,8 @@ Each transport has a counterpart inside the engines: `backends/vllm/plugin_recei
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -14,8 +16,11 @@ from typing import Any, Protocol
 
 import torch
 
+from vime.errors import EngineError
 from vime.weight_sync import wire
 from vime.weight_sync.together import InFlight, run_together
+
+logger = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -43,6 +48,7 @@ class Transport:
         self.clients = clients
         self.timeout_s = timeout_s
         self.under_way = InFlight()
+        self._too_small: set[str] = set()  # folders that had no room for a bucket
 
     def connect(self) -> None:
         for client in self.clients:
@@ -75,11 +81,8 @@ class SharedMemory(Transport):
         """Each bucket has a file of its own: an engine may keep views after it has answered."""
         entries = wire.entries_of(bucket)
         size = wire.size_of(entries)
-        folder = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-        fd, path = tempfile.mkstemp(prefix="vime-weights-", dir=folder)
+        path = self._reserved(size)
         try:
-            os.ftruncate(fd, size)
-            os.close(fd)
             packed = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
             wire.pack(bucket, packed)
             self.under_way.wait()
@@ -87,3 +90,34 @@ class SharedMemory(Transport):
         finally:
             os.unlink(path)
         return size
+
+    def _reserved(self, size: int) -> str:
+        """A new file whose `size` bytes are there: a write to missing memory ends a process.
+
+        It lies in shared memory, or in the temporary folder if that is too small, as it often is in
+        a container. Raises EngineError if both are.
+        """
+        folders = [str(SHARED_MEMORY)] if SHARED_MEMORY.is_dir() else []
+        folders.append(tempfile.gettempdir())
+        for folder in folders:
+            fd, path = tempfile.mkstemp(prefix="vime-weights-", dir=folder)
+            try:
+                os.posix_fallocate(fd, 0, size)
+                return path
+            except OSError as error:
+                os.unlink(path)
+                if error.errno != errno.ENOSPC:
+                    raise
+                self._say_once(folder, size)
+            finally:
+                os.close(fd)
+        raise EngineError(
+            f"neither {' nor '.join(folders)} has room for {size:,} bytes of weights. Give the "
+            "container more shared memory (docker run --shm-size 2g), set TMPDIR to a larger disk, "
+            "or lower --update-weight-buffer-size."
+        )
+
+    def _say_once(self, folder: str, size: int) -> None:
+        if folder not in self._too_small:
+            self._too_small.add(folder)
+            logger.warning("%s has no room for %s bytes of weights", folder, f"{size:,}")

@@ -6,6 +6,7 @@ from typing import Any
 
 import requests
 
+from vime.backends.vllm import local_http
 from vime.backends.vllm.dialect import dialect_of, installed_version
 from vime.errors import EngineError
 
@@ -33,10 +34,7 @@ class EngineClient:
     # -- health ----------------------------------------------------------------------------------
 
     def healthy(self, timeout_s: float = 5.0) -> bool:
-        try:
-            return requests.get(f"{self.url}/health", timeout=timeout_s).ok
-        except requests.RequestException:
-            return False
+        return local_http.healthy(self.url, timeout_s)
 
     def world_size(self) -> int:
         """Workers of this engine."""
@@ -115,7 +113,7 @@ class EngineClient:
     def _call(self, verb: str, path: str, *, timeout_s: float = QUICK_S, **kw: Any) -> Any:
         request = f"{verb} {self.url}{path}"
         try:
-            response = requests.request(verb, self.url + path, timeout=timeout_s, **kw)
+            response = local_http.request(verb, self.url + path, timeout_s=timeout_s, **kw)
         except requests.Timeout as error:
             raise EngineError(
                 f"{self.who} waited {timeout_s:.0f} s for the engine: {request}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 import tempfile
 from pathlib import Path
 
@@ -73,9 +72,9 @@ class VLLMEngine:
         env = server.environment(self.cfg, self.slots, dialect=dialect, on=on)
         self.process = GuardedProcess(f"vLLM engine {self.index}", argv, env, self.log)
         self.url = f"http://{self.host}:{port}"
-        client = EngineClient(self.url)
-        self.process.wait_until(
-            lambda: listening(self.host, port) and client.healthy(),
+        process, client = self.process, EngineClient(self.url)
+        process.wait_until(
+            lambda: process.serves(self.host, port) and client.healthy(),
             self.cfg.engine.start_timeout_s,
             "--vllm-start-timeout-sec",
         )
@@ -96,13 +95,6 @@ class VLLMEngine:
         if self.process is not None:
             self.process.stop()
             self.process = None
-
-
-def listening(host: str, port: int) -> bool:
-    """Whether a server accepts connections; cheaper than a request while it starts."""
-    with socket.socket() as s:
-        s.settimeout(1.0)
-        return s.connect_ex((host, port)) == 0
 
 
 def logs_dir(cfg: Config) -> Path:

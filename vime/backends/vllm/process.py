@@ -9,7 +9,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 from vime.backends.vllm import guard
 from vime.errors import EngineError
@@ -23,6 +26,13 @@ def free_port(host: str = "127.0.0.1") -> int:
     with socket.socket() as s:
         s.bind((host, 0))
         return s.getsockname()[1]
+
+
+def listening(host: str, port: int) -> bool:
+    """Whether a server, of whatever program, accepts connections there."""
+    with socket.socket() as s:
+        s.settimeout(1.0)
+        return s.connect_ex((host, port)) == 0
 
 
 class GuardedProcess:
@@ -63,16 +73,33 @@ class GuardedProcess:
         if not self.alive:
             raise EngineError(f"{self.name} ended with code {self.guard.returncode}; {self.tail()}")
 
-    def wait_until(self, ready, timeout_s: float, flag: str) -> None:
-        """Poll `ready()`. Raises EngineError when the process ends first or time runs out."""
+    def serves(self, host: str, port: int) -> bool:
+        """Whether this process, or a child of it, accepts connections there.
+
+        Another program may have taken the port first, and its answers look healthy, too.
+        """
+        if not listening(host, port):  # cheap, and false most of the time that a server starts
+            return False
+        with contextlib.suppress(psutil.NoSuchProcess):
+            guard = psutil.Process(self.guard.pid)
+            return any(_listens(p, port) for p in (guard, *guard.children(recursive=True)))
+        return False
+
+    def wait_until(
+        self, ready: Callable[[], bool], timeout_s: float, flag: str | None = None
+    ) -> None:
+        """Poll `ready()`. Raises EngineError when the process ends first or time runs out.
+
+        flag  the flag that raises the deadline
+        """
         deadline = time.monotonic() + timeout_s
         while not ready():
             self.check()
             if time.monotonic() > deadline:
                 self.stop()
+                remedy = f"; {flag} raises the deadline" if flag else ""
                 raise EngineError(
-                    f"{self.name} was not healthy after {timeout_s:.0f} s; {flag} raises the "
-                    f"deadline; {self.tail()}"
+                    f"{self.name} was not healthy after {timeout_s:.0f} s{remedy}; {self.tail()}"
                 )
             time.sleep(0.1)
 
@@ -87,3 +114,11 @@ class GuardedProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.guard.pid, signal.SIGKILL)
         self.guard.wait(STOP_PATIENCE_S)
+
+
+def _listens(process: psutil.Process, port: int) -> bool:
+    try:
+        sockets = process.net_connections("tcp")
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
+    return any(s.status == psutil.CONN_LISTEN and s.laddr.port == port for s in sockets)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
-import requests
-
+from vime.backends.vllm import local_http
 from vime.backends.vllm.engine import logs_dir
-from vime.backends.vllm.process import GuardedProcess, free_port
+from vime.backends.vllm.process import GuardedProcess, free_port, listening
 from vime.backends.vllm.spelling import words_of
 from vime.config import Config
+from vime.errors import EngineError
 
 START_TIMEOUT_S = 60.0
 
@@ -29,6 +30,11 @@ class Router:
         """Start the router and wait until it is healthy. Returns its URL; raises EngineError."""
         engine = self.cfg.engine
         host = engine.router_ip or "127.0.0.1"
+        if engine.router_port and listening(host, engine.router_port):
+            raise EngineError(
+                f"--vllm-router-port {engine.router_port}: another program listens there. Give a "
+                "free port, or leave the flag out."
+            )
         port = engine.router_port or free_port(host)
         argv = [sys.executable, "-m", "vllm_router.launch_router"]
         argv += ["--host", host, "--port", str(port), "--worker-urls", *engine_urls]
@@ -40,19 +46,19 @@ class Router:
         argv += ["--log-level", "warning"]
         for name, value in engine.router_args.items():  # the user's flags come last and win
             argv += words_of(name, value)
-        self.process = GuardedProcess("vllm-router", argv, dict(os.environ), self.log)
+        engine_hosts = [str(urlsplit(url).hostname) for url in engine_urls]
+        env = local_http.without_proxies(os.environ, host, *engine_hosts)
+        self.process = GuardedProcess("vllm-router", argv, env, self.log)
         self.url = f"http://{host}:{port}"
-        self.process.wait_until(self._healthy, START_TIMEOUT_S, "--vllm-router-port")
+        process = self.process
+        process.wait_until(
+            lambda: process.serves(host, port) and local_http.healthy(self.url, timeout_s=2.0),
+            START_TIMEOUT_S,
+        )
         return self.url
 
     def _requests_in_flight(self, num_engines: int) -> int:
         return max(256, 2 * self.cfg.rollout.concurrency * num_engines)
-
-    def _healthy(self) -> bool:
-        try:
-            return requests.get(f"{self.url}/health", timeout=2.0).ok
-        except requests.RequestException:
-            return False
 
     def check(self) -> None:
         """Raises EngineError, with the end of the log, if the router died."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 from vime.backends.vllm import cpu, plugin
 from vime.backends.vllm import plugin_patches as patches
 from vime.backends.vllm.context import needed_model_len
 from vime.backends.vllm.dialect import Dialect
+from vime.backends.vllm.local_http import without_proxies
 from vime.backends.vllm.spelling import words_of
 from vime.config import Config
 from vime.patches import Patch
-from vime.platform import Platform
+from vime.platform import LONGEST_SOCKET_PATH, Platform
 from vime.weight_sync.choice import engines_sleep, transport_name
 
 MODEL_NAME = "policy"  # the `model` of every request
@@ -68,7 +71,8 @@ def environment(cfg: Config, slots: list[int], *, dialect: Dialect, on: Platform
     slots  the GPUs that the engine owns; not used on CPU
     """
     env = {
-        **os.environ,
+        **without_proxies(os.environ),
+        **short_socket_paths(os.environ),
         plugin.ENGINE_PATCHES: ",".join(patch.name for patch in needed_patches(cfg, on)),
         "VLLM_SERVER_DEV_MODE": "1",  # the control routes
         "VLLM_NO_USAGE_STATS": "1",
@@ -82,6 +86,12 @@ def environment(cfg: Config, slots: list[int], *, dialect: Dialect, on: Platform
     # nevertheless where CUDA is already in use.
     env.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
     return env
+
+
+def short_socket_paths(env: Mapping[str, str]) -> dict[str, str]:
+    """Where vLLM puts its sockets if TMPDIR is too long for them: Linux allows 107 bytes."""
+    fits = len(os.fsencode(tempfile.gettempdir())) + len("/") + 36 <= LONGEST_SOCKET_PATH
+    return {} if fits or "VLLM_RPC_BASE_PATH" in env else {"VLLM_RPC_BASE_PATH": "/tmp"}
 
 
 def needed_patches(cfg: Config, on: Platform) -> list[Patch]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from tests.unit.qwen3_4b import QWEN3_4B, config_of
 from vime.backends.megatron.hf.family import Kind
-from vime.backends.megatron.hf.registry import family_for, model_args
+from vime.backends.megatron.hf.registry import family_for, family_of, model_args
+from vime.backends.megatron.weights import folder
 from vime.backends.megatron.weights.files import HFFiles
 from vime.backends.megatron.weights.layout import Dims, hf_shapes, shard, unshard
 from vime.backends.megatron.weights.load import load_hf_weights
@@ -92,3 +95,53 @@ def test_a_file_that_is_cut_off_missing_or_lacks_a_tensor_is_named(tmp_path: Pat
     assert f"{second} lacks tensor b, which model.safetensors.index.json promises" in refused()
     index.write_text("{}")
     assert f"{index} is damaged" in refused()
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_an_export_has_the_original_bytes_or_says_why_it_is_incomplete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "hf"
+    cfg = config_of(source, QWEN3_4B | {"num_hidden_layers": 1})
+    names = [n for w in family_of(cfg).weights(model_args(cfg)) for n in w.hf]
+    tensors = {name: torch.full((4,), float(i)) for i, name in enumerate(names)}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    taken: list[str] = []
+
+    def export(*_: object) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors.items():
+            taken.append(name)
+            yield name, tensor
+
+    monkeypatch.setattr(folder, "export_hf", export)
+    sizes: list[int] = []
+    folder.save_hf([], cfg, tmp_path / "out", sizes.append)
+    assert sizes == [16] * len(tensors)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+    def failure(target: Path) -> str:
+        taken.clear()
+        with pytest.raises(CheckpointError) as error:
+            folder.save_hf([], cfg, target)
+        assert taken == list(tensors), "the export is a collective, so it goes on to its end"
+        return str(error.value)
+
+    assert "is --hf-checkpoint itself" in failure(source)
+    assert (source / "config.json").exists()
+    (tmp_path / "file").touch()
+    assert "Free the disk or choose another folder" in failure(tmp_path / "file" / "out")
+    tensors[names[-1]] = torch.zeros(5)
+    assert f"tensor {names[-1]} is [5]" in failure(tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "model.safetensors"]
+    del tensors[names[-1]]
+    tensors["another"] = torch.zeros(4)
+    assert "no tensor another: it belongs to another model" in failure(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []

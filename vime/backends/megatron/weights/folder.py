@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -39,38 +40,20 @@ def save_hf(
     done  gets the number of bytes of each tensor
     read  see `export_hf`
     """
-    writer = problem = None
+    writer = _Writer(Path(cfg.model.hf_checkpoint), Path(folder), _names(cfg))
+    attempt = writer.attempt if dist.get_rank() == 0 else lambda *_: None
     try:
-        for step in _steps(chunks, cfg, read):
-            if dist.get_rank() == 0 and problem is None:
-                try:
-                    if writer is None:
-                        writer = _Writer(Path(cfg.model.hf_checkpoint), Path(folder), _names(cfg))
-                    writer.finish() if step is None else writer.add(*step)
-                except (OSError, SafetensorError) as error:
-                    problem = (
-                        f"{folder}: cannot write the HF folder ({error}). It is incomplete. "
-                        "Free the disk or choose another folder."
-                    )
-                except CheckpointError as error:
-                    problem = f"{folder}: cannot write the HF folder: {error}"
-            if step is not None:
-                done(step[1].nbytes)
+        attempt(writer.start)
+        for name, tensor in export_hf(chunks, cfg, read):
+            attempt(writer.add, name, tensor)
+            done(tensor.nbytes)
+        attempt(writer.finish)
     finally:
-        if writer is not None:
-            writer.abandon()
-    verdict = [problem]
+        writer.abandon()
+    verdict = [writer.problem]
     dist.broadcast_object_list(verdict, src=0)
     if verdict[0]:
         raise CheckpointError(verdict[0])
-
-
-def _steps(
-    chunks: Iterable[nn.Module], cfg: Config, read: Callable[[str], None] | None
-) -> Iterator[tuple[str, Tensor] | None]:
-    """The tensors, then None to finish."""
-    yield from export_hf(chunks, cfg, read)
-    yield None
 
 
 def _names(cfg: Config) -> set[str]:
@@ -83,16 +66,41 @@ class _Writer:
 
     def __init__(self, source: Path, target: Path, names: Set[str]) -> None:
         self.source, self.target, self.names = source, target, names
-        self.files = HFFiles(source) if any(source.glob("*.safetensors")) else None
+        self.files: HFFiles | None = None  # the source's, whose layout to copy
+        self.held: dict[str, Tensor] = {}  # all tensors, if the source has no weights
         self.open: dict[str, TensorFile] = {}
-        self.held: dict[str, Tensor] = {}  # if the source has no weights whose layout to copy
         self.written: dict[str, str] = {}
         self.num_bytes = self.num_parameters = 0
-        if source.resolve() == target.resolve():
-            raise CheckpointError(f"{target} is --hf-checkpoint itself; choose another folder.")
-        target.mkdir(parents=True, exist_ok=True)
-        (target / "config.json").unlink(missing_ok=True)  # the folder is incomplete from here on
-        for abandoned in target.glob(".*.partial"):  # by an export that was killed
+        self.problem: str | None = None
+
+    def attempt(self, step: Callable[..., None], *args: Any) -> None:
+        """Takes a step, unless an earlier one failed.
+
+        An error is kept as `problem`: the other ranks would wait for a rank that raised it.
+        """
+        if self.problem is not None:
+            return
+        try:
+            step(*args)
+        except (OSError, SafetensorError) as error:
+            self.problem = (
+                f"{self.target}: cannot write the HF folder ({error}). It is incomplete. "
+                "Free the disk or choose another folder."
+            )
+        except CheckpointError as error:
+            self.problem = f"{self.target}: cannot write the HF folder: {error}"
+
+    def start(self) -> None:
+        if self.source.resolve() == self.target.resolve():
+            raise CheckpointError(
+                f"{self.target} is --hf-checkpoint itself; choose another folder."
+            )
+        if any(self.source.glob("*.safetensors")):
+            self.files = HFFiles(self.source)
+        self.target.mkdir(parents=True, exist_ok=True)
+        # without it the folder counts as incomplete
+        (self.target / "config.json").unlink(missing_ok=True)
+        for abandoned in self.target.glob(".*.partial"):  # by an export that was killed
             abandoned.unlink()
 
     def add(self, name: str, tensor: Tensor) -> None:

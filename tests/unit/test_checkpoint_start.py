@@ -13,7 +13,11 @@ from safetensors.torch import save_file
 from tests.unit.qwen3_4b import QWEN3_4B, config_of
 from vime.backends.megatron.checkpoints.commit import (
     TRACKER,
+    UNFINISHED,
+    begin_save,
+    check_manifest,
     commit_checkpoint,
+    committed,
     iteration_folder,
 )
 from vime.backends.megatron.checkpoints.retention import delete_old_checkpoints
@@ -149,3 +153,70 @@ def test_old_checkpoints_go_and_the_committed_one_stays(tmp_path: Path) -> None:
     assert left(2, 12) == ["009", "012", "100", "ase"], "100 comes after the committed one"
     assert left(1, 9) == ["009", "012", "100", "ase"]
     assert left(1, 100) == ["100", "ase"]
+
+
+def test_a_folder_that_only_looks_like_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    for iteration in (1, 2):
+        iteration_folder(tmp_path, iteration).mkdir()
+    for name in ("iter_0000001.bak1", "iter_0000000_copy2", "iter_old3", "iter_1"):
+        (tmp_path / name).mkdir()
+    commit_checkpoint(tmp_path, 2)
+    delete_old_checkpoints(tmp_path, 1)
+    left = sorted(p.name for p in tmp_path.iterdir() if p.is_dir())
+    assert left == [
+        "iter_0000000_copy2",
+        "iter_0000001.bak1",
+        "iter_0000002",
+        "iter_1",
+        "iter_old3",
+    ]
+    with pytest.raises(CheckpointError, match=r"Present: iter_0000002\.$"):
+        resolve(str(tmp_path), ckpt_step=1)
+
+
+def test_an_iteration_that_is_saved_again_is_out_of_force_until_it_is_complete(
+    tmp_path: Path,
+) -> None:
+    """A crash at any point resumes one of the two saves, or the one before; never a mixture."""
+
+    def write(iteration: int, content: str) -> None:
+        (iteration_folder(tmp_path, iteration) / "weights").write_text(content)
+        data = tmp_path / "rollout" / f"data_{iteration}.pt"
+        data.parent.mkdir(exist_ok=True)
+        data.write_text(content)
+
+    for iteration in (9, 19):
+        begin_save(tmp_path, iteration)
+        write(iteration, "first")
+        commit_checkpoint(tmp_path, iteration)
+    assert resolve(str(tmp_path)).iteration == 19
+
+    begin_save(tmp_path, 19)
+    begin_save(tmp_path, 19)  # the loop calls it, and then every save
+    assert resolve(str(tmp_path)).iteration == 9
+    with pytest.raises(CheckpointError, match="iter_0000019 was not finished"):
+        check_manifest(resolve(str(tmp_path), ckpt_step=19).folder, with_data=True)
+    write(19, "second")
+    assert resolve(str(tmp_path)).iteration == 9
+    commit_checkpoint(tmp_path, 19)
+    again = resolve(str(tmp_path))
+    assert again.iteration == 19
+    check_manifest(again.folder, with_data=True)
+    assert not (again.folder / UNFINISHED).exists()
+
+
+def test_the_only_iteration_saved_again_leaves_nothing_in_force_until_it_is_complete(
+    tmp_path: Path,
+) -> None:
+    begin_save(tmp_path, 19)
+    commit_checkpoint(tmp_path, 19)
+    begin_save(tmp_path, 19)
+    assert committed(tmp_path) is None
+    commit_checkpoint(tmp_path, 19)
+    assert committed(tmp_path) == "19"
+
+
+def test_a_checkpoint_of_another_program_needs_no_manifest(tmp_path: Path) -> None:
+    iteration_folder(tmp_path, 5).mkdir()
+    (tmp_path / TRACKER).write_text("5")
+    check_manifest(resolve(str(tmp_path)).folder, with_data=True)

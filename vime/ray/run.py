@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import ray
 
+from vime.backends.megatron.checkpoints.commit import begin_save
 from vime.backends.vllm.client import EngineClient
 from vime.config import Config
 from vime.errors import EngineError
@@ -204,6 +205,7 @@ class Run:
             if self.cfg.checkpoint.save_hf:
                 self._train("save_hf", self.cfg.checkpoint.save_hf.format(rollout_id=step))
             if self.cfg.checkpoint.save:
+                begin_save(self.cfg.checkpoint.save, step)
                 self.log.keep(step + 1, self.metrics)
                 self._ask(self.manager.save.remote(step), "the data state to be saved")
                 self._train("save", step)

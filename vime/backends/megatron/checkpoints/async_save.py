@@ -64,6 +64,7 @@ class BackgroundSaves:
                 with agreed(refused, self.group):
                     if dist.get_rank() == 0:
                         commit()
-        except CheckpointError as error:
-            log.error("%s", error)
-            self._problem = error
+        except BaseException as error:  # a save counts as done only when nothing at all went wrong
+            problem = error if isinstance(error, CheckpointError) else CheckpointError(str(error))
+            log.error("%s", problem)
+            self._problem = problem

@@ -7,13 +7,15 @@
     FOLDER/latest_checkpointed_iteration.txt    "19" or "release"; writing it is the commit
 
 The tracker is written last. A directory that it does not name is old or unfinished, so a crash
-during a save leaves the previous checkpoint in force.
+during a save leaves the previous checkpoint in force. Nothing that the tracker names is written to:
+a run that went back with --ckpt-step and saves an iteration again moves the tracker back first.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 from vime.errors import CheckpointError
@@ -22,12 +24,22 @@ from vime.files import write_text
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished"  # stands in a directory from the begin of a save to its manifest
 DAMAGED = "Copy the checkpoint again, or choose an earlier one with --ckpt-step."
 
 
 def iteration_folder(folder: str | Path, iteration: int | None) -> Path:
     """FOLDER/iter_NNNNNNN, or FOLDER/release for None."""
     return Path(folder) / (RELEASE if iteration is None else f"iter_{iteration:07d}")
+
+
+def iterations_in(folder: str | Path) -> dict[int, Path]:
+    """{iteration: its directory} of every checkpoint in a folder, finished or not."""
+    found = {p: _ITERATION.fullmatch(p.name) for p in Path(folder).glob("iter_*")}
+    return {int(match[1]): path for path, match in found.items() if match and path.is_dir()}
+
+
+_ITERATION = re.compile(r"iter_(\d{7,})")
 
 
 def data_files(folder: str | Path, iteration: int) -> list[Path]:
@@ -52,6 +64,34 @@ def committed(folder: str | Path) -> str | None:
     return latest
 
 
+def begin_save(folder: str | Path, iteration: int | None) -> Path:
+    """Makes the directory of a save, and takes it out of force if it was saved before.
+
+    One process calls it before anything of the iteration is written, the data source's files
+    included. May be called twice. Returns the directory.
+    """
+    target = iteration_folder(folder, iteration)
+    name = RELEASE if iteration is None else str(iteration)
+    if committed(folder) == name and (target / MANIFEST).is_file():
+        _move_tracker_back(Path(folder), iteration)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / UNFINISHED).touch()
+    (target / MANIFEST).unlink(missing_ok=True)
+    return target
+
+
+def _move_tracker_back(folder: Path, iteration: int | None) -> None:
+    older = [
+        i
+        for i, path in iterations_in(folder).items()
+        if (path / MANIFEST).is_file() and (iteration is None or i < iteration)
+    ]
+    if older:
+        write_text(folder / TRACKER, str(max(older)))
+    else:
+        (folder / TRACKER).unlink()
+
+
 def commit_checkpoint(folder: str | Path, iteration: int | None) -> None:
     """Writes the manifest, then the iteration (None: "release") into the tracker, atomically.
 
@@ -59,9 +99,11 @@ def commit_checkpoint(folder: str | Path, iteration: int | None) -> None:
     """
     target = iteration_folder(folder, iteration)
     of_data = [] if iteration is None else data_files(folder, iteration)
-    files = sorted(p for p in [*target.iterdir(), *of_data] if p.name != MANIFEST)
+    own = (MANIFEST, UNFINISHED)
+    files = sorted(p for p in [*target.iterdir(), *of_data] if p.name not in own)
     sizes = {os.path.relpath(p, folder): p.stat().st_size for p in files}
     write_text(target / MANIFEST, json.dumps({"iteration": iteration, "files": sizes}, indent=1))
+    (target / UNFINISHED).unlink(missing_ok=True)
     write_text(Path(folder) / TRACKER, RELEASE if iteration is None else str(iteration))
 
 
@@ -69,11 +111,13 @@ def check_manifest(directory: Path, *, with_data: bool) -> None:
     """Compares the files of one iter_* or release directory with its manifest.
 
     with_data  include the data source's files, which only a resumed run reads
-    Raises CheckpointError naming the first file that is missing or has another size. A directory
-    without a manifest, which another program wrote, passes.
+    Raises CheckpointError naming the first file that is missing or has another size, or a save that
+    was not finished. A directory without a manifest that another program wrote passes.
     """
     path = directory / MANIFEST
     if not path.is_file():
+        if (directory / UNFINISHED).is_file():
+            raise CheckpointError(f"{directory} was not finished: its save was cut off. {DAMAGED}")
         return
     try:
         files = json.loads(path.read_text())["files"]

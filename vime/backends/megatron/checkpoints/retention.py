@@ -7,7 +7,12 @@ import os
 import shutil
 from pathlib import Path
 
-from vime.backends.megatron.checkpoints.commit import RELEASE, committed, data_files
+from vime.backends.megatron.checkpoints.commit import (
+    RELEASE,
+    committed,
+    data_files,
+    iterations_in,
+)
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +27,7 @@ def delete_old_checkpoints(folder: str | Path, keep_last: int | None) -> None:
     latest = committed(folder)
     if keep_last is None or latest in (None, RELEASE):
         return
-    found = {int(p.name.removeprefix("iter_")): p for p in Path(folder).glob("iter_*[0-9]")}
+    found = iterations_in(folder)
     for iteration in sorted(i for i in found if i <= int(latest))[:-keep_last]:
         doomed = Path(folder) / f".deleting_{found[iteration].name}"
         try:

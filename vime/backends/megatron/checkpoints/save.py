@@ -15,7 +15,7 @@ from vime.backends.megatron.checkpoints import torch_dist
 from vime.backends.megatron.checkpoints.agreement import agreed, named
 from vime.backends.megatron.checkpoints.async_save import BackgroundSaves
 from vime.backends.megatron.checkpoints.commit import (
-    MANIFEST,
+    begin_save,
     commit_checkpoint,
     iteration_folder,
 )
@@ -61,8 +61,7 @@ def save_checkpoint(
     )
     with agreed(refused):
         if dist.get_rank() == 0:
-            target.mkdir(parents=True, exist_ok=True)
-            (target / MANIFEST).unlink(missing_ok=True)  # from an earlier attempt
+            begin_save(folder, iteration)
     with named(refused):
         state = _state(cfg, iteration, chunks, optimizer, scheduler, critic, extra or {})
         if background is not None:

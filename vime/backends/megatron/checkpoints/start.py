@@ -13,6 +13,7 @@ from vime.backends.megatron.checkpoints.commit import (
     check_manifest,
     committed,
     iteration_folder,
+    iterations_in,
 )
 from vime.backends.megatron.hf.compare import check_hf_fits
 from vime.backends.megatron.weights.files import HFFiles
@@ -150,7 +151,7 @@ def _in_folder(folder: Path, flag: str, step: int | None) -> Start | None:
         found = iteration_folder(folder, iteration)
         if not found.is_dir():
             named = "--ckpt-step" if step is not None else str(folder / TRACKER)
-            present = sorted(p.name for p in folder.glob("iter_*"))
+            present = sorted(p.name for p in iterations_in(folder).values())
             raise CheckpointError(
                 f"{flag} {folder}: {named} names {found.name}, which does not exist. "
                 f"Present: {', '.join(present) or 'none'}."

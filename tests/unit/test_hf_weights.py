@@ -145,3 +145,9 @@ def test_an_export_has_the_original_bytes_or_says_why_it_is_incomplete(
     tensors["another"] = torch.zeros(4)
     assert "no tensor another: it belongs to another model" in failure(tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
+
+    def fail(*_: object) -> None:
+        raise ValueError("a tensor of an odd type")
+
+    monkeypatch.setattr(folder.TensorFile, "add", fail)
+    assert "ValueError: a tensor of an odd type" in failure(tmp_path / "odd")

@@ -89,6 +89,10 @@ class _Writer:
             )
         except CheckpointError as error:
             self.problem = f"{self.target}: cannot write the HF folder: {error}"
+        except Exception as error:
+            self.problem = (
+                f"{self.target}: cannot write the HF folder: {type(error).__name__}: {error}"
+            )
 
     def start(self) -> None:
         if self.source.resolve() == self.target.resolve():

@@ -74,7 +74,7 @@ def _parse(given: Given, rules: Iterable[Check]) -> Config:
     for name, section in section_types().items():
         sections[name], missing = _draft(section, values[name], given.broken.get(name, set()))
         problems += missing
-        problems += _reachable(sections[name].problems())
+        problems += _reachable(sections[name].misfits())
     draft = Config(**sections)
     for rule in rules:
         problems += _run(rule, draft, follows=bool(problems))

@@ -1,4 +1,4 @@
-"""How a dataclass field names its flag. One declaration serves parser, errors and docs."""
+"""How a field of a configuration declares its flag: for parser, help, errors and `args`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ Path = str  # as given on the command line
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """A field's command-line spelling.
+    """A field's flag.
 
-    name     "--rollout-batch-size"
-    help     one sentence for --help
-    choices  allowed values, or ()
-    nargs    argparse's, for lists
-    repeats  a list flag given several times adds up; otherwise the last one wins
-    negated  the flag that sets the field to False ("--no-offload-train"); the flag itself sets True
-    type     a parser for one value where the annotation alone does not say (JSON, "1e-6", ...)
-    at_least, above, at_most  bounds of a number; above is exclusive
-    inherits     the flag whose value holds where this one is unset
-    per_dataset  a data set of --eval-config may set it
-    hook     how vime calls the function whose dotted path is the value
-    hook_if  {field: another hook}, which applies while that field of the section is true
+    name       "--rollout-batch-size"
+    help       one sentence for --help
+    choices    the allowed values; empty: any
+    nargs      argparse's, for lists
+    repeats    a list flag that is given several times adds up; otherwise the last one wins
+    negated    the flag that sets the field to False ("--no-offload-train"); `name` sets it to True
+    type       the parser of one word, where the field's annotation does not determine it
+    at_least, above, at_most  bounds of a number; `above` is exclusive
+    only_with  flags of the same section without which this one has no effect: "--opd-type vllm"
+    inherits   the flag whose value holds where this one is unset
+    per_dataset  whether a data set of --eval-config may set it
+    hook       how vime calls the function whose dotted path is the value
+    hook_if    {field: another hook}, which applies while that field of the section is true
     """
 
     name: str
@@ -43,6 +44,7 @@ class Flag:
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
+    only_with: str = ""
     inherits: str | None = None
     per_dataset: bool = False
     hook: Hook | None = None
@@ -55,11 +57,11 @@ class Flag:
 
     @property
     def dataset_key(self) -> str:
-        """The name in --eval-config: that of --rollout-X and of --eval-X is X."""
+        """The key in --eval-config: X for --rollout-X and for --eval-X."""
         return self.dest.removeprefix("eval_").removeprefix("rollout_")
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with this value by itself: flag, value, remedy. None if nothing is."""
+        """What is wrong with a value whatever the other flags are; None if nothing is."""
         if value is None:
             return None
         if self.choices and value not in self.choices:
@@ -97,12 +99,12 @@ def flags_in(section: type) -> dict[str, Flag]:
 
 
 class Section:
-    """A part of the configuration that refuses values which cannot work."""
+    """A part of the configuration. Building it with values that cannot work raises ConfigError."""
 
     __slots__ = ()
 
     def changed(self, **values: Any) -> Self:
-        """A copy with other values, which nobody has checked."""
+        """A copy with other values, unchecked."""
         other = copy(self)
         for name, value in values.items():
             object.__setattr__(other, name, value)
@@ -110,8 +112,31 @@ class Section:
 
     def __post_init__(self) -> None:
         own = (spec.problem(getattr(self, name)) for name, spec in flags_in(type(self)).items())
-        if problems := [*filter(None, own), *self.problems()]:
+        if problems := [*filter(None, own), *self.misfits()]:
             raise ConfigError(*problems)
+
+    def misfits(self) -> Iterator[str]:
+        """Values of this section that do not fit each other."""
+        for f in fields(self):
+            spec, default = flag_of(f), default_of(f)
+            if spec and spec.only_with and (value := getattr(self, f.name, default)) != default:
+                said = spec.name if value is True else f"{spec.name} {value}"
+                if not self._has(spec.only_with):
+                    yield (
+                        f"{said} has no effect without {spec.only_with}. Add that, or leave it out."
+                    )
+        yield from self.problems()
+
+    def _has(self, flags: str) -> bool:
+        """Whether every flag of "--use-opd --opd-type vllm" has that value."""
+        fields_of = {spec.name: name for name, spec in flags_in(type(self)).items()}
+        words = flags.split()
+        for name, word in zip(words, [*words[1:], ""], strict=True):
+            if name.startswith("--"):
+                value = getattr(self, fields_of[name])
+                if not (value if word.startswith("--") or not word else value == word):
+                    return False
+        return True
 
     def plugin(self, name: str) -> Plugin | None:
         """The user's function that the field `name` holds the path of; None where it is unset."""
@@ -135,5 +160,5 @@ class Section:
         ]
 
     def problems(self) -> Iterator[str]:
-        """Values of this section that do not fit each other."""
+        """A section's own part of `misfits`."""
         return iter(())

@@ -1,4 +1,4 @@
-"""The algorithm: estimator, loss, reference, corrections."""
+"""The algorithm: advantages, the policy loss, the reference, corrections, the user's own parts."""
 
 from __future__ import annotations
 
@@ -25,176 +25,237 @@ from vime.plugins.trainer import (
 class AlgorithmConfig(Section):
     loss_type: str = flag(
         "--loss-type",
-        "custom_loss: that of --custom-loss-function-path, which policy_loss takes too",
+        "policy_loss: reinforcement learning; sft_loss: imitation of given answers; custom_loss: "
+        "policy_loss with a loss from --custom-loss-function-path",
         default="policy_loss",
         choices=("policy_loss", "sft_loss", "custom_loss"),
     )
     advantage_estimator: str = flag(
         "--advantage-estimator",
+        "how rewards become advantages",
         default="grpo",
         choices=tuple(ESTIMATORS),
     )
     use_kl_loss: bool = flag(
-        "--use-kl-loss", "KL to the reference model as a loss; also logs it", default=False
+        "--use-kl-loss",
+        "add the KL to the reference model to the loss, times --kl-loss-coef; also log it",
+        default=False,
     )
-    kl_loss_coef: float = flag("--kl-loss-coef", default=0.0, at_least=0)
-    kl_loss_type: str = flag("--kl-loss-type", default="k1", choices=tuple(KL_TYPES))
+    kl_loss_coef: float = flag(
+        "--kl-loss-coef",
+        "weight of the KL in the loss",
+        default=0.0,
+        at_least=0,
+        only_with="--use-kl-loss",
+    )
+    kl_loss_type: str = flag(
+        "--kl-loss-type", "estimator of that KL", default="k1", choices=tuple(KL_TYPES)
+    )
     unbiased_kl: bool = flag(
-        "--use-unbiased-kl", "the KL loss times the ratio of new and old policy", default=False
+        "--use-unbiased-kl",
+        "multiply the KL loss by the ratio of new and old policy",
+        default=False,
+        only_with="--use-kl-loss",
     )
     kl_coef: float = flag(
-        "--kl-coef", "KL to the reference model as a penalty on the reward", default=0.0, at_least=0
+        "--kl-coef",
+        "weight of the KL to the reference model as a penalty on the reward",
+        default=0.0,
+        at_least=0,
     )
     use_opd: bool = flag(
         "--use-opd",
-        "on-policy distillation: a token's advantage loses the KL to a teacher at that token",
+        "on-policy distillation: subtract the KL to a teacher from each token's advantage",
         default=False,
     )
     opd_type: str = flag(
         "--opd-type",
-        "where the teacher computes: in the trainer's ranks, a model of the policy's architecture; or behind a vLLM server, one of the policy's vocabulary",
+        "where the teacher runs. megatron: in the trainer's ranks, with the policy's architecture; "
+        "vllm: behind a vLLM server, with the policy's vocabulary",
         default="megatron",
         choices=("megatron", "vllm"),
     )
     opd_teacher_url: str | None = flag(
         "--opd-teacher-url",
-        "http://HOST:PORT of the teacher of --opd-type vllm; without it a function of yours sets Sample.teacher_log_probs",
+        "http://HOST:PORT of the teacher's server; without it, a function of yours sets "
+        "Sample.teacher_log_probs",
         default=None,
+        only_with="--use-opd --opd-type vllm",
     )
     opd_kl_coef: float = flag(
-        "--opd-kl-coef", "advantage for each nat of that KL", default=1.0, above=0
+        "--opd-kl-coef",
+        "weight of the KL to the teacher",
+        default=1.0,
+        above=0,
+        only_with="--use-opd",
     )
-    entropy_coef: float = flag("--entropy-coef", default=0.0)
-    clip_low: float = flag("--eps-clip", default=0.2, at_least=0)
+    entropy_coef: float = flag(
+        "--entropy-coef", "weight of the entropy bonus in the loss", default=0.0
+    )
+    clip_low: float = flag(
+        "--eps-clip", "the ratio is clipped at 1 minus this", default=0.2, at_least=0
+    )
     clip_high_asked: float | None = flag(
-        "--eps-clip-high", default=None, at_least=0, inherits="--eps-clip"
+        "--eps-clip-high",
+        "the ratio is clipped at 1 plus this",
+        default=None,
+        at_least=0,
+        inherits="--eps-clip",
     )
     dual_clip: float | None = flag(
-        "--eps-clip-c", "dual clip's constant, above 1", default=None, above=1
+        "--eps-clip-c",
+        "dual clip: with a negative advantage, the loss is at most this times |advantage|",
+        default=None,
+        above=1,
     )
     gamma: float = flag(
-        "--gamma", "discount of a later token's reward", default=1.0, at_least=0, at_most=1
+        "--gamma", "discount of the rewards of later tokens", default=1.0, at_least=0, at_most=1
     )
     lambd: float = flag(
         "--lambd",
-        "with a critic: GAE's lambda; 1: the critic is a baseline only",
+        "with a critic: lambda of GAE; at 1 the critic is only a baseline",
         default=1.0,
         at_least=0,
         at_most=1,
     )
     value_clip: float = flag(
         "--value-clip",
-        "with a critic: how far a value may move from the rollout's first before its gradient ends",
+        "with a critic: a value that moves further than this from its first one has no gradient",
         default=0.2,
         above=0,
     )
     num_critic_only_steps: int = flag(
         "--num-critic-only-steps",
-        "with a critic: the first so many rollouts train the critic alone",
+        "with a critic: number of first rollouts that train only the critic",
         default=0,
         at_least=0,
     )
     per_token_loss: bool = flag(
         "--calculate-per-token-loss",
-        "mean over the step's tokens, not over samples of token means",
+        "average the loss over all tokens of a step, not over samples",
         default=False,
     )
     normalize_advantages: bool = flag(
-        "--normalize-advantages", "whiten over the step", default=False
+        "--normalize-advantages", "whiten advantages over the tokens of a step", default=False
     )
     grpo_std: bool = flag(
-        "--grpo-std-normalization", default=True, negated="--disable-grpo-std-normalization"
+        "--grpo-std-normalization",
+        "divide a group's scores by their standard deviation, where the estimator does",
+        default=True,
+        negated="--disable-grpo-std-normalization",
     )
     normalize_rewards: bool = flag(
-        "--rewards-normalization", default=True, negated="--disable-rewards-normalization"
+        "--rewards-normalization",
+        "turn rewards into scores relative to their group, where the estimator does",
+        default=True,
+        negated="--disable-rewards-normalization",
     )
     compute_advantages: bool = flag(
         "--compute-advantages-and-returns",
-        "sft_loss has none, whatever is said",
+        "compute advantages; sft_loss never does",
         default=True,
         negated="--disable-compute-advantages-and-returns",
     )
     overlong_buffer_len: int | None = flag(
         "--overlong-buffer-len",
-        "a response that enters the last so many tokens of --rollout-max-response-len loses reward, linearly (DAPO)",
+        "DAPO: a response loses reward, linearly, for each of the last N tokens of "
+        "--rollout-max-response-len that it uses",
         default=None,
         at_least=1,
     )
     overlong_penalty: float = flag(
-        "--overlong-penalty-factor", "what a response of full length loses", default=1.0, above=0
+        "--overlong-penalty-factor",
+        "reward that a response of full length loses",
+        default=1.0,
+        above=0,
+        only_with="--overlong-buffer-len",
     )
     use_rollout_logprobs: bool = flag(
         "--use-rollout-logprobs",
-        "the old policy is the engine's: the ratio starts from the log-probabilities that sampling returned",
+        "take the old policy's log-probabilities from the engine that sampled",
         default=False,
     )
     keep_old_actor: bool = flag(
         "--keep-old-actor",
-        "the old policy is the one that generated: kept copies of the weights that engines were given",
+        "compute the old policy's log-probabilities with a kept copy of the weights that generated",
         default=False,
     )
     use_tis: bool = flag(
         "--use-tis",
-        "weigh each token's loss by trainer's over engine's probability (truncated importance sampling)",
+        "truncated importance sampling: weight the loss by the trainer's probability over the "
+        "engine's",
         default=False,
     )
-    tis_clip: float = flag("--tis-clip", "largest weight", default=2.0, above=0)
-    tis_clip_low: float = flag("--tis-clip-low", "smallest weight", default=0.0, at_least=0)
+    tis_clip: float = flag(
+        "--tis-clip", "largest weight", default=2.0, above=0, only_with="--use-tis"
+    )
+    tis_clip_low: float = flag(
+        "--tis-clip-low", "smallest weight", default=0.0, at_least=0, only_with="--use-tis"
+    )
     tis_level: str = flag(
         "--tis-level",
-        "the weight is of a token, of its sequence (product), or geometric (the sequence's mean)",
+        "a weight for each token, for each sequence (product over its tokens), or the sequence's "
+        "geometric mean",
         default="token",
         choices=tuple(LEVELS),
+        only_with="--use-tis",
     )
     tis_mode: str = flag(
         "--tis-mode",
-        "beyond the bounds: clip to them, or mask (on tokens: IcePop)",
+        "weights out of bounds are clipped, or their tokens get no loss (with token: IcePop)",
         default="clip",
         choices=tuple(MODES),
+        only_with="--use-tis",
     )
     tis_veto: float | None = flag(
         "--tis-veto",
-        "a sequence with a token whose own weight is below this gets no loss, for example 1e-4",
+        "a sequence with a token whose weight is below this gets no loss; for example 1e-4",
         default=None,
         above=0,
         at_most=1,
+        only_with="--use-tis",
     )
     custom_tis_path: str | None = flag(
         "--custom-tis-function-path",
-        "weighs the loss in place of the --tis-* flags",
+        "weights the loss in place of the --tis-* flags",
         default=None,
+        only_with="--use-tis",
         hook=TIS,
     )
     custom_loss_path: str | None = flag(
-        "--custom-loss-function-path", "the whole policy loss", default=None, hook=LOSS
+        "--custom-loss-function-path",
+        "computes the whole policy loss",
+        default=None,
+        hook=LOSS,
     )
     custom_advantage_path: str | None = flag(
         "--custom-advantage-function-path",
-        "advantages in place of those of --advantage-estimator",
+        "computes the advantages in place of --advantage-estimator",
         default=None,
         hook=ADVANTAGE,
     )
     custom_reducer_path: str | None = flag(
         "--custom-pg-loss-reducer-function-path",
-        "each token's weight in the loss of its step",
+        "computes each token's weight in the loss of its step",
         default=None,
         hook=REDUCER,
     )
     megatron_init_path: str | None = flag(
         "--custom-megatron-init-path",
-        "runs in every trainer rank after the ranks are connected and before the model is built",
+        "runs in every trainer rank after the ranks connect and before the model is built",
         default=None,
         hook=INIT,
     )
     model_provider_path: str | None = flag(
         "--custom-model-provider-path",
-        "changes a chunk of Megatron's model, or returns another with the same names of weights",
+        "changes a chunk of Megatron's model, or replaces it by one with the same weight names",
         default=None,
         hook=MODEL,
     )
     before_log_probs_path: str | None = flag(
         "--custom-megatron-before-log-prob-hook-path",
-        "runs before a pass for log-probabilities; store_prefix is 'ref_' for the reference, 'teacher_' for the teacher",
+        "runs before a pass for log-probabilities; store_prefix is 'ref_' for the reference and "
+        "'teacher_' for the teacher",
         default=None,
         hook=BEFORE_LOG_PROBS,
     )
@@ -206,27 +267,30 @@ class AlgorithmConfig(Section):
     )
     ref_update_interval: int | None = flag(
         "--ref-update-interval",
-        "the reference becomes the actor after every so many rollouts (default: never)",
+        "replace the reference by the actor after every N rollouts (default: never)",
         default=None,
         at_least=1,
     )
     use_opsm: bool = flag(
         "--use-opsm",
-        "no loss on sequences with a negative advantage that the policy has left",
+        "no loss on sequences with a negative advantage that the new policy makes less likely, "
+        "see --opsm-delta",
         default=False,
     )
     opsm_delta: float = flag(
         "--opsm-delta",
-        "left: the mean of old - new log-probability is above this",
+        "mask a sequence with negative advantage when its mean (old - new log-probability) "
+        "exceeds this",
         default=1e-4,
         at_least=0,
+        only_with="--use-opsm",
     )
     mismatch_metrics: bool = flag(
         "--get-mismatch-metrics",
-        "train/mismatch_*: how far trainer and engine are apart",
+        "log train/mismatch_*: the distance between the trainer's and the engine's probabilities",
         default=False,
     )
-    seed: int = flag("--seed", default=1234)
+    seed: int = flag("--seed", "seed of the trainer and the engines", default=1234)
 
     @property
     def estimator(self) -> Estimator:
@@ -234,12 +298,12 @@ class AlgorithmConfig(Section):
 
     @property
     def wants_reward(self) -> bool:
-        """A policy learns from its own samples; not so under sft_loss."""
+        """Whether the policy learns from its own samples; sft_loss learns from given answers."""
         return self.loss_type != "sft_loss"
 
     @property
     def needs_rollout_logp(self) -> str | None:
-        """The flag that cannot do without the engine's log-probabilities, if any."""
+        """The first flag in force that needs the engine's log-probabilities; None if none does."""
         if not self.wants_reward:
             return None
         asked = {
@@ -259,12 +323,12 @@ class AlgorithmConfig(Section):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the trainer's ranks hold one."""
+        """Whether the trainer's ranks hold a teacher."""
         return self.wants_reward and self.use_opd and self.opd_type == "megatron"
 
     @property
     def needs_teacher_logp(self) -> bool:
-        """Whether samples bring a teacher's log-probabilities along."""
+        """Whether samples must have a teacher's log-probabilities."""
         return self.wants_reward and self.use_opd and self.opd_type == "vllm"
 
     @property
@@ -274,63 +338,24 @@ class AlgorithmConfig(Section):
     def problems(self) -> Iterator[str]:
         if self.advantage_estimator in ESTIMATORS:
             yield from self._problems_of_the_estimator()
-        if not self.compute_advantages and self.wants_reward:
-            yield f"--disable-compute-advantages-and-returns leaves --loss-type {self.loss_type} nothing to learn from. Leave it out."
+        yield from self._problems_of_the_loss()
+        yield from self._problems_of_the_old_policy()
         if self.kl_coef and self.kl_loss_coef:
             yield (
-                f"--kl-coef {self.kl_coef} and --kl-loss-coef {self.kl_loss_coef} exclude each other: "
-                "the first is a penalty on the reward, the second a loss. Set one to 0."
+                f"--kl-coef {self.kl_coef} and --kl-loss-coef {self.kl_loss_coef} exclude each "
+                "other: the first is a penalty on the reward, the second a loss. Set one to 0."
             )
-        if self.kl_loss_coef and not self.use_kl_loss:
-            yield f"--kl-loss-coef {self.kl_loss_coef} has no effect without --use-kl-loss. Add that, or set the coefficient to 0."
-        if self.unbiased_kl and not self.use_kl_loss:
-            yield "--use-unbiased-kl has no effect without --use-kl-loss. Add that, or leave it out."
-        if self.use_opd and not self.wants_reward:
-            yield f"--use-opd has no part in --loss-type {self.loss_type}. Leave it out."
-        if self.opd_teacher_url is not None and not (self.use_opd and self.opd_type == "vllm"):
-            yield f"--opd-teacher-url {self.opd_teacher_url} has no effect without --use-opd --opd-type vllm. Add those, or leave it out."
-        if self.opd_teacher_url is not None and not self.opd_teacher_url.startswith(
-            ("http://", "https://")
-        ):
-            yield f"--opd-teacher-url {self.opd_teacher_url} is no address. Give http://HOST:PORT of a vLLM server."
-        if self.opd_kl_coef != 1.0 and not self.use_opd:
-            yield f"--opd-kl-coef {self.opd_kl_coef} has no effect without --use-opd. Add that, or leave it out."
-        if self.keep_old_actor and self.use_rollout_logprobs:
-            yield "--keep-old-actor and --use-rollout-logprobs both say what the old policy is. Drop one of the two."
-        if self.keep_old_actor and not self.wants_reward:
-            yield f"--keep-old-actor has no part in --loss-type {self.loss_type}. Leave it out."
-        if self.use_tis and self.use_rollout_logprobs:
-            yield "--use-tis weighs by the trainer's over the engine's old policy, and --use-rollout-logprobs makes them one. Drop one of the two."
-        if self.tis_clip_low > self.tis_clip:
-            yield f"--tis-clip-low {self.tis_clip_low} is above --tis-clip {self.tis_clip}. Lower it."
-        if not self.use_tis and (
-            self.tis_clip,
-            self.tis_clip_low,
-            self.tis_level,
-            self.tis_mode,
-        ) != (2.0, 0.0, "token", "clip"):
-            yield f"--tis-clip {self.tis_clip}, --tis-clip-low {self.tis_clip_low}, --tis-level {self.tis_level}, --tis-mode {self.tis_mode} have no effect without --use-tis. Add that, or leave them out."
-        if self.tis_veto is not None and (not self.use_tis or self.custom_tis_path is not None):
-            yield f"--tis-veto {self.tis_veto} is part of vime's own --use-tis. Add that, without --custom-tis-function-path, or leave it out."
-        if self.loss_type == "custom_loss" and self.custom_loss_path is None:
-            yield "--loss-type custom_loss needs a loss. Add --custom-loss-function-path, or choose policy_loss."
-        hooks = {
-            "--custom-loss-function-path": self.custom_loss_path,
-            "--custom-advantage-function-path": self.custom_advantage_path,
-        }
-        for name, path in hooks.items():
-            if path is not None and not self.wants_reward:
-                yield f"{name} {path} has no part in --loss-type {self.loss_type}. Leave out one of the two."
-        if self.custom_loss_path is not None and (self.use_tis or self.use_opsm):
-            yield f"--custom-loss-function-path {self.custom_loss_path} takes the place of --use-tis and --use-opsm. Drop them, or the function."
-        if self.custom_advantage_path is not None and self.kl_coef:
-            yield f"--custom-advantage-function-path {self.custom_advantage_path} takes the place of --kl-coef {self.kl_coef}. Drop one of the two; the function is given both log-probabilities."
-        if self.custom_tis_path is not None and not self.use_tis:
-            yield f"--custom-tis-function-path {self.custom_tis_path} has no effect without --use-tis. Add that, or leave it out."
+        url = self.opd_teacher_url
+        if url is not None and not url.startswith(("http://", "https://")):
+            yield (
+                f"--opd-teacher-url {url} is not an address. Give http://HOST:PORT of a vLLM "
+                "server."
+            )
         if self.ref_update_interval is not None and not self.needs_reference:
-            yield f"--ref-update-interval {self.ref_update_interval} has no reference to update. Add --use-kl-loss or --kl-coef, or leave it out."
-        if self.overlong_buffer_len is None and self.overlong_penalty != 1.0:
-            yield f"--overlong-penalty-factor {self.overlong_penalty} has no effect without --overlong-buffer-len. Add that, or leave it out."
+            yield (
+                f"--ref-update-interval {self.ref_update_interval} has no reference to update. Add "
+                "--use-kl-loss or --kl-coef, or leave it out."
+            )
 
     def _problems_of_the_estimator(self) -> Iterator[str]:
         name, estimator = f"--advantage-estimator {self.advantage_estimator}", self.estimator
@@ -342,12 +367,85 @@ class AlgorithmConfig(Section):
                 ("--num-critic-only-steps", self.num_critic_only_steps, 0),
             ):
                 if value != default:
-                    yield f"{flag_name} {value} has no effect without a critic. Add --advantage-estimator {with_critic}, or leave it out."
+                    yield (
+                        f"{flag_name} {value} has no effect without a critic. Add "
+                        f"--advantage-estimator {with_critic}, or leave it out."
+                    )
         elif self.custom_advantage_path is not None:
-            yield f"--custom-advantage-function-path {self.custom_advantage_path} gives the critic of {name} nothing to learn. Choose another estimator, or drop the function."
+            yield (
+                f"--custom-advantage-function-path {self.custom_advantage_path} leaves the critic "
+                f"of {name} nothing to learn. Choose another estimator, or drop the function."
+            )
         if estimator.constant_weight and self.per_token_loss:
-            yield f"--calculate-per-token-loss divides by the response tokens, and {name} by a constant. Drop one of the two."
+            yield (
+                "--calculate-per-token-loss divides by the number of response tokens, and "
+                f"{name} divides by a constant. Drop one of the two."
+            )
         if estimator.constant_weight and self.custom_reducer_path is not None:
-            yield f"--custom-pg-loss-reducer-function-path {self.custom_reducer_path} and {name} both set the weights. Drop one of the two."
+            yield (
+                f"--custom-pg-loss-reducer-function-path {self.custom_reducer_path} and {name} "
+                "both set the weights of tokens. Drop one of the two."
+            )
         if estimator.nonnegative_rewards and self.overlong_buffer_len is not None:
-            yield f"--overlong-buffer-len {self.overlong_buffer_len} takes rewards below 0, where {name} has no meaning. Drop one of the two."
+            yield (
+                f"--overlong-buffer-len {self.overlong_buffer_len} makes rewards negative, and "
+                f"{name} is not defined for these. Drop one of the two."
+            )
+
+    def _problems_of_the_loss(self) -> Iterator[str]:
+        if not self.compute_advantages and self.wants_reward:
+            yield (
+                f"--disable-compute-advantages-and-returns leaves --loss-type {self.loss_type} "
+                "nothing to learn from. Leave it out."
+            )
+        if self.loss_type == "custom_loss" and self.custom_loss_path is None:
+            yield (
+                "--loss-type custom_loss needs a loss. Add --custom-loss-function-path, or choose "
+                "policy_loss."
+            )
+        if not self.wants_reward:
+            policys_own = {
+                "--use-opd": self.use_opd or None,
+                "--keep-old-actor": self.keep_old_actor or None,
+                "--custom-loss-function-path": self.custom_loss_path,
+                "--custom-advantage-function-path": self.custom_advantage_path,
+            }
+            for name, value in policys_own.items():
+                if value is not None:
+                    said = name if value is True else f"{name} {value}"
+                    yield (
+                        f"{said} has no effect with --loss-type {self.loss_type}. Leave out one "
+                        "of the two."
+                    )
+        if self.custom_loss_path is not None and (self.use_tis or self.use_opsm):
+            yield (
+                f"--custom-loss-function-path {self.custom_loss_path} replaces the loss that "
+                "--use-tis and --use-opsm change. Drop these, or the function."
+            )
+        if self.custom_advantage_path is not None and self.kl_coef:
+            yield (
+                f"--custom-advantage-function-path {self.custom_advantage_path} replaces "
+                f"--kl-coef {self.kl_coef}. Drop one of the two; the function receives both "
+                "log-probabilities."
+            )
+
+    def _problems_of_the_old_policy(self) -> Iterator[str]:
+        if self.keep_old_actor and self.use_rollout_logprobs:
+            yield (
+                "--keep-old-actor and --use-rollout-logprobs choose different old policies. Drop "
+                "one of the two."
+            )
+        if self.use_tis and self.use_rollout_logprobs:
+            yield (
+                "--use-tis corrects the difference between the trainer's old policy and the "
+                "engine's, and --use-rollout-logprobs makes them equal. Drop one of the two."
+            )
+        if self.tis_clip_low > self.tis_clip:
+            yield (
+                f"--tis-clip-low {self.tis_clip_low} is above --tis-clip {self.tis_clip}. Lower it."
+            )
+        if self.tis_veto is not None and self.custom_tis_path is not None:
+            yield (
+                f"--tis-veto {self.tis_veto} has no effect with --custom-tis-function-path "
+                f"{self.custom_tis_path}. Leave out one of the two."
+            )

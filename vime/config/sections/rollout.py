@@ -24,7 +24,7 @@ from vime.rollout.rm_hub.registry import GRADERS, problems_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutConfig(Section):
-    """How responses are sampled. What `EvalConfig` leaves unset is inherited from here."""
+    """Sampling. An evaluation inherits the values that no --eval-* flag sets."""
 
     function_path: str = flag(
         "--rollout-function-path",
@@ -32,26 +32,51 @@ class RolloutConfig(Section):
         default="vime.rollout.vllm_rollout.generate_rollout",
         hook=ROLLOUT,
     )
-    temperature: float = flag("--rollout-temperature", default=1.0, at_least=0)
-    top_p: float = flag("--rollout-top-p", default=1.0, above=0, at_most=1)
-    top_k: int = flag("--rollout-top-k", default=-1, at_least=-1)
+    temperature: float = flag(
+        "--rollout-temperature", "sampling temperature", default=1.0, at_least=0
+    )
+    top_p: float = flag(
+        "--rollout-top-p",
+        "sample from the likeliest tokens with this total probability",
+        default=1.0,
+        above=0,
+        at_most=1,
+    )
+    top_k: int = flag(
+        "--rollout-top-k",
+        "sample from the N likeliest tokens; -1: from all",
+        default=-1,
+        at_least=-1,
+    )
     max_response_len: int = flag(
-        "--rollout-max-response-len", "tokens of a response", default=1024, at_least=1
+        "--rollout-max-response-len", "tokens per response", default=1024, at_least=1
     )
     max_prompt_len: int | None = flag(
         "--rollout-max-prompt-len",
-        "longer prompts are dropped, and counted",
+        "tokens per prompt; longer prompts are dropped and counted",
         default=None,
         at_least=1,
     )
     max_context_len: int | None = flag(
-        "--rollout-max-context-len", "tokens of prompt and response", default=None, at_least=1
+        "--rollout-max-context-len",
+        "tokens of prompt and response together",
+        default=None,
+        at_least=1,
     )
     stop: list | None = flag(
-        "--rollout-stop", "stop strings", default=None, nargs="+", per_dataset=True
+        "--rollout-stop",
+        "texts that end a response",
+        default=None,
+        nargs="+",
+        per_dataset=True,
     )
     stop_token_ids: list | None = flag(
-        "--rollout-stop-token-ids", default=None, nargs="+", type=int, per_dataset=True
+        "--rollout-stop-token-ids",
+        "tokens that end a response",
+        default=None,
+        nargs="+",
+        type=int,
+        per_dataset=True,
     )
     skip_special_tokens: bool = flag(
         "--rollout-skip-special-tokens",
@@ -60,7 +85,7 @@ class RolloutConfig(Section):
     )
     over_sampling: int | None = flag(
         "--over-sampling-batch-size",
-        "prompts submitted at a time",
+        "prompts that are submitted together",
         default=None,
         at_least=1,
         inherits="--rollout-batch-size",
@@ -80,15 +105,16 @@ class RolloutConfig(Section):
         "--mask-offpolicy-in-partial-rollout",
         "no loss on tokens of an earlier rollout",
         default=False,
+        only_with="--partial-rollout",
     )
     max_staleness: int | None = flag(
         "--rollout-max-staleness",
-        "buffered groups begun more rollouts ago start over (default: never)",
+        "restart buffered groups that began more than N rollouts ago (default: never)",
         default=None,
     )
     buffer_filter_path: str = flag(
         "--buffer-filter-path",
-        "takes groups out of the buffer of unfinished ones",
+        "takes groups out of the buffer of unfinished groups",
         default="vime.rollout.buffer.pop_first",
         hook=BUFFER_FILTER,
     )
@@ -100,25 +126,25 @@ class RolloutConfig(Section):
     )
     all_samples_path: str | None = flag(
         "--rollout-all-samples-process-path",
-        "sees every sample that was taken, also of dropped groups",
+        "sees every sample of a rollout, those of dropped groups included",
         default=None,
         hook=ALL_SAMPLES,
     )
     deterministic: bool = flag(
         "--vllm-enable-deterministic-inference",
-        "a seed for each sample (--rollout-seed + its index): the same weights give the same samples",
+        "give each sample a seed (--rollout-seed + its index), so equal weights give equal samples",
         default=False,
     )
     custom_generate_path: str | None = flag(
         "--custom-generate-function-path",
         "generates one sample",
         default=None,
-        hook=GENERATE,
         per_dataset=True,
+        hook=GENERATE,
     )
     sample_hook_paths: list | None = flag(
         "--rollout-sample-hook-path",
-        "sees each finished sample and may replace it; takes several paths, or repeat the flag",
+        "sees each finished sample and may replace it; takes several paths, and may be repeated",
         default=None,
         nargs="+",
         repeats=True,
@@ -126,13 +152,13 @@ class RolloutConfig(Section):
     )
     log_path: str | None = flag(
         "--custom-rollout-log-function-path",
-        "changes what is logged of a rollout",
+        "changes the metrics of a rollout before they are logged",
         default=None,
         hook=LOG,
     )
     convert_path: str | None = flag(
         "--custom-convert-samples-to-train-data-path",
-        "makes the training data from the samples",
+        "turns samples into training data",
         default=None,
         hook=CONVERT,
     )
@@ -144,7 +170,7 @@ class RolloutConfig(Section):
     )
     custom_config_path: str | None = flag(
         "--custom-config-path",
-        "YAML of names and values of your own, which functions read as args.NAME",
+        "YAML of your own names and values, which functions read as args.NAME",
         default=None,
     )
     own_values: dict[str, Any] = field(default_factory=dict)  # of that file: {name: value}
@@ -159,11 +185,10 @@ class RolloutConfig(Section):
             and self.max_prompt_len >= self.max_context_len
         ):
             yield (
-                f"--rollout-max-prompt-len {self.max_prompt_len} leaves no room in --rollout-max-context-len {self.max_context_len}. "
-                "Lower the first or raise the second."
+                f"--rollout-max-prompt-len {self.max_prompt_len} leaves no room in "
+                f"--rollout-max-context-len {self.max_context_len}. Lower the first or raise the "
+                "second."
             )
-        if self.mask_offpolicy and not self.partial:
-            yield "--mask-offpolicy-in-partial-rollout acts only on partial rollouts. Add --partial-rollout, or leave it out."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,24 +203,25 @@ class RewardConfig(Section):
         "--custom-rm-path",
         "grades a sample",
         default=None,
+        per_dataset=True,
         hook=REWARD,
         hook_if={"group_rm": GROUP_REWARD},
-        per_dataset=True,
     )
     post_process_path: str | None = flag(
         "--custom-reward-post-process-path",
-        "computes rewards and scores in place of the normalisation of --advantage-estimator",
+        "computes rewards and scores in place of the estimator's normalisation",
         default=None,
         hook=POST_PROCESS,
     )
     group_rm: bool = flag(
         "--group-rm",
-        f"--custom-rm-path grades a group at a time: {GROUP_REWARD.shape}",
+        f"--custom-rm-path grades a whole group at once: {GROUP_REWARD.shape}",
         default=False,
+        only_with="--custom-rm-path",
     )
     rm_url: str | None = flag("--rm-url", "server of --rm-type remote_rm", default=None)
     reward_key: str | None = flag(
-        "--reward-key", "which entry of a dict reward to train on", default=None
+        "--reward-key", "the entry of a dict reward to train on", default=None
     )
     workers: int = flag("--rm-num-workers", "grader processes", default=1, at_least=1)
     timeout_s: float = flag(
@@ -204,5 +230,3 @@ class RewardConfig(Section):
 
     def problems(self) -> Iterator[str]:
         yield from problems_of("--rm-type", self.rm_type, self.reward_key, self.rm_url)
-        if self.group_rm and not self.custom_rm_path:
-            yield "--group-rm grades with a function of yours. Add --custom-rm-path, or leave it out."

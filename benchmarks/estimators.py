@@ -28,8 +28,8 @@ from benchmarks.records import RESULTS, on_this_cpu, save  # noqa: E402
 from benchmarks.tables import markdown, put  # noqa: E402
 from scripts.quickstart.recipe import EVAL_NAME, GRPO_SCRIPT, Recipe  # noqa: E402
 from scripts.quickstart.stages import Stage, run_stages  # noqa: E402
-from vime.config import AlgorithmConfig  # noqa: E402
 from vime.config.fields import flags_in  # noqa: E402
+from vime.config.sections.algorithm import AlgorithmConfig  # noqa: E402
 from vime.observe import read_metrics  # noqa: E402
 from vime.observe.plot import INK, learning_curves, plain  # noqa: E402
 

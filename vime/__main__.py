@@ -1,8 +1,8 @@
-"""`vime plan FLAGS`, also `python -m vime plan FLAGS`: what train.py with these flags would do.
+"""`vime plan FLAGS`, or `python -m vime plan FLAGS`: what train.py would do with these flags.
 
-The same as `train.py FLAGS --dry-run`: it checks everything, prints the configuration, the batch
+It is `train.py FLAGS --dry-run`: it checks all flags, prints the configuration, the batch
 arithmetic, the layout and a memory estimate, and starts nothing. `--plan-gpu-memory 80` plans for
-GPUs of 80 GiB on a machine without any.
+GPUs of 80 GiB, also on a machine without GPUs.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from vime.cli import parse_config
 from vime.ray.preflight import CHECKS
 
 USAGE = """\
-usage: vime plan FLAGS         what a run with these flags would do; starts nothing
-       vime plan --help        every flag
-       python train.py FLAGS   the run itself; train_async.py generates while it trains"""
+usage: vime plan FLAGS         show what a run with these flags would do; start nothing
+       vime plan --help        list all flags
+       python train.py FLAGS   run; train_async.py generates during training"""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from vime.config import AlgorithmConfig
+from vime.config.sections.algorithm import AlgorithmConfig
 from vime.data import chat
 from vime.data.rewards import score_samples
 from vime.types import Sample, Status, TrainSequence

@@ -12,7 +12,7 @@ from ranks import agree_on_port, run_ranks
 from tiny import make_config, write_tiny_hf
 from training import named_weights, samples_of
 
-from vime.config.sections import OptimizerConfig
+from vime.config.sections.model import OptimizerConfig
 from vime.errors import CheckpointError, ConfigError
 
 RECOMPUTE = {

@@ -11,7 +11,7 @@ from vime.algorithms.advantages import ESTIMATORS
 from vime.cli import parse_config, parse_convert_config
 from vime.cli.absent_flags import ABSENT
 from vime.cli.flags import all_flags
-from vime.config.sections import AlgorithmConfig
+from vime.config.sections.algorithm import AlgorithmConfig
 
 
 def test_flags_fill_the_fields_that_declare_them(tmp_path):
@@ -136,28 +136,28 @@ def test_megatron_flags_that_match_vimes_behaviour_are_accepted(tmp_path):
         ),
         (
             {"--rollout-health-check-interval": "30"},
-            "--rollout-health-check-interval 30 is no flag here: --use-fault-tolerance looks after "
-            "engines when a rollout or an update fails. Leave it out.",
+            "--rollout-health-check-interval 30: vime has no such flag; --use-fault-tolerance "
+            "checks the engines when a rollout or an update fails. Leave it out.",
         ),
         (
             {"--vllm-config": "f.yaml"},
-            "--vllm-config f.yaml is no flag here: all engines are alike and serve the one policy. "
-            "Leave it out.",
+            "--vllm-config f.yaml: vime has no such flag; all engines are alike and serve the "
+            "same policy. Leave it out.",
         ),
-        ({"--lr": "fast"}, "--lr fast is not a number. Give one, such as 0.1."),
-        ({"--lr": "nan"}, "--lr nan is not a number. Give one, such as 0.1."),
+        ({"--lr": "fast"}, "--lr fast is not a number. Give a number, such as 0.1."),
+        ({"--lr": "nan"}, "--lr nan is not a number. Give a number, such as 0.1."),
         (
             {"--num-rollout": "1.5"},
-            "--num-rollout 1.5 is not a whole number. Give one, such as 8.",
+            "--num-rollout 1.5 is not a whole number. Give a whole number, such as 8.",
         ),
         (
             {"--apply-chat-template-kwargs": "{"},
-            "--apply-chat-template-kwargs { is not JSON. Give one, such as '{\"key\": true}'.",
+            "--apply-chat-template-kwargs { is not JSON. Give JSON, such as '{\"key\": true}'.",
         ),
-        ({"--lr": None}, "--lr lacks its value. Write --lr VALUE, or leave it out."),
+        ({"--lr": None}, "--lr has no value. Write --lr VALUE, or leave it out."),
         (
             {"--rollout-seed": "1 2"},
-            "--rollout-seed 1 2: takes one value, and got 2. Keep one, or quote the whole "
+            "--rollout-seed 1 2: the flag takes one value, not 2. Keep one, or quote them "
             "(--rollout-seed '1 2').",
         ),
         (
@@ -178,8 +178,8 @@ def test_megatron_flags_that_match_vimes_behaviour_are_accepted(tmp_path):
         ),
         (
             {"--attention-dropout": "0.1"},
-            "--attention-dropout 0.1 cannot be: training uses no dropout, as generation does. "
-            "Give 0 or 0.0, or leave it out.",
+            "--attention-dropout 0.1 is not possible: neither training nor generation uses "
+            "dropout. Give 0 or 0.0, or leave it out.",
         ),
     ],
 )
@@ -236,8 +236,8 @@ def test_a_path_that_the_user_may_not_read_is_reported_with_its_flag(capsys, tmp
 
     argv = words(tmp_path, {"--load": f"{tmp_path}/load"})
     assert refusal(capsys, lambda: parse_config(argv, checks=[check])) == [
-        f"--load {tmp_path}/load: this user may not look into {tmp_path}/load/iter_0000001. Choose "
-        "another place, or open that one."
+        f"--load {tmp_path}/load: this user may not read {tmp_path}/load/iter_0000001. Choose "
+        "another place, or change its permissions."
     ]
 
 
@@ -289,7 +289,7 @@ def test_the_converter_needs_only_the_model_and_a_target(tmp_path):
 def test_the_converter_without_a_target_is_refused(capsys, tmp_path):
     argv = ["--hf-checkpoint", str(write_checkpoint(tmp_path / "hf"))]
     assert refusal(capsys, lambda: parse_convert_config(argv)) == [
-        "--save is missing. Add --save FOLDER, where the converted checkpoint goes."
+        "--save is missing. Add --save FOLDER for the converted checkpoint."
     ]
 
 

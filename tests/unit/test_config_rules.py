@@ -23,8 +23,8 @@ REFUSED = {
     ),
     "packs without a size": (
         {"--use-dynamic-batch-size": None},
-        "--use-dynamic-batch-size needs the size of a pack. Add --max-tokens-per-gpu, for example "
-        "9216.",
+        "--use-dynamic-batch-size needs the size of a micro-batch. Add --max-tokens-per-gpu, for "
+        "example 9216.",
     ),
     "a policy without advantages": (
         {"--disable-compute-advantages-and-returns": None},
@@ -36,7 +36,7 @@ REFUSED = {
             "--colocate": None,
             "--update-weights-interval": "2",
         },
-        "--update-weights-interval 2: under --colocate engines drop their weights while the "
+        "--update-weights-interval 2: with --colocate, engines drop their weights while the "
         "trainer works. Add --no-offload-rollout, or leave the interval out.",
     ),
     "a checkpoint between weight updates": (
@@ -54,8 +54,8 @@ REFUSED = {
     ),
     "a step with fewer samples than ranks": (
         {"--num-steps-per-rollout": "64"},
-        "--num-steps-per-rollout 64 leaves 4 samples a step for 8 data-parallel ranks. Lower it, "
-        "or raise --rollout-batch-size 32 or --n-samples-per-prompt 8.",
+        "--num-steps-per-rollout 64 leaves 4 samples per step for 8 data-parallel ranks. Lower "
+        "it, or raise --rollout-batch-size 32 or --n-samples-per-prompt 8.",
     ),
     "engines that do not divide": (
         {"--rollout-num-gpus": "6", "--rollout-num-gpus-per-engine": "4"},
@@ -65,7 +65,7 @@ REFUSED = {
     "more GPUs than a node": (
         {"--actor-num-gpus-per-node": "16"},
         "--actor-num-gpus-per-node 16 is more than --num-gpus-per-node 8. Lower the first, or "
-        "raise the second to what a node has.",
+        "raise the second to the number of GPUs of a node.",
     ),
     "an engine larger than a node": (
         {
@@ -74,7 +74,7 @@ REFUSED = {
             "--rollout-num-gpus": "4",
             "--rollout-num-gpus-per-engine": "4",
         },
-        "--rollout-num-gpus-per-engine 4 is more than --num-gpus-per-node 2, and an engine lives "
+        "--rollout-num-gpus-per-engine 4 is more than --num-gpus-per-node 2, and an engine runs "
         "on one node. Lower the first.",
     ),
     "an engine larger than the model": (
@@ -106,8 +106,8 @@ REFUSED = {
     ),
     "a recompute method without full recompute": (
         {"--recompute-method": "uniform", "--recompute-num-layers": "1"},
-        "--recompute-method uniform acts only with --recompute-granularity full (now None). Add "
-        "that, or leave the method out.",
+        "--recompute-method uniform has no effect without --recompute-granularity full. Add "
+        "that, or leave it out.",
     ),
     "over-sampling below the batch": (
         {"--over-sampling-batch-size": "16"},
@@ -121,8 +121,7 @@ REFUSED = {
     ),
     "a KL coefficient without the loss": (
         {"--kl-loss-coef": "0.2"},
-        "--kl-loss-coef 0.2 has no effect without --use-kl-loss. Add that, or set the coefficient "
-        "to 0.",
+        "--kl-loss-coef 0.2 has no effect without --use-kl-loss. Add that, or leave it out.",
     ),
     "a teacher without distillation": (
         {"--opd-teacher-load": "teacher"},
@@ -130,8 +129,8 @@ REFUSED = {
     ),
     "distillation without a teacher": (
         {"--use-opd": None},
-        "--use-opd has no teacher. Add --opd-teacher-load FOLDER: a checkpoint, or an HF folder, "
-        "of a model of the policy's architecture.",
+        "--use-opd has no teacher. Add --opd-teacher-load FOLDER: a checkpoint or an HF folder "
+        "of a model with the policy's architecture.",
     ),
     "a teacher that is not there": (
         {"--use-opd": None, "--opd-teacher-load": "none"},
@@ -154,11 +153,11 @@ REFUSED = {
     ),
     "a server that is no address": (
         {"--use-opd": None, "--opd-type": "vllm", "--opd-teacher-url": "a:1"},
-        "--opd-teacher-url a:1 is no address. Give http://HOST:PORT of a vLLM server.",
+        "--opd-teacher-url a:1 is not an address. Give http://HOST:PORT of a vLLM server.",
     ),
     "a server without distillation": (
         {"--opd-teacher-url": "http://a:1"},
-        "--opd-teacher-url http://a:1 has no effect without --use-opd --opd-type vllm. Add those, "
+        "--opd-teacher-url http://a:1 has no effect without --use-opd --opd-type vllm. Add that, "
         "or leave it out.",
     ),
     "a folder for a served teacher": (
@@ -190,7 +189,7 @@ REFUSED = {
     ),
     "a step of no checkpoint": (
         {"--ckpt-step": "20"},
-        "--ckpt-step 20 chooses within --load. Add --load FOLDER.",
+        "--ckpt-step 20 has no effect without --load. Add that, or leave it out.",
     ),
     "no prompts": (
         {"--prompt-data": ""},
@@ -202,11 +201,11 @@ REFUSED = {
     ),
     "a group grader without its function": (
         {"--group-rm": None},
-        "--group-rm grades with a function of yours. Add --custom-rm-path, or leave it out.",
+        "--group-rm has no effect without --custom-rm-path. Add that, or leave it out.",
     ),
     "masks without partial rollouts": (
         {"--mask-offpolicy-in-partial-rollout": None},
-        "--mask-offpolicy-in-partial-rollout acts only on partial rollouts. Add --partial-rollout, "
+        "--mask-offpolicy-in-partial-rollout has no effect without --partial-rollout. Add that, "
         "or leave it out.",
     ),
     "no room for a prompt": (
@@ -227,14 +226,14 @@ REFUSED = {
     ),
     "reinforcement of given answers": (
         {"--rollout-function-path": "vime.rollout.sft_rollout.generate_rollout"},
-        "--rollout-function-path vime.rollout.sft_rollout.generate_rollout makes no rewards, which "
-        "--loss-type policy_loss needs. Add --loss-type sft_loss.",
+        "--rollout-function-path vime.rollout.sft_rollout.generate_rollout makes no rewards, and "
+        "--loss-type policy_loss needs rewards. Add --loss-type sft_loss.",
     ),
     "sampling without engines": (
         {"--debug-train-only": None},
-        "--debug-train-only starts no engines, which --rollout-function-path "
-        "vime.rollout.vllm_rollout.generate_rollout needs. Give a function that reads data itself, "
-        "or drop --debug-train-only.",
+        "--debug-train-only starts no engines, and --rollout-function-path "
+        "vime.rollout.vllm_rollout.generate_rollout needs engines. Give a function that reads "
+        "its data itself, or drop --debug-train-only.",
     ),
     "two warm-ups": (
         {"--lr-warmup-fraction": "0.1", "--lr-warmup-iters": "6"},
@@ -242,13 +241,13 @@ REFUSED = {
     ),
     "a warm-up as long as the run": (
         {"--lr-decay-style": "linear", "--lr-warmup-iters": "3"},
-        "--lr-warmup-iters 3 leaves none of 3 optimizer steps to --lr-decay-style linear. Lower "
+        "--lr-warmup-iters 3 leaves none of 3 optimizer steps for --lr-decay-style linear. Lower "
         "it, or raise --num-rollout.",
     ),
     "a warm-up as long as the decay": (
         {"--lr-decay-style": "WSD", "--lr-warmup-fraction": "1", "--lr-decay-iters": "9"},
-        "--lr-warmup-fraction 1.0 leaves none of 9 optimizer steps to --lr-decay-style WSD. Lower "
-        "it, or raise --lr-decay-iters.",
+        "--lr-warmup-fraction 1.0 leaves none of 9 optimizer steps for --lr-decay-style WSD. "
+        "Lower it, or raise --lr-decay-iters.",
     ),
     "a critic's warm-up as long as the run": (
         {
@@ -256,18 +255,18 @@ REFUSED = {
             "--lr-decay-style": "cosine",
             "--critic-lr-warmup-iters": "4",
         },
-        "Of the critic: --critic-lr-warmup-iters 4 leaves none of 3 optimizer steps to "
+        "For the critic: --critic-lr-warmup-iters 4 leaves none of 3 optimizer steps for "
         "--lr-decay-style cosine. Lower it, or raise --num-rollout.",
     ),
     "a decay over an unknown length": (
         {"--num-rollout": "", "--num-epoch": "2", "--lr-decay-style": "linear"},
-        "--lr-decay-style linear depends on the length of the run, which the data decides. Give "
-        "--num-rollout or --lr-decay-iters.",
+        "--lr-decay-style linear depends on the length of the run, and with --num-epoch only the "
+        "data determines it. Give --num-rollout or --lr-decay-iters.",
     ),
     "a warm-up of an unknown length": (
         {"--num-rollout": "", "--num-epoch": "2", "--lr-warmup-fraction": "0.1"},
-        "--lr-warmup-fraction 0.1 depends on the length of the run, which the data decides. Give "
-        "--num-rollout or --lr-decay-iters.",
+        "--lr-warmup-fraction 0.1 depends on the length of the run, and with --num-epoch only "
+        "the data determines it. Give --num-rollout or --lr-decay-iters.",
     ),
     "a floor above the rate": (
         {"--lr": "1e-6", "--min-lr": "1e-5"},
@@ -275,8 +274,8 @@ REFUSED = {
     ),
     "an overlap of nothing": (
         {"--overlap-param-gather": None, "--overlap-grad-reduce": None},
-        "--overlap-param-gather has nothing to gather. Add --use-distributed-optimizer, or leave "
-        "it out.",
+        "--overlap-param-gather has no effect without --use-distributed-optimizer "
+        "--overlap-grad-reduce. Add that, or leave it out.",
     ),
     "nothing left to run": (
         {
@@ -298,7 +297,7 @@ REFUSED = {
             "--save-interval": "4",
         },
         "--ref-update-interval 3 does not divide --save-interval 4: a run that continues would "
-        "not have its reference. Give a multiple of 3 to the second.",
+        "lack its reference. Give a multiple of 3 to the second.",
     ),
 }
 
@@ -338,7 +337,7 @@ def test_a_teacher_is_refused_for_sft(capsys, tmp_path):
         "--opd-teacher-load": str(write_checkpoint(tmp_path / "teacher")),
     }
     assert refused(capsys, tmp_path, changes) == [
-        "--use-opd has no part in --loss-type sft_loss. Leave it out."
+        "--use-opd has no effect with --loss-type sft_loss. Leave out one of the two."
     ]
 
 
@@ -405,12 +404,12 @@ def test_a_response_longer_than_the_models_positions_is_refused(capsys, tmp_path
 NOTICED = {
     "rollout GPUs under colocate": (
         {"--colocate": None, "--rollout-num-gpus": "4"},
-        "note: --rollout-num-gpus 4 is ignored under --colocate: generation uses the 8 GPUs that "
-        "train.",
+        "note: --rollout-num-gpus 4 is ignored with --colocate: the 8 GPUs that train also "
+        "generate.",
     ),
     "sequence parallelism alone": (
         {"--sequence-parallel": None},
-        "note: --sequence-parallel is off: it divides work among tensor-parallel ranks, and "
+        "note: --sequence-parallel is off: it divides tokens among tensor-parallel ranks, and "
         "--tensor-model-parallel-size is 1.",
     ),
     "a micro-batch size beside packs": (
@@ -419,7 +418,7 @@ NOTICED = {
             "--max-tokens-per-gpu": "512",
             "--micro-batch-size": "4",
         },
-        "note: --micro-batch-size 4 is ignored under --use-dynamic-batch-size.",
+        "note: --micro-batch-size 4 is ignored with --use-dynamic-batch-size.",
     ),
     "a pack size without packs": (
         {"--max-tokens-per-gpu": "512"},
@@ -427,23 +426,23 @@ NOTICED = {
     ),
     "a cut distribution": (
         {"--rollout-top-p": "0.9"},
-        "note: --rollout-top-p 0.9 and --rollout-top-k -1 cut the sampled distribution, which the "
-        "trainer does not see: expect a larger train/train_rollout_logprob_abs_diff.",
+        "note: --rollout-top-p 0.9 and --rollout-top-k -1 exclude tokens from sampling, and the "
+        "trainer's probabilities do not: expect a larger train/train_rollout_logprob_abs_diff.",
     ),
     "two graders": (
         {"--custom-rm-path": "a.b"},
-        "note: --rm-type math grades nothing: --custom-rm-path a.b comes before it.",
+        "note: --rm-type math is ignored: --custom-rm-path a.b grades instead.",
     ),
     "answers that have no equal": (
         {"--n-samples-per-prompt": "1"},
-        "note: --n-samples-per-prompt 1 and --advantage-estimator grpo, which compares the answers "
-        "to one prompt: every advantage will be 0. Give 8 samples, for example, or choose "
-        "reinforce_plus_plus or ppo.",
+        "note: --advantage-estimator grpo compares the answers to one prompt, and "
+        "--n-samples-per-prompt is 1: every advantage will be 0. Give 8 samples, for example, or "
+        "choose reinforce_plus_plus or ppo.",
     ),
     "graders in the data": (
         {"--rm-type": ""},
-        "note: no --rm-type or --custom-rm-path: every prompt must name its grader in metadata, as "
-        '{"rm_type": ...}.',
+        "note: neither --rm-type nor --custom-rm-path is given: every prompt must name its "
+        'grader in its metadata, as {"rm_type": ...}.',
     ),
 }
 
@@ -458,7 +457,7 @@ def test_an_ignored_flag_gives_one_notice(case, capsys, tmp_path):
 def test_the_reference_is_the_hf_checkpoint_unless_told_otherwise(capsys, tmp_path):
     parse_config(words(tmp_path, {"--use-kl-loss": None}))
     assert capsys.readouterr().err == (
-        f"note: no --ref-load: the reference model is --hf-checkpoint {tmp_path}/hf.\n"
+        f"note: --ref-load is not given: the reference model is --hf-checkpoint {tmp_path}/hf.\n"
     )
 
 

@@ -82,7 +82,7 @@ REFUSED = {
     ),
     "nothing left for the actor": (
         PPO | {"--num-critic-only-steps": "3"},
-        "--num-critic-only-steps 3 leaves nothing of --num-rollout 3 to train the actor. Lower the "
+        "--num-critic-only-steps 3 leaves none of --num-rollout 3 for the actor. Lower the "
         "first, or raise the second.",
     ),
     "a minimum rate above the critic's": (

@@ -12,8 +12,8 @@ from vime.algorithms.objective import PolicyObjective
 from vime.algorithms.off_policy import LEVELS, MODES, Mismatch, stale_and_bad
 from vime.algorithms.policy import cispo_loss, one_sequence, sequence_ratio
 from vime.backends.megatron.training.losses import objective_of
-from vime.config import AlgorithmConfig
 from vime.config.fields import flags_in
+from vime.config.sections.algorithm import AlgorithmConfig
 from vime.errors import ConfigError
 
 SEQUENCES = torch.tensor([0, 0, 1])  # two tokens of the first sequence, one of the second

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vime.config import AlgorithmConfig
+from vime.config.sections.algorithm import AlgorithmConfig
 from vime.data.rewards import overlong_penalty, score_samples, zero_std_counts
 
 

@@ -11,9 +11,9 @@ import torch
 from tests.unit.fake_engine import make_config
 from vime.algorithms.policy import one_sequence
 from vime.backends.megatron.training.losses import objective_of
-from vime.config import AlgorithmConfig
 from vime.config.fields import flags_in
 from vime.config.plugins import check_plugins
+from vime.config.sections.algorithm import AlgorithmConfig
 from vime.config.view import ArgsView
 from vime.rollout.train_data import make_train_batch
 from vime.types import Sample, Status

@@ -1,5 +1,50 @@
 """From the command line to a `Config`. Only entry points and tools import this room."""
 
-from vime.cli.parse import parse_config, parse_convert_config
+from __future__ import annotations
 
-__all__ = ["parse_config", "parse_convert_config"]
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from vime.cli.command_line import read
+from vime.cli.draft import Check, checked
+from vime.cli.router_flags import check_router_flags
+from vime.config import Config
+from vime.config.notices import notices
+from vime.config.rules import CONVERT_RULES, RULES
+from vime.data.checks import data_problems
+
+
+def parse_config(argv: Sequence[str] | None = None, checks: Iterable[Check] = ()) -> Config:
+    """The configuration of a training command line.
+
+    argv    the words after the program's name (default: `sys.argv[1:]`)
+    checks  further checks, each of which lists problems: flag, value, remedy
+
+    Prints notices to stderr. Prints all problems together and exits with code 2 if there are any.
+    `--help` and `--dry-run` print and exit with code 0.
+    """
+    cfg = checked(read(argv), [*RULES, data_problems, check_router_flags, *checks])
+    for notice in notices(cfg):
+        print(f"note: {notice}", file=sys.stderr)
+    cfg = _as_noted(cfg)
+    if cfg.debug.dry_run:
+        from vime.cli.dry_run import report  # imports torch
+
+        print(report(cfg))
+        raise SystemExit(0)
+    return cfg
+
+
+def parse_convert_config(argv: Sequence[str] | None = None, checks: Iterable[Check] = ()) -> Config:
+    """The same for a checkpoint converter, which needs the model, the layout and `--save`."""
+    given = read(argv)
+    given.values["batch"].setdefault("prompts", 1)
+    return _as_noted(checked(given, [*CONVERT_RULES, *checks]))
+
+
+def _as_noted(cfg: Config) -> Config:
+    """Turns off what a notice says is off."""
+    if cfg.parallel.sequence_parallel and cfg.parallel.tp == 1:
+        return replace(cfg, parallel=replace(cfg.parallel, sequence_parallel=False))
+    return cfg

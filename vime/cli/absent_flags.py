@@ -1,20 +1,20 @@
-"""Flags of related programs that are none here, and what to do without them.
+"""Flags of related programs that vime does not have, each with the reason or the replacement.
 
-A recipe that was written for another program gets these answers in place of the nearest name.
+A recipe that was written for another program gets these answers, not the nearest name.
 """
 
 from __future__ import annotations
 
-_NO_REPLAY = "the choices of experts are not replayed"
-_NO_MTP = "heads for several tokens ahead are not trained"
-_ONE_KIND = "all engines are alike and serve the one policy"
-_OWN_ENGINES = "a run starts and ends its own engines"
-_ALWAYS_WHOLE = "engines get all weights, straight from the trainer"
+_NO_REPLAY = "the trainer routes tokens to experts itself"
+_NO_MTP = "vime does not train multi-token prediction"
+_ONE_KIND = "all engines are alike and serve the same policy"
+_OWN_ENGINES = "every run starts and stops its own engines"
+_ALWAYS_WHOLE = "the trainer sends all weights to the engines directly"
 _PROFILE = (
-    "make bench-train-mfu PROFILE=1 shows a GPU's kernels, and --dry-run what fills its memory"
+    "make bench-train-mfu PROFILE=1 shows the kernels of a GPU, and --dry-run estimates its memory"
 )
-_DEBUG = "--save-debug-rollout-data keeps what a step trains on"
-_ON_FAILURE = "--use-fault-tolerance looks after engines when a rollout or an update fails"
+_DEBUG = "--save-debug-rollout-data writes the samples of each rollout"
+_ON_FAILURE = "--use-fault-tolerance checks the engines when a rollout or an update fails"
 
 ABSENT: dict[str, str] = {
     "--use-routing-replay": _NO_REPLAY,
@@ -32,9 +32,9 @@ ABSENT: dict[str, str] = {
     "--rollout-health-check-timeout": _ON_FAILURE,
     "--rollout-health-check-first-wait": _ON_FAILURE,
     "--multimodal-keys": "prompts are text",
-    "--loss-mask-type": "sft_loss finds the assistant's turns with the tokenizer's own template",
+    "--loss-mask-type": "sft_loss finds the assistant's turns with the tokenizer's chat template",
     "--log-passrate": "evaluations always log eval/NAME-pass@k",
-    "--recompute-loss-function": "--log-probs-chunk-size bounds the logits that exist at a time",
+    "--recompute-loss-function": "--log-probs-chunk-size limits the logits in memory",
     "--reset-optimizer-states": "--no-load-optim continues with a new optimizer",
     "--dump-details": _DEBUG,
     "--save-debug-train-data": _DEBUG,

@@ -1,7 +1,7 @@
-"""argv -> values by field, with every mistake noted instead of the first one raised.
+"""The words of a command line as values of fields, with all mistakes collected.
 
-argparse splits the words and prints the help; it takes each flag's words as they are, so that
-conversion can report all that is wrong in flag, value and remedy.
+argparse splits the words and prints the help. It does not convert them: the conversion here goes on
+after a mistake, and reports flag, value and remedy of each.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vime.config.spelling import as_key, did_you_mean, nearest
 from vime.errors import ConfigError
 
 VLLM, ROUTER = "--vllm-", "--router-"
-OWN_FLAGS = {  # of vime itself, by the prefix of flags that are another program's
+OWN_FLAGS = {  # {prefix of vLLM's or the router's flags: vime's own flags with that prefix}
     prefix: tuple(name for name in all_flags() if name.startswith(prefix))
     for prefix in (VLLM, ROUTER)
 }
@@ -29,12 +29,12 @@ OWN_FLAGS = {  # of vime itself, by the prefix of flags that are another program
 
 @dataclass(slots=True)
 class Given:
-    """What a command line says.
+    """The content of a command line.
 
-    values    {section: {field: value}}, only what was given and could be read
-    broken    {section: {fields given with an unusable value}}
-    vllm_args {"gpu_memory_utilization": "0.7", "enforce_eager": True}
-    router_args  likewise, of --router-*
+    values       {section: {field: value}} of the given flags
+    broken       {section: {fields with an unusable value}}
+    vllm_args    {"gpu_memory_utilization": "0.7", "enforce_eager": True}
+    router_args  the same for --router-*
     """
 
     values: dict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
@@ -45,7 +45,7 @@ class Given:
 
 
 def read(argv: Sequence[str] | None, prog: str | None = None) -> Given:
-    """Read the words of a command line (default: `sys.argv`). `--help` prints and exits."""
+    """Reads a command line (default: `sys.argv`). `--help` prints and exits."""
     namespace, unknown = _parser(prog).parse_known_args(argv)
     given = Given()
     for name, words in namespace.given:
@@ -55,7 +55,7 @@ def read(argv: Sequence[str] | None, prog: str | None = None) -> Given:
 
 
 class _Collect(argparse.Action):
-    """Append (flag as spelt, its words) in the order of the command line."""
+    """Appends (flag, its words) in the order of the command line."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         words = [values] if isinstance(values, str) else list(values or [])
@@ -76,7 +76,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
 
 
 def add(given: Given, entry: Entry, words: list[str]) -> None:
-    """Notes one flag with its words, or what is wrong with them."""
+    """Adds one flag with its words, or the problem with them."""
     if problem := _word_count_problem(entry, words):
         given.problems.append(problem)
         given.broken[entry.owner].add(entry.field)
@@ -100,7 +100,7 @@ def add(given: Given, entry: Entry, words: list[str]) -> None:
 
 
 def _set(given: Given, entry: Entry, value: Any) -> None:
-    """The last of several wins, also over an unusable one before it."""
+    """Of several values the last one wins, also over an unusable one."""
     problem = entry.spec.problem(value) if entry.spec and not entry.nargs else None
     if problem:
         given.problems.append(problem)
@@ -117,11 +117,11 @@ def _word_count_problem(entry: Entry, words: list[str]) -> str | None:
     if entry.is_switch and words:
         return f"{said}: a switch takes no value. Write {entry.name} alone, or leave it out."
     if not entry.is_switch and not words:
-        return f"{entry.name} lacks its value. Write {entry.name} VALUE, or leave it out."
+        return f"{entry.name} has no value. Write {entry.name} VALUE, or leave it out."
     if not entry.is_switch and entry.nargs is None and len(words) > 1:
         return (
-            f"{said}: takes one value, and got {len(words)}. "
-            f"Keep one, or quote the whole ({entry.name} '{' '.join(words)}')."
+            f"{said}: the flag takes one value, not {len(words)}. "
+            f"Keep one, or quote them ({entry.name} '{' '.join(words)}')."
         )
     return None
 
@@ -135,7 +135,7 @@ def _finite(value: Any) -> Any:
 def _unreadable(entry: Entry, words: list[str]) -> str:
     kind = {int: "a whole number", float: "a number"}.get(entry.parse, "JSON")
     example = {int: "8", float: "0.1"}.get(entry.parse, """'{"key": true}'""")
-    return f"{entry.name} {' '.join(words)} is not {kind}. Give one, such as {example}."
+    return f"{entry.name} {' '.join(words)} is not {kind}. Give {kind}, such as {example}."
 
 
 def _contradiction(name: str, words: list[str]) -> list[str]:
@@ -143,15 +143,17 @@ def _contradiction(name: str, words: list[str]) -> list[str]:
     if not stated.values or words[0] in stated.values:
         return []
     fitting = " or ".join(stated.values)
-    return [f"{name} {words[0]} cannot be: {stated.because}. Give {fitting}, or leave it out."]
+    return [
+        f"{name} {words[0]} is not possible: {stated.because}. Give {fitting}, or leave it out."
+    ]
 
 
 def _take_unknown(given: Given, words: list[str]) -> None:
-    """--vllm-* goes to the engine's own parser, --router-* to the router's; the rest is wrong."""
+    """Flags of vLLM and of its router go to their own parsers; all others are mistakes."""
     for name, values in _split(words):
         if name in ABSENT:
             said = " ".join([name, *values])
-            given.problems.append(f"{said} is no flag here: {ABSENT[name]}. Leave it out.")
+            given.problems.append(f"{said}: vime has no such flag; {ABSENT[name]}. Leave it out.")
             continue
         prefix = next((p for p in OWN_FLAGS if name.startswith(p) and len(name) > len(p)), "")
         slip = nearest(name, OWN_FLAGS.get(prefix, ()), cutoff=0.92)

@@ -1,4 +1,4 @@
-"""Every flag there is, in one table: the fields of the configuration plus Megatron's own."""
+"""The table of all flags: those of the configuration's fields, and Megatron's."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ STATED_FLAGS = "stated"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One spelling on the command line and the field that it fills.
+    """A flag and the field that it fills.
 
-    owner   section of `Config` ("batch"), or MODEL_ARGS, or STATED_FLAGS
-    field   the field of that section, or the key in `cfg.model.args`
-    parse   text -> value; `bool` marks a switch
-    nargs   "+" for a list, else None
-    switch_value  what a switch sets
+    owner   a section of `Config` ("batch"), MODEL_ARGS or STATED_FLAGS
+    field   a field of that section, or a key of `cfg.model.args`
+    parse   text -> value; SWITCH for a flag without a value
+    nargs   "+" for a list
+    switch_value  the value that a switch sets
     """
 
     name: str
@@ -43,14 +43,14 @@ class Entry:
 
 
 def section_types() -> dict[str, type]:
-    """{"batch": BatchConfig, ...} in the order of `Config`."""
+    """{"batch": BatchConfig, ...}."""
     hints = typing.get_type_hints(Config)
     return {f.name: hints[f.name] for f in fields(Config)}
 
 
 @cache
 def all_flags() -> dict[str, Entry]:
-    """{"--lr": Entry, ...}: sections first, then MODEL_ARGS, then the stated flags."""
+    """{"--lr": its Entry, ...}."""
     entries = [
         entry
         for owner, section in section_types().items()
@@ -72,7 +72,7 @@ def _entries(owner: str, field: str, spec: Flag, hint: Any) -> list[Entry]:
 
 
 def _parser_of(hint: Any) -> Callable[[str], Any]:
-    """`int | None` -> int; a list without a parser of its own holds strings."""
+    """`int | None` -> int; items of a list are strings where the flag names no parser."""
     if isinstance(hint, types.UnionType):
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
     return hint if hint in (bool, int, float) else str

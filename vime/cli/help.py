@@ -1,4 +1,4 @@
-"""How `--help` reads: one group per section, one line per flag."""
+"""The text of `--help`: a group for each section, a line for each flag."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ TITLES = {
 
 
 def describe(owner: str) -> tuple[str, str]:
-    """Title and opening line of a group."""
+    """The title and the first line of a group."""
     if owner == MODEL_ARGS:
         return (
             "MODEL_ARGS",
-            "The architecture in Megatron's flags. Optional: it is read from config.json, and what "
-            "is given here is compared with it.",
+            "The architecture, in Megatron's flags. Optional: config.json defines it, and a flag "
+            "that contradicts config.json is refused.",
         )
     if owner == STATED_FLAGS:
-        return "Also accepted", "Megatron flags that say what vime does: " + ", ".join(_stated())
+        return "Also accepted", "Flags that state what vime does anyway: " + ", ".join(_stated())
     if owner == "engine":
-        return TITLES[owner], "Any other --vllm-* flag goes to vLLM as it is, without the prefix."
+        return TITLES[owner], "Every other --vllm-* or --router-* flag goes to vLLM or its router."
     doc = (section_types()[owner].__doc__ or "").strip().splitlines()[0]
     return TITLES.get(owner, owner), "" if doc.startswith(section_types()[owner].__name__) else doc
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Shows each flag with the one value that it takes, not with the `[X ...]` of its collector."""
+    """Shows each flag with its value, where argparse would show the list that it collects."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=44, width=120)
@@ -61,7 +61,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def help_of(entry: Entry) -> str:
-    """What a flag does and its default; stated flags are listed together, not one by one."""
+    """A flag's effect and default. Stated flags have no lines of their own."""
     if entry.owner == STATED_FLAGS:
         return argparse.SUPPRESS
     return " ".join(filter(None, [_sentence(entry), *_default(entry)])).replace("%", "%%")

@@ -1,8 +1,8 @@
-"""Megatron's flags that the configuration has no field for.
+"""Megatron's flags that have no field in the configuration.
 
-`MODEL_FLAGS` describe an architecture. They are collected as given and compared with `config.json`.
-`STATED` are flags that launch scripts commonly carry and that say what vime does anyway: the right
-value is accepted, any other is refused.
+`MODEL_FLAGS` describe an architecture; they are compared with `config.json`. `STATED` are flags of
+common launch scripts that state what vime does anyway: the right value is accepted, all others are
+refused.
 """
 
 from __future__ import annotations
@@ -85,30 +85,30 @@ MODEL_FLAGS: dict[str, Callable[[str], object]] = {
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """The values of a flag that vime agrees with; none for a switch. `because` ends the refusal."""
+    """A flag's accepted values, none for a switch, and the reason for refusing others."""
 
     values: tuple[str, ...] = ()
     because: str = ""
 
 
 STATED: dict[str, Stated] = {
-    "--attention-dropout": Stated(("0", "0.0"), "training uses no dropout, as generation does"),
-    "--hidden-dropout": Stated(("0", "0.0"), "training uses no dropout, as generation does"),
+    "--attention-dropout": Stated(("0", "0.0"), "neither training nor generation uses dropout"),
+    "--hidden-dropout": Stated(("0", "0.0"), "neither training nor generation uses dropout"),
     "--attention-softmax-in-fp32": Stated(),
-    "--attention-backend": Stated(("auto", "flash"), "attention over packs is vime's own"),
+    "--attention-backend": Stated(("auto", "flash"), "vime has its own attention"),
     "--use-mcore-models": Stated(),
     "--train-backend": Stated(("megatron",), "Megatron-core is the trainer"),
     "--qkv-format": Stated(("thd",), "sequences are always packed"),
     "--megatron-to-hf-mode": Stated(("raw",), "weights are named by vime's own rules"),
-    "--distributed-backend": Stated(("nccl",), "GPUs speak NCCL, and CPU ranks gloo"),
-    "--update-weight-mode": Stated(("full",), "engines get all weights"),
-    "--update-weight-transport": Stated(("nccl",), "engines on GPUs of their own get them so"),
+    "--distributed-backend": Stated(("nccl",), "GPUs use NCCL, and CPU ranks gloo"),
+    "--update-weight-mode": Stated(("full",), "the trainer sends all weights"),
+    "--update-weight-transport": Stated(("nccl",), "engines on other GPUs use NCCL"),
     "--vllm-weight-sync-packed": Stated(),
     "--rollout-data-transport": Stated(("object-store",), "batches travel through Ray"),
-    "--flush-cache-interval": Stated(("1",), "no cache outlives the weights that made it"),
+    "--flush-cache-interval": Stated(("1",), "every update of the weights empties the caches"),
     "--disable-rollout-trim-samples": Stated(),
     "--use-dynamic-global-batch-size": Stated(),
-    "--ckpt-format": Stated(("torch_dist",), "checkpoints are torch_dist"),
+    "--ckpt-format": Stated(("torch_dist",), "checkpoints have the format torch_dist"),
     "--no-rope-fusion": Stated(),
     "--no-masked-softmax-fusion": Stated(),
     "--no-bias-dropout-fusion": Stated(),

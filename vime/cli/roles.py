@@ -1,13 +1,13 @@
-"""--megatron-config-path: a YAML file of flags by role, where actor and critic differ.
+"""--megatron-config-path: a YAML file of flags that differ between actor and critic.
 
     megatron:
       - name: default             # for the reader
         role: critic              # or actor
         overrides:
-          lr: 1e-5                # flags without dashes in front, with underscores between
+          lr: 1e-5                # a flag without dashes in front, with underscores between
 
-What the file says of the actor is as if its flags had been given; what it says of the critic counts
-for the critic alone. Whoever names no role in it gets the command line's values.
+Overrides of the actor count like flags on the command line; overrides of the critic change the
+critic only. A role without an entry has the values of the command line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WHOLE = ("freeze_names", "train_names", "critic_lr", "critic_lr_warmup_iters")
 
 
 def add_roles(given: Given) -> None:
-    """Adds what the file says, and what is wrong with it, to what the command line says."""
+    """Adds the overrides of the file, and its problems, to the command line."""
     path = given.values["optimizer"].get("role_file")
     if path is None:
         return
@@ -50,33 +50,37 @@ def _roles(content: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     entries = content.get("megatron") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         raise ConfigError(
-            f"{name} has no list under `megatron:`. Write entries of role and overrides."
+            f"{name} has no list under `megatron:`. Write entries with role and overrides."
         )
     roles = [entry.get("role") for entry in entries]
     for entry, role in zip(entries, roles, strict=True):
         if role not in ("actor", "critic") or roles.count(role) > 1:
             raise ConfigError(f"{name}: role {role!r}. Write one entry for actor or critic each.")
         if unknown := sorted(map(str, entry.keys() - {"name", "role", "overrides"})):
-            raise ConfigError(f"{name}: {unknown[0]} is not read. Move it under `overrides:`.")
+            raise ConfigError(
+                f"{name}: {unknown[0]} is not a key of an entry. Move it under `overrides:`."
+            )
         overrides = entry.get("overrides") or {}
         if not isinstance(overrides, dict):
-            raise ConfigError(f"{name}: overrides of {role} is no mapping. Write `flag: value`.")
+            raise ConfigError(
+                f"{name}: the overrides of {role} are no mapping. Write `flag: value`."
+            )
         yield role, overrides
 
 
 def _read(overrides: dict[str, Any], where: str, problems: list[str], *, of_critic: bool) -> Given:
-    """The overrides as a command line would say them."""
+    """The overrides as a command line."""
     said = Given()
     for key, value in overrides.items():
         flag = as_flag(str(key))
         entry = all_flags().get(flag)
         if entry is None:
             hint = did_you_mean(flag, all_flags(), shown=as_key)
-            problems.append(f"{where}: {key} is no flag. {hint}".rstrip())
+            problems.append(f"{where}: {key} is not a flag. {hint}".rstrip())
         elif of_critic and (entry.owner != "optimizer" or entry.field in WHOLE):
             problems.append(f"{where}: the critic has no {key} of its own. Leave it out.")
         elif not of_critic and entry.owner not in ACTORS_OWN:
-            problems.append(f"{where}: {key} is the whole run's. Give {flag} on the command line.")
+            problems.append(f"{where}: {key} is not of one role. Give {flag} on the command line.")
         elif value is not None:
             _take(said, entry, value)
     problems += [f"{where}: {problem}" for problem in said.problems]
@@ -101,7 +105,7 @@ def _merge_actor(given: Given, said: Given, name: str) -> None:
                     n for n, e in all_flags().items() if (e.owner, e.field) == (owner, field)
                 )
                 given.problems.append(
-                    f"{name} says {value} where the command line says {flag} {have}. Give it once."
+                    f"{name} gives {value}, and the command line {flag} {have}. Give it once."
                 )
 
 
@@ -110,7 +114,7 @@ def _merge_critic(given: Given, values: dict[str, Any], name: str) -> None:
         have = given.values["optimizer"].get(f"critic_{field}")
         if field in values and have is not None:
             given.problems.append(
-                f"{name} says {values[field]} of the critic where the command line says {flag} "
+                f"{name} gives {values[field]} for the critic, and the command line {flag} "
                 f"{have}. Give it once."
             )
     given.values["optimizer"]["critic_overrides"] = values

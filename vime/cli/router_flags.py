@@ -1,4 +1,4 @@
-"""Every --router-* flag of the installed vllm-router is accepted, and checked before it starts."""
+"""Every --router-* flag of the installed vllm-router is accepted; its own parser checks them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from vime.config import Config
 from vime.config.spelling import as_flag, as_key, did_you_mean
 
-OWNED = {  # set by vime: what to use instead
+OWNED = {  # flags that vime sets: the flag to use instead
     "host": "--vllm-router-ip",
     "port": "--vllm-router-port",
     "policy": "--vllm-router-policy",
@@ -19,7 +19,7 @@ OWNED = {  # set by vime: what to use instead
 
 
 def check_router_flags(cfg: Config) -> list[str]:
-    """The problems of policy and `router_args`; [] when the router's own parser takes them all."""
+    """The problems of --vllm-router-policy and --router-*; [] if the router accepts them all."""
     given, policy = cfg.engine.router_args, cfg.engine.router_policy_asked
     if not given and policy is None:
         return []
@@ -27,7 +27,7 @@ def check_router_flags(cfg: Config) -> list[str]:
         parser = _router_parser()
     except ImportError:
         if not given:
-            return []  # the router itself will judge the policy
+            return []  # the router checks the policy when it starts
         first = _spelled(*next(iter(given.items())))
         return [f"{first}: vllm-router is not installed to check it."]
     names = {as_key(o) for a in parser._actions for o in a.option_strings}

@@ -1,25 +1,21 @@
-"""Typed, frozen configuration. `Config` holds the sections; `cli` fills it from flags."""
+"""The typed, frozen configuration of a run. `vime/cli` fills it from flags."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from vime.config.sections import (
-    AlgorithmConfig,
-    BatchConfig,
-    CheckpointConfig,
+from vime.config.sections.algorithm import AlgorithmConfig
+from vime.config.sections.evaluation import EvalConfig
+from vime.config.sections.machine import (
     ClusterConfig,
-    DataConfig,
     DebugConfig,
     EngineConfig,
-    EvalConfig,
     LogConfig,
-    ModelConfig,
-    OptimizerConfig,
     ParallelConfig,
-    RewardConfig,
-    RolloutConfig,
 )
+from vime.config.sections.model import CheckpointConfig, ModelConfig, OptimizerConfig
+from vime.config.sections.prompts import BatchConfig, DataConfig
+from vime.config.sections.rollout import RewardConfig, RolloutConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +37,7 @@ class Config:
 
     @property
     def dp(self) -> int:
+        """Data-parallel size."""
         return self.parallel.data_parallel_size(self.cluster.trainer_gpus)
 
     @property
@@ -53,7 +50,7 @@ class Config:
     def decay_steps(self) -> int | None:
         """Optimizer steps until the learning rate's decay ends, warm-up included.
 
-        None where only the data can tell (--num-epoch).
+        None with --num-epoch, where the data determines the number.
         """
         if self.optimizer.lr_decay_iters is not None:
             return self.optimizer.lr_decay_iters
@@ -64,14 +61,18 @@ class Config:
 
     @property
     def router_policy(self) -> str:
-        """A sample that asks several times stays on the engine that has its tokens cached."""
+        """--vllm-router-policy, or its default.
+
+        A custom generation function may make several requests for a sample; they go to the engine
+        that has the sample's tokens in its cache.
+        """
         turns = self.rollout.custom_generate_path is not None
         default = "sticky_least_loaded" if turns else "round_robin"
         return self.engine.router_policy_asked or default
 
     @property
     def total_gpus(self) -> int:
-        """GPUs that the whole run occupies."""
+        """GPUs of the whole run."""
         if self.debug.no_engines:
             return self.cluster.trainer_gpus
         return self.cluster.rollout_gpus if self.debug.rollout_only else self.cluster.total_gpus

@@ -1,4 +1,4 @@
-"""`args` as plugins see it: every flag under its own name, flat, resolved and read-only."""
+"""`args`, which users' functions receive: every flag by its name, resolved and read-only."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ SECTIONS = tuple(Config.__dataclass_fields__)
 
 
 class ArgsView:
-    """`args.rollout_batch_size` and the like: the flag without dashes.
+    """`args.rollout_batch_size` is the value of --rollout-batch-size.
 
-    Holds resolved values: `eps_clip_high` is never None, `eval_*` has inherited, MODEL_ARGS stand
-    under their Megatron names and vLLM's under `vllm_*`, those of --custom-config-path beside them.
-    `args.config` is the typed `Config`.
-    runtime adds what only a running job knows (`vllm_router_ip`, `vllm_router_port`).
+    Values are resolved: a flag that inherits has its inherited value. MODEL_ARGS have Megatron's
+    names, other flags of vLLM and its router begin with `vllm_` and `router_`, and the user's own
+    values come from --custom-config-path. `args.config` is the typed `Config`.
 
-    Pickles. Reading an unknown name raises AttributeError; writing raises PluginError.
+    runtime  values that only a running job knows: `vllm_router_ip`, `vllm_router_port`, ...
+
+    It can be pickled. Reading an unknown name raises AttributeError; writing raises PluginError.
     """
 
     __slots__ = ("_config", "_runtime", "_values")
@@ -38,7 +39,7 @@ class ArgsView:
         return self._config
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # the protocols that copy and pickle probe for
+        if name.startswith("__"):  # copy and pickle ask for methods that an object may have
             raise AttributeError(name)
         try:
             return self._values[name]
@@ -48,9 +49,9 @@ class ArgsView:
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise PluginError(
-            f"args.{name} = {value!r}: args is read-only. Set {as_flag(name)} on the "
-            "command line if it is a flag; keep what a sample carries in sample.metadata and what "
-            "a plugin remembers in its own module or data source."
+            f"args.{name} = {value!r}: args is read-only. Set {as_flag(name)} on the command line "
+            "if it is a flag. Keep facts about a sample in sample.metadata, and a function's own "
+            "state in its module or data source."
         )
 
     def __delattr__(self, name: str) -> None:
@@ -74,7 +75,7 @@ def _rebuild(config: Config, runtime: Mapping[str, Any]) -> ArgsView:
 
 
 def resolved(cfg: Config) -> dict[str, Any]:
-    """{flag without dashes: value in force} over all sections, MODEL_ARGS and vLLM's flags."""
+    """{name in `args`: value in force} of every flag."""
     values: dict[str, Any] = dict(cfg.model.args)
     values |= {f"vllm_{name}": value for name, value in cfg.engine.vllm_args.items()}
     values |= {f"router_{name}": value for name, value in cfg.engine.router_args.items()}

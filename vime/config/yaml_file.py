@@ -9,7 +9,10 @@ from vime.errors import ConfigError
 
 
 def read_yaml(name: str, path: str) -> Any:
-    """The file's content. `name` is flag and path, for the ConfigError of one that is not YAML."""
+    """The file's content. Raises ConfigError if it is not YAML.
+
+    name  flag and path, for the error
+    """
     import yaml
 
     try:

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
-from vime.config import AlgorithmConfig
+from vime.config.sections.algorithm import AlgorithmConfig
 
 
 def score_samples(

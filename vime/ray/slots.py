@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from vime.config import ClusterConfig, Config
+from vime.config import Config
+from vime.config.sections.machine import ClusterConfig
 from vime.platform import Platform, current
 
 

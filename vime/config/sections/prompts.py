@@ -10,6 +10,8 @@ from vime.config.fields import Path, Section, flag
 from vime.errors import ConfigError
 from vime.plugins.rollout import DATA_SOURCE
 
+DATA_SOURCE_PATH = "vime.rollout.data_source.RolloutDataSourceWithBuffer"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig(Section):
@@ -53,7 +55,7 @@ class DataConfig(Section):
     data_source_path: str = flag(
         "--data-source-path",
         "supplies the prompts",
-        default="vime.rollout.data_source.RolloutDataSourceWithBuffer",
+        default=DATA_SOURCE_PATH,
         hook=DATA_SOURCE,
     )
 

@@ -21,6 +21,9 @@ from vime.plugins.rollout import (
 )
 from vime.rollout.rm_hub.registry import GRADERS, problems_of
 
+VLLM_ROLLOUT = "vime.rollout.vllm_rollout.generate_rollout"
+SFT_ROLLOUT = "vime.rollout.sft_rollout.generate_rollout"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutConfig(Section):
@@ -29,7 +32,7 @@ class RolloutConfig(Section):
     function_path: str = flag(
         "--rollout-function-path",
         "generates one rollout",
-        default="vime.rollout.vllm_rollout.generate_rollout",
+        default=VLLM_ROLLOUT,
         hook=ROLLOUT,
     )
     temperature: float = flag(

@@ -84,7 +84,6 @@ def test_a_plan_that_does_not_fit_says_by_how_much(capsys, tmp_path):
 def test_a_flag_of_plans_is_refused_for_a_run(capsys, tmp_path):
     (problem,) = refused(capsys, tmp_path, {"--plan-gpu-memory": "80"})
     assert problem.startswith("--plan-gpu-memory 80.0 has no effect without --dry-run.")
-    assert "Add --dry-run" in problem
 
 
 def test_a_trainer_that_stays_on_the_gpus_is_shown(capsys, tmp_path):

@@ -12,7 +12,7 @@ from vime.algorithms.critic import generalized_advantages
 from vime.algorithms.kl import kl_estimate
 from vime.backends.megatron.training.rollout_columns import RolloutColumns
 from vime.backends.megatron.training.totals import on_last_stage
-from vime.config import AlgorithmConfig
+from vime.config.sections.algorithm import AlgorithmConfig
 from vime.config.view import ArgsView
 from vime.plugins.hook import Plugin
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from vime.algorithms.off_policy import divergences
 from vime.backends.megatron.training.rollout_columns import RolloutColumns
 from vime.backends.megatron.training.totals import on_last_stage, totals
-from vime.config import AlgorithmConfig
+from vime.config.sections.algorithm import AlgorithmConfig
 
 
 def rollout_metrics(columns: RolloutColumns, cfg: AlgorithmConfig) -> dict[str, float]:

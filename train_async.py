@@ -23,7 +23,7 @@ def train_async(cfg: Config) -> None:
             run.train(batch)
             upcoming = run.finish(upcoming)  # weights must not change during a rollout
             if run.due(cfg.checkpoint.save_interval, step):
-                run.save(step)  # with the upcoming rollout, on which a resumed run trains
+                run.save(step)  # saves the upcoming rollout too: a resumed run trains on it
             if run.due(cfg.engine.update_weights_interval, step):
                 run.sync_weights()
             if run.due(cfg.eval.interval, step):

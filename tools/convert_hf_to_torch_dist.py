@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def target_is_free(cfg: Config) -> list[str]:
-    """Converted weights would overwrite the tracker of a run's own checkpoints."""
+    """A problem if --save holds a run's checkpoints, because it would lose their tracker."""
     tracker = Path(cfg.checkpoint.save or "", TRACKER)
     if not cfg.checkpoint.save or not tracker.is_file() or tracker.read_text().strip() == RELEASE:
         return []
@@ -74,7 +74,7 @@ def target_is_free(cfg: Config) -> list[str]:
 
 
 def layout_fits(cfg: Config, world: int) -> list[str]:
-    """Whether torchrun started as many ranks as the layout needs."""
+    """A problem unless torchrun started as many ranks as the layout needs."""
     p = cfg.parallel
     needed = p.tp * p.pp * p.cp
     if world % needed == 0 and world % (p.etp * p.ep * p.pp) == 0:

@@ -3,8 +3,8 @@
     python tools/convert_torch_dist_to_hf.py --input-dir SAVE --output-dir OUT --origin-hf-dir HF
 
 `--input-dir` is a checkpoint folder, whose latest iteration is converted, or one iter_* directory.
-Memory holds one weight at a time, not the model. Config, tokenizer and the tensors' names, dtypes
-and files are those of --origin-hf-dir. Exit codes: 2 for bad input, 1 if writing fails.
+Memory holds one weight at a time, not the model. --origin-hf-dir gives config, tokenizer, and the
+names, dtypes and files of the tensors. Exit codes: 2 for bad input, 1 if writing fails.
 """
 
 from __future__ import annotations

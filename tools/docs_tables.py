@@ -1,4 +1,4 @@
-"""The tables of docs/ that the registries in vime/ determine, and the picture of its imports.
+"""Writes the tables in docs/ that list vime's registries, and the picture of vime's imports.
 
 python tools/docs_tables.py            writes them (make docs)
 python tools/docs_tables.py --check    writes nothing; exit code 1 when a table is out of date
@@ -67,7 +67,7 @@ def advantage_of(estimator: Estimator) -> str:
 
 
 def first_sentence(function: Callable) -> str:
-    """Of the function's docstring, without its full stop."""
+    """The first sentence of the function's docstring, without its full stop."""
     lines = (function.__doc__ or "").splitlines() or [function.__name__]
     sentence = lines[0].split(". ")[0].removesuffix(".")
     return sentence[0].lower() + sentence[1:]

@@ -1,4 +1,4 @@
-"""Which file of vime imports which, the rooms that the files stand in, and a picture of both.
+"""The imports between the files of vime, the rooms that hold the files, and a picture of both.
 
 `make docs` puts the picture into docs/architecture.md.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# From top to bottom. A room imports from lower rows only; rooms of a row do not know each other.
+# From top to bottom. A room imports only from lower rows, so not from rooms in its own row.
 ROWS = (
     ("train", "train_async", "__main__"),
     ("ray",),
@@ -39,7 +39,7 @@ WINGS = ("backends.megatron", "backends", "rollout")  # their parts are rooms to
 
 
 def sources() -> dict[str, Path]:
-    """{"vime.data.packing": its file}, the two loops included."""
+    """{"vime.data.packing": its file}, including train.py and train_async.py."""
     files = [*ROOT.glob("train*.py"), *(ROOT / "vime").rglob("*.py")]
     return {_name(path): path for path in sorted(files)}
 
@@ -50,13 +50,13 @@ def _name(path: Path) -> str:
 
 
 def named_in(path: Path) -> Iterator[str]:
-    """Whatever a file imports anywhere, functions and TYPE_CHECKING included: "os.path", ..."""
+    """Every name that a file imports, also in functions and under TYPE_CHECKING: "os.path", ..."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             if node.level:
-                raise ValueError(f"{path}: write the whole name of what you import")
+                raise ValueError(f"{path}: a relative import; write the module's whole name")
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -99,7 +99,7 @@ def _reachable(graph: dict[str, set[str]], start: str) -> set[str]:
 
 
 def room(module: str) -> str:
-    """ "vime.backends.vllm.client" -> "backends.vllm"; a file beside the rooms is its own."""
+    """ "vime.backends.vllm.client" -> "backends.vllm". A file outside all rooms is its own room."""
     name = module.removeprefix("vime.")
     for wing in WINGS:
         part = name.removeprefix(f"{wing}.").partition(".")[0]
@@ -112,13 +112,13 @@ def between_rooms() -> dict[str, set[str]]:
     """{room: the rooms that it imports}."""
     arrows: dict[str, set[str]] = defaultdict(set)
     for module, others in imports().items():
-        if module not in ("vime", "vime.backends", "vime.backends.megatron"):  # no room's own file
+        if module not in ("vime", "vime.backends", "vime.backends.megatron"):  # in no room
             arrows[room(module)] |= {room(other) for other in others} - {room(module)}
     return dict(arrows)
 
 
 def picture() -> str:
-    """The rooms and their arrows in Mermaid. Arrows that follow from others are left out."""
+    """The rooms and their arrows in Mermaid. Arrows that other arrows imply are left out."""
     graph = between_rooms()
     lines = ["```mermaid", "flowchart TD"]
     inside = "backends.megatron."

@@ -2,7 +2,7 @@
 
 
 class ConfigError(ValueError):
-    """A setting cannot work. Names flag, value and remedy; the program exits with code 2."""
+    """A setting cannot work. The message names flag, value and remedy; the exit code is 2."""
 
     def __init__(self, *problems: str) -> None:
         self.problems = problems
@@ -17,7 +17,7 @@ class PluginError(TypeError):
 
 
 class ReturnError(PluginError):
-    """A user's function returned what its hook does not allow."""
+    """A user's function returned a value that its hook does not allow."""
 
 
 class EngineError(RuntimeError):
@@ -25,4 +25,4 @@ class EngineError(RuntimeError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is incomplete, damaged or of another model. Names the file."""
+    """A checkpoint is incomplete, damaged or of another model. The message names the file."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def partial_path(path: Path) -> Path:
-    """The path to write to before `commit`: beside `path`, hidden, and of this process alone."""
+    """The path to write to before `commit`: a hidden file beside `path`, for this process only."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
@@ -42,6 +42,6 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`path.write_text(text)`, whole or not at all."""
+    """Like `path.write_text(text)`, but the file appears whole or not at all."""
     with written_whole(path) as partial:
         partial.write_text(text, encoding="utf-8")

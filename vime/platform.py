@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# Without one of these (Linux, Tegra, WSL) there is no CUDA, and torch, which takes seconds to
-# import, need not be asked.
+# A machine with CUDA has one of these files (Linux, Tegra, WSL). Without them there is no need to
+# import torch, which takes seconds.
 _DEVICE_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvmap", "/dev/dxg")
 
 
-LONGEST_SOCKET_PATH = 107  # bytes that Linux takes as the path of a socket
+LONGEST_SOCKET_PATH = 107  # bytes that Linux allows for the path of a socket
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Platform:
         return torch.device("cuda", local_rank) if self.is_cuda else torch.device("cpu")
 
     def dtype(self, name: str) -> torch.dtype:
-        """`--dtype` resolved: "auto", "float32" or "bfloat16"."""
+        """The torch dtype of `--dtype`: "auto", "float32" or "bfloat16"."""
         import torch
 
         return getattr(torch, self.default_dtype if name == "auto" else name)

@@ -27,7 +27,7 @@ FINISHED = (Status.COMPLETED, Status.TRUNCATED)  # the response can be graded
 class Sample:
     """One prompt with one response. Lists marked [R] have one entry for each response token."""
 
-    group_index: int | None = None  # the samples of one prompt share it, and their baseline
+    group_index: int | None = None  # shared by the samples of one prompt, which have one baseline
     index: int | None = None  # unique in a run
     rollout_id: int | None = None  # the rollout that trains on it
     prompt: str | list[dict[str, Any]] = ""
@@ -37,20 +37,20 @@ class Sample:
     label: str | None = None
     reward: float | dict[str, Any] | None = None
     loss_mask: list[int] | None = None  # [R], 1: train on the token, 0: do not; None: all 1
-    rollout_log_probs: list[float] | None = None  # [R], natural log, of the engine
+    rollout_log_probs: list[float] | None = None  # [R], natural logarithms, from the engine
     teacher_log_probs: list[float] | None = None  # [R], for --use-opd --opd-type vllm
-    weight_versions: list[int] = field(default_factory=list)  # [R], the weights of each token
+    weight_versions: list[int] = field(default_factory=list)  # [R], of the weights that made it
     status: Status = Status.PENDING
     failure: str | None = None  # why the sample FAILED or has no reward
     metadata: dict[str, Any] = field(default_factory=dict)
     train_metadata: dict[str, Any] | None = None
-    remove_sample: bool = False  # part of its group's statistics, but without loss
+    remove_sample: bool = False  # counts in the statistics of its group, but has no loss
     custom_rm_path: str | None = None
     generate_function_path: str | None = None
-    session_id: str | None = None  # requests of one session may share an engine; None: its own
-    non_generation_time: float = 0.0  # seconds in tools and the like, for metrics
-    apply_chat_template_kwargs: dict[str, Any] | None = None  # replaces the flag, for messages
-    # For functions of the user's own: vime keeps these fields and never reads them.
+    session_id: str | None = None  # one session may stay on one engine; None: the sample's own
+    non_generation_time: float = 0.0  # seconds outside generation, such as in tools; for metrics
+    apply_chat_template_kwargs: dict[str, Any] | None = None  # replaces the flag of this name
+    # For the user's functions. vime keeps these fields and never reads them.
     rollout_routed_experts: Any = None
     rollout_top_p_token_ids: list[int] | None = None
     rollout_top_p_token_offsets: list[int] | None = None
@@ -91,7 +91,7 @@ class Sample:
 
 
 def _copied(value: Any) -> Any:
-    """A deep copy. Lists of numbers are long, so they are copied without a look at each number."""
+    """A deep copy. Lists of numbers are long, so their copy does not look at each number."""
     if type(value) is list and (not value or isinstance(value[0], (int, float))):
         return value.copy()
     return value if isinstance(value, (str, int, float, type(None))) else copy.deepcopy(value)
@@ -123,7 +123,7 @@ class RolloutFnEvalOutput:
 
 @dataclass(slots=True)
 class DynamicFilterOutput:
-    """Whether a dynamic filter keeps a group, and why not. A filter may also return a bool."""
+    """Whether a dynamic filter keeps a group, and a reason if not. A bool is allowed, too."""
 
     keep: bool
     reason: str | None = None
@@ -173,5 +173,5 @@ class TrainBatch:
     sequences: tuple[TrainSequence, ...]
     steps: tuple[StepPlan, ...]
     forward: StepPlan | None = None  # packing of forward-only passes; None: as in `steps`
-    weight_version: int | None = None  # the newest that made a token with loss; None: unknown
+    weight_version: int | None = None  # newest version that made a token with loss; None: unknown
     metrics: dict[str, float] = field(default_factory=dict)  # about samples and packing

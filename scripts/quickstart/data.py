@@ -22,18 +22,18 @@ def write_data(folder: Path, seed: int) -> None:
     The held-out problems of eval.jsonl are in neither of the other files.
     """
     held_out = list(islice(problems(seed, "eval"), NUM_EVAL))
-    train = islice(problems(seed, "train", besides=held_out), NUM_TRAIN)
-    sft = islice(problems(seed, "sft", besides=held_out), NUM_SFT)
+    train = islice(problems(seed, "train", excluded=held_out), NUM_TRAIN)
+    sft = islice(problems(seed, "sft", excluded=held_out), NUM_SFT)
     pupil = random.Random(f"{seed}-pupil")
     write_jsonl(folder / "eval.jsonl", map(with_label, held_out))
     write_jsonl(folder / "train.jsonl", map(with_label, train))
     write_jsonl(folder / "sft.jsonl", (with_demonstration(p, pupil) for p in sft))
 
 
-def problems(seed: int, purpose: str, besides: Iterable[Problem] = ()) -> Iterator[Problem]:
-    """Problems without repeats. Each seed and purpose has its own sequence."""
+def problems(seed: int, purpose: str, excluded: Iterable[Problem] = ()) -> Iterator[Problem]:
+    """Problems without repeats. Each pair of seed and purpose has its own sequence."""
     rng = random.Random(f"{seed}-{purpose}")
-    seen = set(besides)
+    seen = set(excluded)
     while True:
         problem = draw_problem(rng)
         if problem not in seen:

@@ -21,7 +21,7 @@ CONTEXT = 512
 def make_tokenizer():
     """Byte-level BPE with ChatML turns, in which every digit is its own token.
 
-    It is the same for every seed, so the task does not depend on a chance split of numbers.
+    It is the same for every seed, so the seed does not change how numbers are split into tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""The quickstart's last stage: a table, a plot, a solved problem, how to continue."""
+"""The quickstart's last stage: a table, a plot, a solved problem, and a command to continue."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def report(recipe: Recipe, timings: dict[str, Any], console: Console) -> dict[st
     )
     console.print()
     console.print(learning_table(records))
-    show_work(recipe.warm_model, model, recipe.data / "eval.jsonl", console)
+    show_solved_problem(recipe.warm_model, model, recipe.data / "eval.jsonl", console)
     stages = ", ".join(f"{name} {s:.0f} s" for name, s in timings["stage_seconds"].items())
     console.print(
         f"held-out pass rate  [bold]{summary['eval_before']:.3f} -> {summary['eval_after']:.3f}"
@@ -48,7 +48,7 @@ def report(recipe: Recipe, timings: dict[str, Any], console: Console) -> dict[st
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """{"eval_before", "eval_after", "num_rollout"}: the evaluation before training, and the last.
+    """{"eval_before", "eval_after", "num_rollout"}: the evaluations before and after training.
 
     Raises ValueError without an evaluation before training.
     """
@@ -92,12 +92,12 @@ def mean(records: list[dict[str, Any]], name: str, form: str) -> str:
     return form.format(sum(values) / len(values)) if values else "-"
 
 
-def show_work(before: Path, after: Path, eval_file: Path, console: Console) -> None:
+def show_solved_problem(before: Path, after: Path, eval_file: Path, console: Console) -> None:
     """Print one held-out problem with the model's greedy answers before and after GRPO."""
-    from scripts.quickstart.answers import work_on
+    from scripts.quickstart.answers import greedy_answers
 
     rows = [json.loads(line) for line in eval_file.read_text().splitlines()[:32]]
-    olds, news = work_on(before, rows), work_on(after, rows)
+    olds, news = greedy_answers(before, rows), greedy_answers(after, rows)
     marked = [(f"{{{r['label']}}}" in o, f"{{{r['label']}}}" in n, r, o, n)
               for r, o, n in zip(rows, olds, news, strict=True)]  # fmt: skip
     _, _, row, old, new = min(marked, key=lambda m: (m[0], not m[1]))  # best: wrong, then right

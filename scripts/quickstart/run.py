@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def timings(done: list[Done], installed_s: float, total_s: float, run_dir: Path) -> dict:
-    """Seconds by stage and in total. If every stage was reused, the first run's."""
+    """Seconds by stage and in total. If every stage was reused: the seconds of the first run."""
     kept = run_dir / "summary.json"
     if kept.exists() and all(d.reused for d in done):
         summary = json.loads(kept.read_text())
@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
 
 
 def shown(path: Path) -> Path:
-    """A path below the repository, relative to it; the commands run there."""
+    """The path relative to the repository, where the commands run, if it lies inside."""
     path = path.resolve()
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 

@@ -1,4 +1,4 @@
-"""Stages: a finished stage is skipped, and repeated when its inputs changed."""
+"""Runs stages. A finished stage is skipped unless its inputs have changed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vime.files import write_text
 class Stage:
     """One step of the quickstart.
 
-    name     short; names the stamp
+    name     a short name, also for the stamp file
     words    title on the terminal
     work     runs the stage
     outputs  files and folders that the stage makes; deleted before it, required after it
-    inputs   text that decides the outcome: settings, sources
+    inputs   texts that determine the outcome, such as settings and sources
     """
 
     name: str
@@ -34,7 +34,7 @@ class Stage:
 @dataclass(frozen=True, slots=True)
 class Done:
     stage: Stage
-    seconds: float  # of the run now, or of the earlier run
+    seconds: float  # of this run, or of the earlier run if reused
     reused: bool
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 NUM_DIGITS = 3
 FORGET_CARRY = 0.7  # probability, at each column whose sum has a carry
 SLIP = 0.05  # probability that a column's sum is off by one
-SHARE_RIGHT = 0.40  # follows from these for three digits; a test measures it
+SHARE_RIGHT = 0.40  # follows from the two probabilities; a test measures it
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 from tests.unit.fake_engine import make_config
 from vime.algorithms.kl import unbiased_kl
 from vime.algorithms.objective import PolicyObjective
-from vime.algorithms.off_policy import LEVELS, MODES, Mismatch, stale_and_bad
+from vime.algorithms.off_policy import LEVELS, MODES, Mismatch, opsm_mask
 from vime.algorithms.policy import cispo_loss, one_sequence, sequence_ratio
 from vime.backends.megatron.training.losses import objective_of
 from vime.config.fields import flags_in
@@ -142,7 +142,7 @@ def test_opsm_drops_tokens_with_negative_advantage_in_sequences_that_drifted():
     # drift of the first sequence: (0.3 - 0.1) / 2 = 0.1; of the second: 0.2
     old = torch.tensor([0.3, -0.1, 0.2])
     adv = torch.tensor([-1.0, 0.5, -1.0])
-    assert stale_and_bad(torch.zeros(3), old, adv, sequence_sum, delta=0.15).tolist() == [
+    assert opsm_mask(torch.zeros(3), old, adv, sequence_sum, delta=0.15).tolist() == [
         False,
         False,
         True,

@@ -43,7 +43,7 @@ def one_step(folder: Path, *, on=CUDA, **cluster) -> tuple[list, dict[str, float
     gpus.trainer_started()
     for turn in ("update", "train", "update"):
         if turn == "train":
-            gpus.rest_engines()
+            gpus.sleep_engines()
         with gpus.for_training() if turn == "train" else gpus.for_weight_update():
             notes.append(turn)
     return notes, timers.take()
@@ -67,9 +67,9 @@ def test_an_engine_that_starts_again_finds_room_and_an_update_follows(folder):
     gpus = SharedGpus(cfg, lambda *call: notes.append(call), Timers(), on=CUDA)
     gpus.engines_started([Engine(notes)])
     notes.clear()
-    gpus.room_for_engines()
+    gpus.free_trainer_memory()
     notes.append("start")
-    gpus.rest_engines()
+    gpus.sleep_engines()
     with gpus.for_training():
         pass
     with gpus.for_weight_update():

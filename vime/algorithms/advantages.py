@@ -38,7 +38,7 @@ def grpo_baseline(rewards_G: Tensor) -> Tensor:
 
 
 def centred_baseline(rewards_G: Tensor) -> Tensor:
-    """`r - mean_G`. Exactly 0 where all rewards are equal, although a mean may be rounded."""
+    """`r - mean_G`. Exactly 0 if all rewards are equal, even if their mean is rounded."""
     if bool((rewards_G == rewards_G[0]).all()):
         return rewards_G.new_zeros(rewards_G.shape)
     return rewards_G - rewards_G.mean()
@@ -51,7 +51,7 @@ def leave_one_out_baseline(rewards_G: Tensor) -> Tensor:
 
 
 def mean_scaled_baseline(rewards_G: Tensor) -> Tensor:
-    """`(r - mean_G) / mean_G`. For rewards from 0 up; a group with mean 0 scores 0.
+    """`(r - mean_G) / mean_G`. Rewards must be at least 0; a group with mean 0 scores 0.
 
     With rewards of 0 and 1, training follows the gradient of the logarithm of the pass rate: the
     rarer a success, the more it counts.
@@ -66,7 +66,9 @@ def same_for_every_token(score: float, penalty_T: Tensor, gamma: float) -> Tenso
 
 
 def discounted_returns(score: float, penalty_T: Tensor, gamma: float) -> Tensor:
-    """Discounted return-to-go (`--gamma`). The last token earns the score, each costs its penalty.
+    """Discounted return-to-go (`--gamma`).
+
+    The last token earns the score, and every token costs its penalty:
 
     return_t = gamma**(T-1-t) * score - sum over s >= t of gamma**(s-t) * penalty_s
     """
@@ -91,7 +93,8 @@ class Estimator:
     spread               gives the tokens of a sample their advantages
     critic               a value model judges each token (`critic.generalized_advantages`), and
                          `spread` is not used
-    whiten               advantages are whitened over the step without --normalize-advantages, too
+    whiten               advantages are whitened over the step, even without
+                         --normalize-advantages
     policy_loss          the loss of one token
     sequence_ratio       every token has the ratio of its sequence (`policy.sequence_ratio`)
     constant_weight      every token weighs the same: losses are divided by the longest response
@@ -136,7 +139,7 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 def estimators_where(has_trait: Callable[[Estimator], bool]) -> str:
-    """The names of the estimators with a trait, as a message lists them: "a or b"."""
+    """The names of the estimators with a trait, for a message: "a or b"."""
     return " or ".join(name for name, estimator in ESTIMATORS.items() if has_trait(estimator))
 
 

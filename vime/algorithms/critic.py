@@ -17,7 +17,7 @@ def generalized_advantages(
     values_T   [T] the critic's value of the state before each token; after the last token it is 0
 
     delta_t = r_t + gamma * V_{t+1} - V_t, and A_t = delta_t + gamma * lambd * A_{t+1}. The critic
-    learns the return A_t + V_t; with lambd 1 that is the discounted reward-to-go.
+    learns the return A_t + V_t. With lambd 1 this return is the discounted reward-to-go.
     """
     advantages, running, following = [], 0.0, 0.0
     for reward, value in zip(
@@ -33,10 +33,10 @@ def generalized_advantages(
 def clipped_value_loss(
     value_T: Tensor, old_value_T: Tensor, return_T: Tensor, *, clip: float
 ) -> TokenLoss:
-    """Half the squared error, but at least that of the value clipped to old_value +- clip.
+    """Half the larger squared error: of the value, or of the value clipped to old_value +- clip.
 
-    This is PPO's value clipping as in OpenAI's baselines: a value that has left old_value - clip ..
-    old_value + clip towards its return gets no further gradient.
+    This is PPO's value clipping as in OpenAI's baselines. A value that has moved towards its return
+    by more than `clip` gets no gradient.
 
     value_T      [T] critic being trained, carries grad
     old_value_T  [T] critic before this rollout's first step, no grad

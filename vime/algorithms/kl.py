@@ -32,7 +32,7 @@ def k3(diff_T: Tensor) -> Tensor:
 
 
 def low_var_kl(diff_T: Tensor) -> Tensor:
-    """k3, held between -10 and 10."""
+    """k3, clamped to -10 .. 10."""
     return k3(diff_T).clamp(-10, 10)
 
 
@@ -57,7 +57,7 @@ def kl_estimate(logp_T: Tensor, ref_logp_T: Tensor, kind: str) -> Tensor:
 def unbiased_kl(logp_T: Tensor, old_logp_T: Tensor, ref_logp_T: Tensor, kind: str) -> Tensor:
     """`kl_estimate` times the ratio exp(logp - old_logp), with the gradient of both, [T].
 
-    The old policy sampled the tokens. The ratio turns the estimate into one for the policy being
-    trained; with k3 the gradient is that policy's, too (DeepSeek-V3.2, arXiv:2512.02556).
+    The old policy sampled the tokens. The ratio makes it an estimate for the policy being trained.
+    With k3, the gradient is also right for that policy (DeepSeek-V3.2, arXiv:2512.02556).
     """
     return (logp_T - old_logp_T).exp() * kl_estimate(logp_T, ref_logp_T, kind)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vime.algorithms.kl import kl_estimate, unbiased_kl
-from vime.algorithms.off_policy import Mismatch, stale_and_bad
+from vime.algorithms.off_policy import Mismatch, opsm_mask
 from vime.algorithms.policy import (
     PolicyLoss,
     SequenceSum,
@@ -27,9 +27,9 @@ Correction = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 class PolicyObjective:
     """pg + kl_coef * KL(policy || reference) - entropy_coef * entropy.
 
-    mismatch    multiplies pg by importance weights against the engine; None: no weights
+    mismatch    multiplies pg by the importance weights of trainer against engine; None: no weights
     correct     a user's function in place of `mismatch`
-    opsm_delta  sets pg to 0 at the tokens that `stale_and_bad` finds; None: nowhere
+    opsm_delta  sets pg to 0 at the tokens of `opsm_mask`; None: at no token
     """
 
     policy_loss: PolicyLoss = clipped_policy_loss
@@ -101,7 +101,7 @@ class PolicyObjective:
         adv_T: Tensor,
         sequence_sum: SequenceSum,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The policy loss [T] corrected for tokens that other weights sampled, and figures."""
+        """The policy loss [T], corrected for tokens that other weights sampled, and its figures."""
         stats: dict[str, Tensor] = {}
         if self.correct is not None:
             loss_T, stats = self.correct(
@@ -115,7 +115,7 @@ class PolicyObjective:
             weight_T, stats = self.mismatch.weights(old_logp_T, rollout_logp_T, sequence_sum)
             loss_T = loss_T * weight_T
         if self.opsm_delta is not None:
-            drop_T = stale_and_bad(logp_T, old_logp_T, adv_T, sequence_sum, delta=self.opsm_delta)
+            drop_T = opsm_mask(logp_T, old_logp_T, adv_T, sequence_sum, delta=self.opsm_delta)
             loss_T = torch.where(drop_T, 0.0, loss_T)
             stats = {**stats, "opsm_clipfrac": drop_T.to(loss_T.dtype)}
         return loss_T, stats

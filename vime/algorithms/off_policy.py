@@ -1,4 +1,4 @@
-"""Corrections for tokens that other weights sampled than those that train on them.
+"""Corrections for tokens that were sampled with older or otherwise different weights.
 
 The keys of `LEVELS` and `MODES` are the choices of --tis-level and --tis-mode; the command line
 reads them without loading torch.
@@ -19,33 +19,33 @@ if TYPE_CHECKING:
 _LARGEST_LOG = 20.0  # exp stays finite, and so does its product with any sensible loss
 
 
-def of_the_token(log_ratio_T: Tensor, sequence_sum: SequenceSum) -> Tensor:
+def token_level(log_ratio_T: Tensor, sequence_sum: SequenceSum) -> Tensor:
     """The token's own ratio."""
     return log_ratio_T
 
 
-def of_the_sequence(log_ratio_T: Tensor, sequence_sum: SequenceSum) -> Tensor:
-    """The product of the ratios of the token's sequence."""
+def sequence_level(log_ratio_T: Tensor, sequence_sum: SequenceSum) -> Tensor:
+    """The product of all ratios in the token's sequence."""
     return sequence_sum(log_ratio_T)
 
 
 def clip(raw_T: Tensor, held_T: Tensor) -> Tensor:
-    """A weight beyond a bound becomes the bound: TIS, where the lower bound is 0."""
+    """A weight beyond a bound becomes the bound. With a lower bound of 0 this is TIS."""
     return held_T
 
 
 def mask(raw_T: Tensor, held_T: Tensor) -> Tensor:
     """A weight beyond a bound becomes 0.
 
-    On tokens this is IcePop (arXiv:2510.18855), on sequences masked importance sampling.
+    For tokens this is IcePop (arXiv:2510.18855), for sequences it is masked importance sampling.
     """
     return raw_T.where(raw_T == held_T, 0.0)
 
 
 # log_ratio_T [T], sequence_sum -> the logarithm of each token's weight [T]
 LEVELS: dict[str, Callable[[Tensor, SequenceSum], Tensor]] = {
-    "token": of_the_token,
-    "sequence": of_the_sequence,
+    "token": token_level,
+    "sequence": sequence_level,
     "geometric": sequence_mean,
 }
 # weights [T], the same held within the bounds [T] -> the weights to use [T]
@@ -54,10 +54,10 @@ MODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"clip": clip, "mask": ma
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mismatch:
-    """Importance weights: the trainer's old policy over the engine that sampled.
+    """Importance weights: the old policy's probability over that of the engine that sampled.
 
     low, high  bounds of a weight
-    level      a key of `LEVELS`: what a token's weight is made of
+    level      a key of `LEVELS`: the ratio that is a token's weight
     mode       a key of `MODES`: what happens to a weight beyond the bounds
     veto       a sequence gets weights of 0 if the ratio of one of its tokens is below this: the
                trainer would hardly ever choose that token. None: no veto
@@ -87,7 +87,7 @@ class Mismatch:
         return weight_T, stats
 
 
-def stale_and_bad(
+def opsm_mask(
     logp_T: Tensor,
     old_logp_T: Tensor,
     adv_T: Tensor,
@@ -95,10 +95,9 @@ def stale_and_bad(
     *,
     delta: float,
 ) -> Tensor:
-    """OPSM (DeepSeek-V3.2, arXiv:2512.02556): the tokens [T], bool, that get no policy loss.
+    """OPSM (DeepSeek-V3.2, arXiv:2512.02556): True [T] at the tokens that get no policy loss.
 
-    A token is one if its advantage is negative and its sequence's mean of old_logp - logp is above
-    delta.
+    Their advantage is negative, and the mean of old_logp - logp over their sequence exceeds delta.
     """
     drift_T = sequence_mean(old_logp_T - logp_T, sequence_sum)
     return (adv_T < 0) & (drift_T > delta)
@@ -109,7 +108,8 @@ def divergences(log_ratio_T: Tensor) -> dict[str, Tensor]:
 
     log_ratio_T  [T] log(trainer / engine)
 
-    kl and k3_kl estimate KL(engine || trainer); chi2 the chi-squared divergence E[ratio**2] - 1.
+    kl and k3_kl estimate KL(engine || trainer). chi2 estimates the chi-squared divergence,
+    E[ratio**2] - 1.
     """
     ratio_T = log_ratio_T.clamp(max=_LARGEST_LOG).exp()
     return {"kl": -log_ratio_T, "k3_kl": ratio_T - 1 - log_ratio_T, "chi2": ratio_T.square() - 1}

@@ -74,8 +74,8 @@ def cispo_loss(
 ) -> TokenLoss:
     """CISPO (arXiv:2506.13585): -sg(ratio clipped to 1 - clip_low .. 1 + clip_high) * A * logp.
 
-    Every token keeps its gradient. A clip_low of 1 removes the lower bound, as in the paper. Shapes
-    are those of `clipped_policy_loss`; `dual_clip` is ignored.
+    Every token keeps its gradient. A clip_low of 1 removes the lower bound, as in the paper. The
+    shapes are as in `clipped_policy_loss`; `dual_clip` is ignored.
     """
     ratio_T = (logp_T.detach() - old_logp_T).exp()
     held_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
@@ -87,11 +87,11 @@ def cispo_loss(
 
 
 def sequence_ratio(logp_T: Tensor, old_logp_T: Tensor, sequence_sum: SequenceSum) -> Tensor:
-    """Old log-probabilities [T] with which each token's ratio is the ratio of its sequence (GSPO).
+    """Old log-probabilities [T] that give each token the ratio of its sequence (GSPO).
 
     The ratio becomes exp(mean over the sequence of logp - old_logp). Its gradient with respect to
-    logp_T is that same ratio. This is GSPO-token (arXiv:2507.18071, eq. 14); its summed gradient
-    equals GSPO's if all tokens of a sequence have one advantage.
+    logp_T equals the ratio. This is GSPO-token (arXiv:2507.18071, eq. 14). Its summed gradient
+    equals the gradient of GSPO if all tokens of a sequence have the same advantage.
     """
     now_T = logp_T.detach()
     return now_T - sequence_mean(now_T - old_logp_T, sequence_sum)

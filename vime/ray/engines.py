@@ -21,7 +21,7 @@ _STOP_TIMEOUT_S = 60.0
 
 
 class EngineGroup:
-    """The engines begin to start at once; `wait_until_started` comes next."""
+    """The constructor begins to start the engines. Call `wait_until_started` next."""
 
     def __init__(self, cfg: Config, placement: Placement) -> None:
         self.cfg = cfg

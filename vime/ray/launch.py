@@ -1,6 +1,6 @@
-"""From a configuration to a run that is ready for its loop, and back to a quiet machine.
+"""Start a run from its configuration, and stop all its processes at the end.
 
-Ray is imported when a run starts, not before: `--help` and the refusal of a flag take no seconds.
+Ray is imported when a run starts, not earlier, so `--help` and the refusal of a flag stay fast.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def launch(cfg: Config) -> Iterator[Run]:
-    """Start Ray (or join the cluster of RAY_ADDRESS), trainer and engines; stop all of them after.
+    """Start Ray (or join the cluster of RAY_ADDRESS), trainer and engines. Stop them at the end.
 
     SIGTERM ends a run as Ctrl-C does, so no process is left behind when a scheduler stops the run.
     """
@@ -56,12 +56,12 @@ def _ray(cfg: Config) -> Iterator[None]:
     joining = "RAY_ADDRESS" in os.environ
     if not joining:
         keep_socket_paths_short()
-    # Without RAY_ADDRESS: a cluster of our own, even if another one runs on this machine.
+    # Without RAY_ADDRESS: start our own cluster, even if another cluster runs on this machine.
     local: dict[str, Any] = {} if joining else {"address": "local", "include_dashboard": False}
     if not joining and not current().is_cuda:
         local["num_cpus"] = local_slots(cfg.cluster)
     ray.init(logging_level="ERROR", **local)
-    signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which sets a handler of its own
+    signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which sets its own handler
     try:
         yield
     finally:
@@ -71,7 +71,7 @@ def _ray(cfg: Config) -> Iterator[None]:
 def keep_socket_paths_short() -> None:
     """Choose /tmp for Ray's sockets if TMPDIR is too long for them.
 
-    Raises ConfigError if the user chose the folder for Ray itself.
+    Raises ConfigError if RAY_TMPDIR, which the user chose for Ray, is too long.
     """
     chosen = os.environ.get("RAY_TMPDIR")
     folder = chosen or os.environ.get("TMPDIR") or "/tmp"
@@ -79,7 +79,7 @@ def keep_socket_paths_short() -> None:
         return
     if chosen:
         raise ConfigError(
-            f"RAY_TMPDIR {chosen} is too long: Ray's sockets lie in it, and Linux takes paths of "
+            f"RAY_TMPDIR {chosen} is too long: Ray's sockets lie in it, and Linux allows paths of "
             f"{LONGEST_SOCKET_PATH} bytes. Choose a folder of at most "
             f"{LONGEST_SOCKET_PATH - len(_RAY_SOCKET)} bytes, or unset it."
         )
@@ -87,7 +87,7 @@ def keep_socket_paths_short() -> None:
     print(f"note: TMPDIR {folder} is too long for Ray's sockets; Ray uses /tmp.", file=sys.stderr)
 
 
-# The longest socket that Ray makes, below its temporary folder.
+# The longest socket path that Ray adds to its temporary folder.
 _RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 
 

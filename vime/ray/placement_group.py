@@ -1,7 +1,7 @@
 """The placement of trainer ranks and engines on the bundles of a Ray placement group.
 
 One bundle is one GPU, or one CPU slot on a machine without GPUs. Bundles are sorted by node and
-GPU, so neighbours in the order are neighbours on the hardware. The first ones train, the rest
+GPU, so neighbours in the order are neighbours on the hardware. The first bundles train, the rest
 generate.
 """
 
@@ -20,7 +20,7 @@ from vime.platform import Platform, current
 from vime.ray.slots import too_many
 from vime.ray.wait import wait, wait_all
 
-# Parts of a bundle that trainer and engine share under --colocate; the sum must stay below 1.
+# The fractions of a bundle for trainer and engine under --colocate. Their sum must stay below 1.
 _SHARE = {"trainer": 0.4, "engine": 0.2}
 _PLACE_TIMEOUT_S = 120.0
 
@@ -69,7 +69,7 @@ def place(cfg: Config) -> Placement:
         remove_placement_group(group)
         raise ConfigError(
             f"the run needs {num} {platform.ray_resource}s, and Ray found them on {len(nodes)} "
-            "nodes. vime runs on one node: ask for what one of them has."
+            "nodes. vime runs on one node: ask for no more than one node has."
         )
     order = sorted(range(num), key=lambda i: where[i])
     device_ids = {bundle: device for bundle, (_, device) in enumerate(where)}

@@ -1,6 +1,6 @@
-"""The checks before any process starts. Each lists its problems: flag, value, remedy.
+"""The checks before any process starts. Each check lists its problems: flag, value, remedy.
 
-A check imports its library when it runs: `--help` and the refusal of a wrong flag take no seconds.
+A check imports its library when it runs, so `--help` and the refusal of a wrong flag stay fast.
 """
 
 from vime.config import Config
@@ -53,7 +53,7 @@ def check_decoupled(cfg: Config) -> list[str]:
         return []
     return [
         "--colocate: train_async.py trains and generates at the same time. "
-        "Drop it and set --rollout-num-gpus, or run train.py."
+        "Leave it out and set --rollout-num-gpus, or run train.py."
     ]
 
 

@@ -1,4 +1,4 @@
-"""The rollout manager: prompts become a TrainBatch here, with the engines and the data source."""
+"""The rollout manager: it turns prompts into a TrainBatch, with the engines and the data source."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RolloutManager:
         # The data source's state right after each rollout: a checkpoint of rollout i must not
         # contain the prompts that rollout i+1, generated ahead, has taken.
         self.states: dict[int, Any] = {}
-        self.latest: Ahead | None = None  # the newest rollout, in case a checkpoint comes before it
+        self.latest: Ahead | None = None  # the newest rollout; an earlier checkpoint saves it too
         self.restored: Ahead | None = None  # the rollout that came with the checkpoint
 
     def start(self, placement: Placement | None) -> list[str]:
@@ -38,7 +38,7 @@ class RolloutManager:
         Returns the engines' URLs.
         """
         self.engines = EngineGroup(self.cfg, placement) if placement else None
-        # The first use of a tokenizer costs seconds, in which the engines start.
+        # The first use of a tokenizer takes seconds. The engines start meanwhile.
         load_tokenizer(self.cfg.model.hf_checkpoint)
         self.runtime: dict[str, Any] = {"vllm_engine_urls": ()}
         if self.engines:
@@ -94,9 +94,9 @@ class RolloutManager:
         return batch, rollout_metrics(self.args, output.samples, rollout_id, metrics, rollout_s)
 
     def _samples_of(self, rollout_id: int) -> RolloutFnTrainOutput:
-        """From the checkpoint if it has this rollout, else from the rollout function.
+        """The samples, from the checkpoint if it has this rollout, else from the rollout function.
 
-        Under --use-fault-tolerance a rollout that loses its engines gives its prompts back.
+        Under --use-fault-tolerance, the data source gets the prompts back when engines are lost.
         """
         restored, self.restored = self.restored, None
         if restored is not None and restored.rollout_id == rollout_id:
@@ -120,10 +120,10 @@ class RolloutManager:
         return source.state_dict() if hasattr(source, "state_dict") else None
 
     def _args_now(self) -> ArgsView:
-        """`args`, with the weight version of the engines if their answers do not give it."""
+        """`args`, with the engines' weight version if their answers do not report it."""
         urls = self.runtime["vllm_engine_urls"]
         client = EngineClient(urls[0], who="the rollout manager") if urls else None
-        if client is None or client.dialect.names_weights:
+        if client is None or client.dialect.reports_weight_versions:
             return self.args
         return ArgsView(self.cfg, **self.runtime, weight_version=client.weight_versions()[0])
 

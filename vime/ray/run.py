@@ -1,4 +1,4 @@
-"""One run, as the loops in `train.py` and `train_async.py` see it. Ray stays behind it."""
+"""One run, as the loops in `train.py` and `train_async.py` use it. The loops never see Ray."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RolloutHandle:
 
 
 class Run:
-    """The verbs of a training loop. `steps()` yields the rollouts and logs each when it is done."""
+    """The actions of a training loop. `steps()` yields the rollouts and logs each after it ends."""
 
     def __init__(self, cfg: Config, placement: Placement, log: RunLog) -> None:
         self.cfg = cfg
@@ -58,7 +58,7 @@ class Run:
     # -- start and stop --------------------------------------------------------------------------
 
     def _start(self, placement: Placement) -> None:
-        """Engines and trainer start at the same time: each takes the better part of a minute.
+        """Engines and trainer start at the same time: each takes most of a minute.
 
         On shared GPUs the engines start first, because they measure the memory of an empty GPU.
         """
@@ -107,7 +107,7 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The rollouts left to do. A rollout is logged when the loop asks for the next one."""
         self.log.start(self.start_step, self.num_rollouts)
-        if self.metrics:  # of an evaluation before the first step
+        if self.metrics:  # from an evaluation before the first step
             self._log(self.start_step)
         for step in range(self.start_step, self.num_rollouts):
             started = time.perf_counter()
@@ -137,8 +137,9 @@ class Run:
         return RolloutHandle(step, *self.manager.generate.options(num_returns=2).remote(step))
 
     def finish(self, rollout: RolloutHandle) -> RolloutHandle:
-        """Wait until a rollout is complete. If engines were lost, it is generated anew and the
-        handle is another one.
+        """Wait until a rollout is complete. Returns its handle.
+
+        If engines were lost, the rollout is generated again and the handle is a new one.
         """
 
         def complete() -> None:
@@ -169,8 +170,8 @@ class Run:
     # -- training --------------------------------------------------------------------------------
 
     def gpus_for_training(self) -> AbstractContextManager[None]:
-        """Under --colocate the engines give up their memory in the block; else nothing happens."""
-        self._without_lost_engines(self.gpus.rest_engines)
+        """Under --colocate the engines release their memory during the block."""
+        self._without_lost_engines(self.gpus.sleep_engines)
         return self.gpus.for_training()
 
     def train(self, rollout: RolloutHandle) -> None:
@@ -184,7 +185,7 @@ class Run:
         self.num_trained = rollout.rollout_id + 1
 
     def sync_weights(self) -> None:
-        """Put the trainer's weights into every engine, and make sure that all have them."""
+        """Put the trainer's weights into every engine, and check that all engines have them."""
         if not self.engine_urls or self.trainer is None:
             return
 
@@ -197,7 +198,7 @@ class Run:
         self._without_lost_engines(update)
 
     def save(self, step: int) -> None:
-        """Commit a checkpoint: exports and data state, then weights, and the tracker file last."""
+        """Commit a checkpoint: exports and data state, then weights, and last the tracker file."""
         if self.trainer is None:
             return
         self.log.phase("save")
@@ -217,7 +218,7 @@ class Run:
     ) -> T:
         """The result of `work`.
 
-        Under --use-fault-tolerance, when `work` fails because engines were lost: start the engines
+        Under --use-fault-tolerance, if `work` fails because engines were lost: start these engines
         again, call `prepare` and repeat `work`.
         """
         for _ in range(_RESTARTS if self.cfg.engine.fault_tolerance else 0):
@@ -232,15 +233,15 @@ class Run:
         return work()
 
     def _restart_engines(self, lost: list[int]) -> None:
-        """Leaves engines and trainer in their state before a weight update."""
+        """Start lost engines again. All engines and the trainer are then ready for an update."""
         self.log.phase("restart engines")
-        self.gpus.room_for_engines()
+        self.gpus.free_trainer_memory()
         restarted = self.manager.restart_engines.remote(lost)
         timeout_s = self.cfg.engine.start_timeout_s + _STOP_TIMEOUT_S
         self._ask(restarted, "lost engines to start again", timeout_s)
-        self.gpus.rest_engines()
+        self.gpus.sleep_engines()
         with self.gpus.for_training():
-            pass  # the trainer comes back with its weights
+            pass  # the trainer's weights return to the GPU
         self._connect_engines()
         name = "rollout/engines_restarted"
         self.metrics[name] = self.metrics.get(name, 0) + len(lost)

@@ -12,11 +12,11 @@ from typing import Any
 from vime.config import Config
 from vime.observe import Timers
 from vime.platform import Platform
-from vime.weight_sync.choice import engines_sleep, trainer_leaves
+from vime.weight_sync.choice import engines_sleep, trainer_offloads
 from vime.weight_sync.together import call_each
 
-# vLLM's sleep level that drops weights and caches: an update of all weights begins every turn of
-# the engines.
+# vLLM's sleep level that drops weights and caches. No copy is needed, because all weights are
+# updated before the engines generate again.
 DROP_EVERYTHING = 2
 
 
@@ -30,25 +30,25 @@ class SharedGpus:
         self, cfg: Config, train: Callable[..., Any], timers: Timers, *, on: Platform
     ) -> None:
         self.engines_sleep = engines_sleep(cfg, on)
-        self.trainer_leaves = trainer_leaves(cfg, on)
+        self.trainer_offloads = trainer_offloads(cfg, on)
         self.timeout_s = cfg.engine.weight_transfer_timeout_s
         self.train = train
         self.timers = timers
         self.clients: list[Any] = []
 
     def engines_started(self, clients: list[Any]) -> None:
-        """Engines start on an empty GPU, because they measure its memory. Then they make room."""
+        """Engines start on an empty GPU, because they measure its memory. Then they go to sleep."""
         self.clients = clients
-        self.rest_engines()
+        self.sleep_engines()
 
-    def rest_engines(self) -> None:
-        """Call it before training. Engines that sleep already stay asleep."""
+    def sleep_engines(self) -> None:
+        """Call this before training. Engines that sleep already stay asleep."""
         if self.engines_sleep:
             with self.timers("sleep"):
                 self._every_engine(lambda c: c.sleep(DROP_EVERYTHING), "sleep")
 
-    def room_for_engines(self) -> None:
-        """For engines that start again, at any time: all of the trainer's memory is freed."""
+    def free_trainer_memory(self) -> None:
+        """Free all of the trainer's GPU memory, so that lost engines can start again."""
         self._offload(keep_weights=False)
 
     def trainer_started(self) -> None:
@@ -56,8 +56,8 @@ class SharedGpus:
 
     @contextmanager
     def for_training(self) -> Iterator[None]:
-        """The engines rest already. After the block the trainer keeps its weights to send them."""
-        if self.trainer_leaves:
+        """The engines sleep already. After the block the trainer keeps only weights on the GPU."""
+        if self.trainer_offloads:
             with self.timers("onload"):
                 self.train("onload")
         yield
@@ -65,7 +65,7 @@ class SharedGpus:
 
     @contextmanager
     def for_weight_update(self) -> Iterator[None]:
-        """In the block both sides have their weights. After it the engines have all the memory."""
+        """During the block both sides hold weights on the GPU; afterwards only the engines do."""
         self._wake_up("weights")
         yield
         self._offload(keep_weights=False)
@@ -77,7 +77,7 @@ class SharedGpus:
                 self._every_engine(lambda c: c.wake_up((tag,)), f"wake up ({tag})")
 
     def _offload(self, *, keep_weights: bool) -> None:
-        if self.trainer_leaves:
+        if self.trainer_offloads:
             with self.timers("offload"):
                 self.train("offload", keep_weights)
         elif self.engines_sleep:  # the trainer's state stays; only its cached memory is freed

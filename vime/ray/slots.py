@@ -1,4 +1,4 @@
-"""How many GPUs, or CPU slots in their place, a run needs and this machine has."""
+"""The number of GPUs (on a machine without GPUs: CPU slots) that a run needs and Ray has."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from vime.platform import Platform, current
 
 
 def local_slots(cluster: ClusterConfig) -> int:
-    """CPU slots of a local Ray on a machine without GPUs: --cpu-slots, or the number of cores."""
+    """The CPU slots of a local Ray without GPUs: --cpu-slots, or the number of cores."""
     return cluster.cpu_slots or len(os.sched_getaffinity(0))
 
 
 def check_slots(cfg: Config) -> list[str]:
     """A problem if the run needs more slots than a Ray cluster on this machine would have.
 
-    `place` asks an existing cluster, after the connection. A dry run needs no slots.
+    If a cluster exists already, `place` checks it after connecting. A dry run needs no slots.
     """
     platform = current()
     if (nodes := cfg.cluster.actor_num_nodes) > 1:
         return [
-            f"--actor-num-nodes {nodes}: vime runs on one node so far. Give 1, and with "
-            "--actor-num-gpus-per-node the GPUs of that node."
+            f"--actor-num-nodes {nodes}: vime runs on one node so far. Set it to 1, and set "
+            "--actor-num-gpus-per-node to the number of GPUs of that node."
         ]
     if os.environ.get("RAY_ADDRESS") or cfg.debug.dry_run:
         return []

@@ -24,13 +24,13 @@ class TrainerRank:
         self.trainer: Any = None
 
     def address(self) -> tuple[str, int]:
-        """This node's address and a free port, for the ranks to meet if this is rank 0."""
+        """This node's address and a free port. All ranks meet at the address of rank 0."""
         with socket.socket() as s:
             s.bind(("", 0))
             return ray.util.get_node_ip_address(), s.getsockname()[1]
 
     def prepare(self) -> None:
-        """Import Megatron. It takes a while but no GPU, so engines may still be starting."""
+        """Import Megatron. This takes seconds but no GPU, so it runs while engines start."""
         from vime.backends.megatron import compat
 
         compat.apply()
@@ -48,7 +48,7 @@ class TrainerRank:
         return self.trainer.start_rollout_id
 
     def _keep_log(self, cfg: Config) -> None:
-        """logs/trainer-RANK.log in the run's folder, beside the logs of the engines."""
+        """Write logs/trainer-RANK.log in the run's folder, beside the logs of the engines."""
         folder = Path(cfg.log.run_dir) / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         kept = logging.FileHandler(folder / f"trainer-{self.rank}.log")
@@ -80,7 +80,7 @@ class TrainerGroup:
             for rank, bundle in enumerate(placement.trainer_bundles)
         ]
         for rank in self.ranks:
-            rank.prepare.remote()  # not waited for: an error here comes again in `start`
+            rank.prepare.remote()  # nobody waits for it: `start` raises an error here again
 
     def start(self) -> int:
         """Start every rank. Returns the first rollout to train on."""

@@ -26,8 +26,8 @@ def wait_all(refs: Sequence[ray.ObjectRef], *, what: str, timeout_s: float) -> l
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError(
-                f"waited {timeout_s:.0f} s for {what}: {len(pending)} of {len(refs)} did not. "
-                "Their stacks are in the log above."
+                f"waited {timeout_s:.0f} s for {what}: {len(pending)} of {len(refs)} did not "
+                "finish. Their stacks are in the log above."
             )
         done, pending = ray.wait(pending, num_returns=1, timeout=min(left, _POLL_S))
         for ref in done:

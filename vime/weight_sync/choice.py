@@ -1,4 +1,4 @@
-"""What trainer and engines must agree on before a run starts, from configuration and platform."""
+"""The choices that trainer and engines share: the transport, and who leaves the GPU when."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from vime.platform import Platform
 
 
 def transport_name(cfg: Config, on: Platform) -> str:
-    """How weights travel: "ipc" or "shm" on shared devices, else "nccl" or "gloo"."""
+    """The transport of weights: "ipc" or "shm" on shared devices, else "nccl" or "gloo"."""
     if cfg.cluster.colocate:
         return "ipc" if on.is_cuda else "shm"
     return on.collectives
@@ -27,6 +27,6 @@ def engines_sleep(cfg: Config, on: Platform) -> bool:
     return shares_gpus(cfg, on) and cfg.cluster.offload_rollout
 
 
-def trainer_leaves(cfg: Config, on: Platform) -> bool:
+def trainer_offloads(cfg: Config, on: Platform) -> bool:
     """Whether the trainer moves its state to host memory while engines generate."""
     return shares_gpus(cfg, on) and cfg.cluster.offload_train

@@ -1,7 +1,7 @@
 """Handles of GPU memory: a process on the same GPU opens the buffer that a handle names.
 
-A handle is plain data, so no pickle travels. The trainer shares a buffer once and an engine's
-worker opens it once. torch counts both, so it frees the memory after the last of them let go.
+A handle is plain data, so nothing is pickled. The trainer shares a buffer once and an engine's
+worker opens it once. torch counts both, and frees the memory when both have released it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def share(buffer: Tensor) -> Handle:
 
 
 def open_shared(handle: Handle, device: torch.device) -> Tensor:
-    """The buffer behind `handle`, uint8, without a copy. Delete the tensor to give it back."""
+    """The buffer behind `handle`, uint8, without a copy. Delete the tensor to release it."""
     parts = [_decode(part) for part in handle]
     storage = torch.UntypedStorage._new_shared_cuda(device.index or 0, *parts)
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)

@@ -65,7 +65,7 @@ class CudaIpc(Transport):
     def _gather(
         self, mine: dict[str, cuda_handles.Handle] | None
     ) -> dict[str, cuda_handles.Handle]:
-        """{GPU: handle} of every rank; all ranks get new buffers at the same bucket."""
+        """{GPU: handle} from all ranks. They allocate new buffers at the same bucket."""
         if not dist.is_initialized() or dist.get_world_size(self.group) == 1:
             return mine or {}
         gathered: list = [None] * dist.get_world_size(self.group)

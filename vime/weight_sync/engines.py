@@ -13,10 +13,10 @@ BROKEN = -1  # the version of an engine whose update failed half-way
 
 
 class Engines:
-    """Rank 0 calls `freeze`, `finish` and `acknowledge`, after a failure `abandon`; then `resume`.
+    """Rank 0 calls `freeze`, `finish`, `acknowledge`, `resume`; after errors `abandon`, `resume`.
 
-    asleep           the engines' KV caches sleep during the update. vLLM schedules nothing before
-                     they are awake, so there is nothing to pause, and a resume would come too early
+    asleep           the engines' KV caches sleep during the update. vLLM schedules no request until
+                     they wake up, so no pause is needed, and a resume would come too early
     check_checksums  --check-weight-update-equal
     """
 
@@ -40,8 +40,10 @@ class Engines:
         self._each(lambda c: c.finish_weight_update(), "end of the weight update")
 
     def acknowledge(self, version: int, checksums: dict[str, str]) -> None:
-        """Forget keys and values of the old weights. Raises EngineError unless every worker of
-        every engine confirms the version and, when they are checked, has the same checksums.
+        """Forget the cached keys and values of the old weights, and set the version.
+
+        Raises EngineError unless every worker of every engine confirms the version and, if
+        checksums are checked, reports the same checksums.
         """
 
         def stamp(client: Any) -> None:
@@ -58,7 +60,7 @@ class Engines:
         self._each(stamp, "acknowledgement of the weight version")
 
     def abandon(self) -> None:
-        """After a failure: end the update, because engines cannot run inside one, and mark them."""
+        """After a failure: end the update, so that engines can run, and mark them as broken."""
 
         def end(client: Any) -> None:
             with contextlib.suppress(EngineError):  # refused if the engine has ended the update
@@ -70,7 +72,7 @@ class Engines:
             self._each(end, "clean-up after a failed weight update")
 
     def resume(self) -> None:
-        """Call it whatever happened: all later requests to a paused engine would hang."""
+        """Call this after a failure too: requests to an engine that stays paused would hang."""
         if self.asleep:
             return
 
@@ -94,6 +96,6 @@ def compare(who: str, sent: dict[str, str], received: dict[str, str]) -> None:
     wrong = sorted(n for n in sent.keys() | received.keys() if sent.get(n) != received.get(n))
     if wrong:
         raise EngineError(
-            f"--check-weight-update-equal: {who} received other bytes than were sent for "
-            f"{len(wrong)} of {len(sent)} tensors, among them {', '.join(wrong[:4])}"
+            f"--check-weight-update-equal: {who} received wrong bytes for {len(wrong)} of "
+            f"{len(sent)} tensors, among them {', '.join(wrong[:4])}"
         )

@@ -40,7 +40,7 @@ class SyncReport:
 
 
 class WeightSender:
-    """Every trainer rank builds one and calls `send`; only rank 0 talks to the engines."""
+    """Every trainer rank has a sender and calls `send`. Only rank 0 talks to the engines."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class WeightSender:
         self.bucket_bytes = bucket_bytes
 
     def connect(self) -> None:
-        """Call it before the first `send`, and again after engines were replaced."""
+        """Call this before the first `send`, and again after engines were replaced."""
         if self.rank == 0 and self.engines.clients:
             self.transport.connect()
 
@@ -75,16 +75,16 @@ class WeightSender:
                        so every rank reads them to the end, also after an engine has failed
 
         Raises EngineError if an engine fails, does not answer in time, acknowledges another
-        version or, with --check-weight-update-equal, received other bytes.
+        version or, with --check-weight-update-equal, received wrong bytes.
         """
         if not self.engines.clients:
             return SyncReport(version=version)
         buckets = wire.buckets(named_tensors, self.bucket_bytes)
         if self.rank != 0:
-            self._accompany(buckets)
+            self._update_on_other_ranks(buckets)
             return SyncReport(version=version)
         try:
-            return self._update(buckets, version)
+            return self._update_on_rank_0(buckets, version)
         except BaseException:  # the other ranks are still exporting and sending
             for _ in buckets:
                 self.transport.skip()
@@ -92,16 +92,16 @@ class WeightSender:
                 self.transport.flush()
             raise
 
-    def _accompany(self, buckets: Iterable[list[wire.Named]]) -> None:
-        """The part of every rank but 0."""
+    def _update_on_other_ranks(self, buckets: Iterable[list[wire.Named]]) -> None:
+        """All ranks but 0 help to export the buckets, and send them if the transport asks."""
         for bucket in buckets:
             if self.transport.every_rank_sends:
                 self.transport.send(bucket)
         if self.transport.every_rank_sends:
             self.transport.flush()
 
-    def _update(self, buckets: Iterable[list[wire.Named]], version: int) -> SyncReport:
-        """Rank 0's part."""
+    def _update_on_rank_0(self, buckets: Iterable[list[wire.Named]], version: int) -> SyncReport:
+        """Rank 0 sends the buckets and leads the engines through the update."""
         timers, began = Timers(), time.monotonic()
         num_bytes = num_tensors = num_buckets = 0
         checksums: dict[str, str] = {}
@@ -112,7 +112,7 @@ class WeightSender:
 
         try:
             with timers("send"):
-                # vLLM sleeps 20 ms in every pause; the first bucket is made ready meanwhile.
+                # vLLM sleeps 20 ms in every pause. The first bucket is packed meanwhile.
                 self.transport.under_way.start(freeze, "pause")
                 for bucket in buckets:
                     num_bytes += self.transport.send(bucket)
@@ -147,8 +147,8 @@ def make_sender(
 ) -> WeightSender:
     """The sender for this configuration and machine.
 
-    clients  one `EngineClient` per engine, on every rank. With none, or with --debug-train-only,
-             nothing is sent
+    clients  one `EngineClient` per engine, on every rank. Nothing is sent if there are no clients,
+             or with --debug-train-only
     device   where rank 0 packs buckets for a broadcast
     group    a gloo group of all trainer ranks, for CUDA IPC (default: torch's default group)
     """

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def run_together(calls: Sequence[Callable[[], Any]], timeout_s: float, what: str) -> list[Any]:
-    """Run each call in a thread of its own. Returns their results in order.
+    """Run each call in its own thread. Returns the results in order.
 
     The first failure is raised at once, even if other calls still wait for the failed one; their
     threads end at their own deadlines. Raises EngineError after `timeout_s`.
@@ -73,7 +73,7 @@ class InFlight:
         threading.Thread(target=run, daemon=True, name=name).start()
 
     def wait(self) -> None:
-        """Returns when the call has ended. Raises its error; the call has a deadline of its own."""
+        """Returns when the call has ended. Raises its error. The call has its own deadline."""
         future, self._future = self._future, None
         if future is not None:
             future.result()

@@ -36,10 +36,11 @@ class Client(Protocol):
 
 
 class Transport:
-    """`connect` once. Then, in each update, `send` every bucket and `flush`.
+    """Call `connect` once. In each update, call `send` for every bucket, then `flush`.
 
     every_rank_sends  whether all trainer ranks call `send` and `flush`, or rank 0 alone
-    under_way         what must end before engines get a bucket: their pause, or the bucket before
+    under_way         the call that must end before engines get the next bucket: their pause, or
+                      the previous bucket
     """
 
     every_rank_sends = False
@@ -92,10 +93,11 @@ class SharedMemory(Transport):
         return size
 
     def _reserved(self, size: int) -> str:
-        """A new file whose `size` bytes are there: a write to missing memory ends a process.
+        """A new file with `size` reserved bytes. Without the reservation, Linux kills a process
+        that writes to full shared memory.
 
-        It lies in shared memory, or in the temporary folder if that is too small, as it often is in
-        a container. Raises EngineError if both are.
+        The file lies in shared memory. If shared memory is too small, as often in a container, the
+        file lies in the temporary folder. Raises EngineError if both are too small.
         """
         folders = [str(SHARED_MEMORY)] if SHARED_MEMORY.is_dir() else []
         folders.append(tempfile.gettempdir())

@@ -84,7 +84,7 @@ def join_group(
     """A process group beside torch's default one, in which rank 0 broadcasts weights.
 
     backend  "gloo" or "nccl"
-    store    rank 0's store, which listens on `port`; None on the others, which connect to it
+    store    rank 0's store, which listens on `port`; None on the other ranks, which connect to it
     """
     timeout = timedelta(seconds=timeout_s)
     if store is None:

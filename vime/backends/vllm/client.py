@@ -1,4 +1,4 @@
-"""Control calls to one engine. They go straight to its server, because the router picks any one."""
+"""Control calls to one engine. They bypass the router, which would choose an engine itself."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class EngineClient:
         return local_http.healthy(self.url, timeout_s)
 
     def world_size(self) -> int:
-        """Workers of this engine."""
+        """The number of workers of this engine."""
         return int(self._call("GET", "/get_world_size")["world_size"])
 
     # -- generation ------------------------------------------------------------------------------
@@ -79,12 +79,12 @@ class EngineClient:
         self._transfer("/finish_weight_update")
 
     def set_weight_version(self, version: int) -> list[int]:
-        """Give every worker a version. Releases that can also stamp it on new tokens.
+        """Set the version of every worker. Releases that report versions stamp new tokens with it.
 
         Returns the version that each worker now reports.
         """
         held = _versions(self.rpc("vime_set_weight_version", version))
-        if self.dialect.names_weights:
+        if self.dialect.reports_weight_versions:
             self._call("POST", "/update_weight_version", json={"new_version": str(version)})
         return held
 

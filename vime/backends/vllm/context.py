@@ -1,4 +1,4 @@
-"""The context length of an engine: as long as this run's sequences need, within the model's own."""
+"""The context length of an engine: enough for this run's sequences, within the model's limit."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def text_config(cfg: Config) -> dict:
 
 
 def model_positions(cfg: Config) -> int | None:
-    """Positions that the model was made for."""
+    """The number of positions that config.json gives the model; None if it gives no number."""
     return text_config(cfg).get("max_position_embeddings")
 
 
 def needed_model_len(cfg: Config) -> int | None:
-    """--max-model-len for the lengths of rollouts and evaluations; None: vLLM reads the model's.
+    """The --max-model-len that rollouts and evaluations need; None: vLLM uses the model's limit.
 
-    A prompt has no known bound unless --rollout-max-prompt-len or -context-len gives one.
+    Prompts have a known bound only with --rollout-max-prompt-len or --rollout-max-context-len.
     """
     if "max_model_len" in cfg.engine.vllm_args:
         return None

@@ -13,15 +13,15 @@ from vime.config import Config
 
 MIB = 1 << 20
 GIB = 1 << 30
-ONE_THREAD_PARAMETERS = 5_000_000  # 0.7M: 12.6k tok/s on one thread, 9.8k on two
+ONE_THREAD_PARAMETERS = 5_000_000  # a 0.7M model: 12.6k tok/s on one thread, 9.8k on two
 MAX_NUM_SEQS = 256  # vLLM's own default for a server
-DEFAULT_POSITIONS = 2048  # when neither flags nor config.json say how many
+DEFAULT_POSITIONS = 2048  # if neither the flags nor config.json give a number
 KV_CACHE_BOUNDS = (64 * MIB, 4 * GIB)
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def flags(cfg: Config, dialect: Dialect) -> dict[str, Any]:
-    """vLLM's flags that only CPU needs."""
+    """The flags of vLLM that only an engine on CPU needs."""
     found: dict[str, Any] = {"enforce_eager": True, "disable_log_stats": True}
     if text_config(cfg).get("kv_lora_rank"):
         # On a CPU with AMX vLLM prefers a latent attention that cannot compute in float32.
@@ -59,7 +59,7 @@ def num_threads(cfg: Config) -> int:
 
 
 def num_parameters(cfg: Config) -> int:
-    """Of the model's layers, roughly: 4 h^2 for attention and 3 h f for the MLP of each."""
+    """Roughly the parameters of all layers: 4 h^2 for attention and 3 h f for the MLP in each."""
     hf = text_config(cfg)
     hidden = hf["hidden_size"]
     return hf["num_hidden_layers"] * hidden * (4 * hidden + 3 * hf.get("intermediate_size", 0))
@@ -84,24 +84,24 @@ def kv_cache_bytes(cfg: Config) -> int:
 
 
 def memory_notice(cfg: Config) -> str | None:
-    """What --vllm-gpu-memory-utilization of a GPU recipe does here; None if it is not given."""
+    """A notice if --vllm-gpu-memory-utilization, from a GPU recipe, has no effect; else None."""
     share = cfg.engine.vllm_args.get("gpu_memory_utilization")
     if share is None or platform.current().is_cuda:
         return None
     size = kv_cache_bytes(cfg) / MIB
     return (
-        f"--vllm-gpu-memory-utilization {share} is about GPU memory and does nothing on CPU: "
-        f"an engine's KV cache takes {size:.0f} MiB. --vllm-kv-cache-memory-bytes sets it."
+        f"--vllm-gpu-memory-utilization {share} is a share of GPU memory and has no effect on CPU: "
+        f"an engine's KV cache takes {size:.0f} MiB. --vllm-kv-cache-memory-bytes sets this size."
     )
 
 
 def head_size_problems(cfg: Config) -> list[str]:
-    """vLLM starts with any head size on CPU, and dies at the first request with most of them."""
+    """A problem with the head size: on CPU, most sizes end vLLM at the first request."""
     size = text_config(cfg).get("head_dim")
     if platform.current().is_cuda or size is None or size in HEAD_SIZES:
         return []
     fitting = ", ".join(map(str, HEAD_SIZES))
     return [
-        f"--hf-checkpoint {cfg.model.hf_checkpoint}: head_dim {size} in its config.json; vLLM on "
-        f"CPU attends with {fitting} only. Use a model that has one of these, or a GPU."
+        f"--hf-checkpoint {cfg.model.hf_checkpoint}: its config.json has head_dim {size}, but vLLM "
+        f"on CPU supports only {fitting}. Use a model with one of these sizes, or a GPU."
     ]

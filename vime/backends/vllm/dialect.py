@@ -14,14 +14,15 @@ SCALE_OUT = (0, 32)  # first release with --enable-scale-out and weight versions
 class Dialect:
     """One release.
 
-    generate_flags       flags with which the server offers /inference/v1/generate
-    names_weights        answers give each token's weight version; /update_weight_version exists
-    kv_cache_bytes_flag  --kv-cache-memory-bytes sets the size of the KV cache on CPU too
+    generate_flags           flags that make the server offer /inference/v1/generate
+    reports_weight_versions  answers hold each token's weight version, which /update_weight_version
+                             sets
+    kv_cache_bytes_flag      --kv-cache-memory-bytes sets the size of the KV cache on CPU too
     """
 
     version: tuple[int, int]
     generate_flags: tuple[str, ...]
-    names_weights: bool
+    reports_weight_versions: bool
     kv_cache_bytes_flag: bool
 
 

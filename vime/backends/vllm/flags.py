@@ -1,7 +1,7 @@
 """Every flag of the installed vLLM is accepted as --vllm-*, and checked before any model loads.
 
-vLLM's own parser checks it in another process, because importing the parser takes some 14 s on 2
-cores. `verdicts.py` keeps its answers. The few flags of most recipes need no parser.
+vLLM's own parser checks a flag in another process, because importing the parser takes about 14 s on
+2 cores. `verdicts.py` keeps its answers. The flags in `COMMON` are checked without the parser.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from vime.config.spelling import as_flag, did_you_mean
 
 PARSER_TIMEOUT_S = 300.0
 
-OWNED = {  # flags that vime sets: the flag to use instead
-    "model": "--hf-checkpoint",
-    "tokenizer": "--hf-checkpoint",
-    "served_model_name": "nothing: requests name no model",
-    "tensor_parallel_size": "--rollout-num-gpus-per-engine",
-    "seed": "--seed",
-    "dtype": "--dtype",
-    "host": "--vllm-router-ip",
-    "port": "--vllm-router-port",
-    "uds": "--vllm-router-ip",
-    "logprobs_mode": "nothing: training needs processed_logprobs",
-    "weight_transfer_config": "--colocate, which chooses the transport",
-    "worker_extension_cls": "nothing: weight updates need vime's own",
-    "tokens_only": "nothing: requests carry token ids already",
-    "enable_scale_out": "nothing: it is on already",
-    "enable_sleep_mode": "--colocate",
-    "data_parallel_size": "--rollout-num-gpus, which adds engines",
+OWNED = {  # flags that vime sets: the remedy
+    "model": "Use --hf-checkpoint",
+    "tokenizer": "Use --hf-checkpoint",
+    "served_model_name": "Leave it out: requests name no model",
+    "tensor_parallel_size": "Use --rollout-num-gpus-per-engine",
+    "seed": "Use --seed",
+    "dtype": "Use --dtype",
+    "host": "Use --vllm-router-ip",
+    "port": "Use --vllm-router-port",
+    "uds": "Use --vllm-router-ip",
+    "logprobs_mode": "Leave it out: training needs processed_logprobs",
+    "weight_transfer_config": "Use --colocate, which chooses the transport",
+    "worker_extension_cls": "Leave it out: weight updates need vime's own class",
+    "tokens_only": "Leave it out: requests carry token ids already",
+    "enable_scale_out": "Leave it out: vime turns it on",
+    "enable_sleep_mode": "Use --colocate",
+    "data_parallel_size": "Use --rollout-num-gpus, which adds engines",
 }
 
 
@@ -78,7 +78,7 @@ def check_vllm_flags(cfg: Config) -> list[str]:
     rest: dict[str, Any] = {}
     for name, value in given.items():
         if name in OWNED:
-            problems.append(f"{_spelled(name, value)} is set by vime. Use {OWNED[name]}.")
+            problems.append(f"{_spelled(name, value)} is set by vime. {OWNED[name]}.")
         elif name in COMMON:
             if wanted := COMMON[name](value):
                 problems.append(f"{_spelled(name, value)} is not usable: give {wanted}.")
@@ -96,7 +96,8 @@ def _spelled(name: str, value: Any) -> str:
 def _ask_vllm(given: dict[str, Any]) -> list[str]:
     version = dialects.installed_version()
     if version is None:
-        return [f"{_spelled(*next(iter(given.items())))}: vLLM is not installed to check it."]
+        flag = _spelled(*next(iter(given.items())))
+        return [f"{flag}: vLLM is not installed, so its flags cannot be checked."]
     verdicts = Verdicts(version)
     asked = {
         name: value

@@ -2,7 +2,7 @@
 
 A script, run with a pipe from the owner as standard input: `guard.py COMMAND...`. It imports
 nothing of vime, so it starts in milliseconds. It leads a process group, to which the server and
-the server's children belong. A closed pipe means that the owner is gone, even by SIGKILL.
+the server's children belong. The pipe closes when the owner is gone, even after SIGKILL.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import time
 
 PATIENCE_S = 5.0  # between SIGTERM and SIGKILL, once the owner is gone
-LOOK_S = 0.5
+POLL_S = 0.5
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -30,14 +30,14 @@ def watch(command: list[str]) -> int:
         preexec_fn=follow_guard,
     )
     while server.poll() is None:
-        readable, _, _ = select.select([sys.stdin], [], [], LOOK_S)
+        readable, _, _ = select.select([sys.stdin], [], [], POLL_S)
         if os.getppid() != owner or (readable and not os.read(sys.stdin.fileno(), 1)):
             end_group(server)
     return server.returncode
 
 
 def follow_guard() -> None:
-    """In the server, before it starts: SIGTERM works again, and the server dies with the guard.
+    """Runs in the server before it starts: restores SIGTERM and ties the server to the guard.
 
     Ray kills a lost actor's direct children by SIGKILL: the guard, but not the server.
     """
@@ -51,7 +51,7 @@ def die_with_parent() -> None:
 
 
 def end_group(server: subprocess.Popen) -> None:
-    """SIGTERM to our own group. If that is not enough, SIGKILL, which ends this process too."""
+    """Send SIGTERM to our own group, then SIGKILL, which ends this process too."""
     os.killpg(0, signal.SIGTERM)
     deadline = time.monotonic() + PATIENCE_S
     while server.poll() is None and time.monotonic() < deadline:

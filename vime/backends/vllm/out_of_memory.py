@@ -62,6 +62,6 @@ def _room_for_one_sequence(
         f"{sized_by}"
     )
     if size is not None:
-        # vLLM rounds the need to 0.01 GiB, so that much is added
+        # vLLM rounds the needed size to 0.01 GiB, so 0.01 GiB is added
         remedy += f" -> {math.ceil((needed + 0.01) * 1024) << 20}"
     return remedy + (f", or give --vllm-max-model-len {longest[1]}" if longest else "")

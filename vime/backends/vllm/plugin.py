@@ -1,7 +1,7 @@
 """vLLM calls `register` in each of its processes (entry point group vllm.general_plugins).
 
-Other users of vLLM notice nothing: `register` adds weight transports by name, and the rest happens
-only in servers that `VLLMEngine` started, which the environment variable `ENGINE_PATCHES` marks.
+Other users of vLLM notice nothing: `register` adds weight transports by name. It does the rest only
+in servers that `VLLMEngine` started; the environment variable `ENGINE_PATCHES` marks them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A script that asks vLLM's own parser: {flag: its words} in, {"names", "refused"} out (JSON).
+"""A script that asks vLLM's own parser. It reads and writes JSON and imports nothing of vime.
 
-It imports nothing of vime.
+It reads {flag: its words} and writes {"names": every flag, "refused": {flag: why}}.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every change that vime makes to vLLM, with its reason and its end.
+"""Every change that vime makes to vLLM, why, and until when.
 
 Only the servers that vime starts are changed: `environment` in `server.py` names the patches that a
 server needs, and `plugin.register` applies them in each of the server's processes.
@@ -36,7 +36,7 @@ def _seeds_of_split_prompts() -> None:
 
 
 def keep_seeds_of_split_prompts(runner: type) -> None:
-    """Hide the generator of a half-prefilled request while a step samples: nothing rewinds it."""
+    """Hide the generators of half-prefilled requests from a step, so that it rewinds none."""
     if not all(hasattr(runner, name) for name in ("_sample", "_bookkeeping_sync")):
         return
     sample, keep_books = runner._sample, runner._bookkeeping_sync

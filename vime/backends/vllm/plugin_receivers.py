@@ -110,7 +110,7 @@ class CudaIpcReceiver(ReloadingReceiver):
             if gpu not in update_info.handles:
                 there = ", ".join(update_info.handles)
                 raise RuntimeError(
-                    f"no trainer rank is on this worker's GPU {gpu}: {there} have one"
+                    f"no trainer rank is on this worker's GPU {gpu}; trainer ranks are on {there}"
                 )
             self.slots.pop(update_info.slot, None)
             shared = cuda_handles.open_shared(update_info.handles[gpu], self.device)

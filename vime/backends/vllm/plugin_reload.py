@@ -1,7 +1,7 @@
 """How a bucket of new weights gets into a vLLM model; runs inside vLLM's workers.
 
-Tensors go through vLLM's layerwise reload. `load_weights` alone is wrong where vLLM has packed a
-linear layer: its plain weight is gone.
+Tensors go through vLLM's layerwise reload. `load_weights` alone fails for a linear layer that vLLM
+has packed, because its plain weight is gone.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from vllm.model_executor.model_loader.reload import (
 
 from vime.weight_sync import wire
 
-# On CUDA these leave weights as they were loaded, so new weights can be written in place.
+# On CUDA these methods leave weights as loaded, so new weights can be written in place.
 PLAIN_METHODS = {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"}
 
 
 class ReloadingReceiver(WeightTransferEngine):
     """One update: start, any number of buckets, finish. Subclasses receive the buckets.
 
-    After a bucket that fails the model has its previous weights, except for tensors that were
-    written in place. The trainer marks such an engine as broken, and the next update writes them
-    all.
+    If a bucket fails, the model keeps its previous weights, except for tensors that were written in
+    place. The trainer marks this engine as broken, and the next update writes all tensors.
     """
 
     in_place = False
@@ -37,9 +36,9 @@ class ReloadingReceiver(WeightTransferEngine):
         self.wanted = parameter_names(self.model)
         if not self.in_place:
             initialize_layerwise_reload(self.model)
-            # The model now has the parameters that it was built with. Ties are gone, and so is
-            # everything that vLLM derived, such as W_UK_T of latent attention; the end derives it
-            # anew, so no update needs to bring it.
+            # The model now has the parameters that it was built with. Tied weights are gone, and
+            # so are derived tensors, such as W_UK_T of latent attention. The end of the update
+            # derives them again, so the trainer need not send them.
             self.wanted &= parameter_names(self.model)
 
     def update_weights(self, update_info: dict) -> None:
@@ -48,23 +47,25 @@ class ReloadingReceiver(WeightTransferEngine):
             if self.device.type != "cpu":
                 torch.accelerator.synchronize()
         except BaseException:
-            self._settle()
+            self._finish_reload()
             raise
 
     def load(self, packed: torch.Tensor, entries: list[wire.Entry]) -> None:
-        """Load a bucket. If not in place, `packed` must not change until the update ends: a layer
-        keeps views of it until the layer's last tensor has come.
+        """Load a bucket.
+
+        Unless weights are written in place, `packed` must not change until the update ends: a layer
+        keeps views of it until the layer's last tensor has arrived.
         """
         self.loaded |= self.model.load_weights(wire.unpack(packed, entries)) or set()
 
     def finish_weight_update(self) -> None:
-        self._settle()
+        self._finish_reload()
         loaded, self.loaded = self.loaded, set()  # a clean-up may finish the update a second time
         missing = self.wanted - loaded
         if missing and loaded and self.model_config.quantization is None:
             raise RuntimeError(f"this update left old weights in {sorted(missing)[:8]}")
 
-    def _settle(self) -> None:
+    def _finish_reload(self) -> None:
         if self.in_place:
             return
         finalize_layerwise_reload(self.model, self.model_config)
@@ -76,7 +77,7 @@ class ReloadingReceiver(WeightTransferEngine):
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
-        """vLLM 0.25 demands this method; vime's trainer sends by `weight_sync.WeightSender`."""
+        """vLLM 0.25 requires this method. vime's trainer sends with `weight_sync.WeightSender`."""
         raise TypeError("weights for this engine are sent by vime.weight_sync.WeightSender")
 
 

@@ -1,8 +1,8 @@
 """A faster route for the requests of a rollout: token ids in, packed arrays out.
 
-vLLM's own /inference/v1/generate makes several Python objects per token: 0.25 a growing output in
-each step, and every release a validated model for each log-probability. The process that does this
-also feeds the engine. Here a request wakes up once, when its answer is complete.
+vLLM's own /inference/v1/generate makes several Python objects per token, in the process that feeds
+the engine: vLLM 0.25 builds a growing output in each step, and every release validates a model for
+each log-probability. Here the server handles a request once, when its answer is complete.
 
 Requests without the header `PACKED`, and servers that vime did not start, use vLLM's own route.
 """
@@ -26,7 +26,7 @@ HEADER = (PACKED.encode(), b"1")
 
 
 class Refused(Exception):
-    """A request that fails however often it is sent: HTTP 400."""
+    """A request that would fail again if repeated: HTTP 400."""
 
 
 class PackedAnswers:
@@ -43,14 +43,14 @@ class PackedAnswers:
         if body is None:
             return
         work = asyncio.ensure_future(_answer(scope["app"].state.engine_client, body))
-        gone = asyncio.ensure_future(_gone(receive))
+        left = asyncio.ensure_future(_client_left(receive))
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():  # the client has left, so the engine must stop
                 return
             status, answer = work.result()
         finally:
-            for task in (work, gone):
+            for task in (work, left):
                 task.cancel()
         await send({"type": "http.response.start", "status": status, "headers": JSON})
         await send({"type": "http.response.body", "body": answer})
@@ -68,7 +68,7 @@ async def _read(receive: Any) -> bytes | None:
             return b"".join(parts)
 
 
-async def _gone(receive: Any) -> None:
+async def _client_left(receive: Any) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -117,7 +117,7 @@ def parse(body: bytes) -> tuple[Any, Any]:
 
 
 def pack(output: Any) -> bytes:
-    """A `CompletionOutput` of R tokens as JSON with base64 of R int32 and of R float32."""
+    """A `CompletionOutput` of R tokens as JSON: R int32 and R float32 values in base64."""
     if output.finish_reason == "error":
         raise RuntimeError("the engine ended the request with an internal error")
     flat = output.logprobs

@@ -29,7 +29,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def listening(host: str, port: int) -> bool:
-    """Whether a server, of whatever program, accepts connections there."""
+    """Whether any program accepts connections at this address."""
     with socket.socket() as s:
         s.settimeout(1.0)
         return s.connect_ex((host, port)) == 0
@@ -46,7 +46,7 @@ class GuardedProcess:
             self.begin = out.tell()  # the file may hold lines of earlier runs
             self.guard = subprocess.Popen(
                 [sys.executable, "-S", "-E", guard.__file__, *command],
-                stdin=subprocess.PIPE,  # closes when we die
+                stdin=subprocess.PIPE,  # closes when this process dies
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=env,
@@ -74,11 +74,11 @@ class GuardedProcess:
             raise EngineError(f"{self.name} ended with code {self.guard.returncode}; {self.tail()}")
 
     def serves(self, host: str, port: int) -> bool:
-        """Whether this process, or a child of it, accepts connections there.
+        """Whether this process, or a child of it, accepts connections at this address.
 
-        Another program may have taken the port first, and its answers look healthy, too.
+        Another program may have taken the port first, and its answers may look healthy, too.
         """
-        if not listening(host, port):  # cheap, and false most of the time that a server starts
+        if not listening(host, port):  # a cheap test, which fails for most of a server's start
             return False
         with contextlib.suppress(psutil.NoSuchProcess):
             guard = psutil.Process(self.guard.pid)
@@ -104,9 +104,9 @@ class GuardedProcess:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """SIGTERM to the group, then, after some time, SIGKILL. Safe to call twice."""
+        """Send SIGTERM to the group, and SIGKILL after STOP_PATIENCE_S. Safe to call twice."""
         if self.guard.stdin:
-            self.guard.stdin.close()  # so the guard ends its group, by SIGTERM first
+            self.guard.stdin.close()  # the guard then ends its group, with SIGTERM first
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.guard.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):

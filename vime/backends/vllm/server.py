@@ -82,14 +82,14 @@ def environment(cfg: Config, slots: list[int], *, dialect: Dialect, on: Platform
     if not on.is_cuda:
         return env | cpu.environment(cfg, dialect)
     env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))
-    # A forked EngineCore inherits the server's imports, some 20 s of them. vLLM spawns it
-    # nevertheless where CUDA is already in use.
+    # A forked EngineCore inherits the server's imports, which take about 20 s. If CUDA is already
+    # in use, vLLM spawns EngineCore anyway.
     env.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
     return env
 
 
 def short_socket_paths(env: Mapping[str, str]) -> dict[str, str]:
-    """Where vLLM puts its sockets if TMPDIR is too long for them: Linux allows 107 bytes."""
+    """The variable that moves vLLM's sockets to /tmp if TMPDIR is too long: 107 bytes at most."""
     fits = len(os.fsencode(tempfile.gettempdir())) + len("/") + 36 <= LONGEST_SOCKET_PATH
     return {} if fits or "VLLM_RPC_BASE_PATH" in env else {"VLLM_RPC_BASE_PATH": "/tmp"}
 

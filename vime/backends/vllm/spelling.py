@@ -10,7 +10,7 @@ SCALE = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def words_of(name: str, value: Any) -> list[str]:
-    """("max_num_seqs", "8") -> ["--max-num-seqs", "8"]; True is a bare flag, False nothing."""
+    """("max_num_seqs", "8") -> ["--max-num-seqs", "8"]. True gives a bare flag, False gives []."""
     flag = as_flag(name)
     if value is True or value is False:
         return [flag] if value else []

@@ -1,4 +1,4 @@
-"""Earlier answers of vLLM's flag parser, which takes some 14 s to import, by vLLM's version."""
+"""A cache for the answers of vLLM's flag parser, whose import takes about 14 s."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from vime.files import write_text
 
 
 class Verdicts:
-    """A file in the user's cache folder. A damaged one counts as empty.
+    """One file per vLLM version, in the user's cache folder. A damaged file counts as empty.
 
-    names  every flag that vLLM knows, without dashes in front; empty before its first answer
+    names  every flag that vLLM knows, without leading dashes; empty before the first answer
     """
 
     def __init__(self, version: str) -> None:
@@ -28,7 +28,7 @@ class Verdicts:
             self.known: dict[str, str | None] = {}
 
     def has(self, name: str) -> bool:
-        """Whether vLLM knows the flag; a name with a dot is a part of one."""
+        """Whether vLLM knows the flag. In a name with dots, the part before them is the flag."""
         return name.split(".")[0] in self.names
 
     def knows(self, name: str, value: Any) -> bool:
@@ -39,7 +39,7 @@ class Verdicts:
         return self.known[_key(name, value)]
 
     def learn(self, given: dict[str, Any], refused: dict[str, str]) -> None:
-        """Keeps the parser's answers. Without a folder to write to, the next check asks again."""
+        """Keeps the parser's answers. If the file cannot be written, the next check asks again."""
         self.known |= {_key(name, value): refused.get(name) for name, value in given.items()}
         try:
             content = {"names": sorted(self.names), "verdicts": self.known}

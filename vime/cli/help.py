@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -64,7 +65,8 @@ def help_of(entry: Entry) -> str:
     """A flag's effect and default. Stated flags have no lines of their own."""
     if entry.owner == STATED_FLAGS:
         return argparse.SUPPRESS
-    return " ".join(filter(None, [_sentence(entry), *_default(entry)])).replace("%", "%%")
+    needs = f"(only with {entry.spec.only_with})" if entry.spec and entry.spec.only_with else ""
+    return " ".join(filter(None, [_sentence(entry), needs, *_default(entry)])).replace("%", "%%")
 
 
 def _stated() -> list[str]:
@@ -78,7 +80,7 @@ def _metavar(entry: Entry) -> str:
         return ""
     if entry.spec and entry.spec.choices:
         return "{" + ",".join(entry.spec.choices) + "}"
-    kind = {int: "N", float: "X", str: "TEXT"}.get(entry.parse, "JSON")
+    kind = {int: "N", float: "X", str: "TEXT", json.loads: "JSON"}.get(entry.parse, "FILE")
     return f"{kind} ..." if entry.nargs else kind
 
 

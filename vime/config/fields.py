@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from vime.config.spelling import as_key
 from vime.errors import ConfigError
@@ -102,6 +102,7 @@ class Section:
     """A part of the configuration. Building it with values that cannot work raises ConfigError."""
 
     __slots__ = ()
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def changed(self, **values: Any) -> Self:
         """A copy with other values, unchecked."""

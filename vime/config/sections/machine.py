@@ -123,11 +123,27 @@ RECOMPUTABLE = ("core_attn", "layernorm", "mlp_act", "mlp", "moe", "shared_exper
 class ParallelConfig(Section):
     """Megatron's layout."""
 
-    tp: int = flag("--tensor-model-parallel-size", default=1, at_least=1)
-    pp: int = flag("--pipeline-model-parallel-size", default=1, at_least=1)
-    cp: int = flag("--context-parallel-size", default=1, at_least=1)
-    ep: int = flag("--expert-model-parallel-size", default=1, at_least=1)
-    etp: int = flag("--expert-tensor-parallel-size", default=1, at_least=1)
+    tp: int = flag(
+        "--tensor-model-parallel-size", "GPUs that share each layer", default=1, at_least=1
+    )
+    pp: int = flag(
+        "--pipeline-model-parallel-size",
+        "stages that the layers divide into",
+        default=1,
+        at_least=1,
+    )
+    cp: int = flag(
+        "--context-parallel-size", "GPUs that share each sequence", default=1, at_least=1
+    )
+    ep: int = flag(
+        "--expert-model-parallel-size",
+        "GPUs that the experts divide among",
+        default=1,
+        at_least=1,
+    )
+    etp: int = flag(
+        "--expert-tensor-parallel-size", "GPUs that share each expert", default=1, at_least=1
+    )
     vpp: int | None = flag(
         "--virtual-pipeline-model-parallel-size",
         "model chunks per pipeline rank",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.unit.test_grading import finished, grade, make_args
 from vime.data.sample_metrics import of_samples
-from vime.rollout import grading
+from vime.rollout.failures import Failure, kind_of
 from vime.rollout.metrics import timed_out
 from vime.types import Status
 
@@ -37,7 +37,7 @@ def test_hostile_answers_time_out_and_block_no_other_answer():
             assert (sample.status, sample.reward) == (Status.COMPLETED, 0.0)
         else:
             assert (sample.status, sample.reward) == (Status.FAILED, None)
-            assert sample.failure.startswith(grading.TIMEOUT)
+            assert kind_of(sample) is Failure.GRADING_TIMEOUT
     assert sum(map(timed_out, group)) == len(HOSTILE) - 1
     counted = of_samples(group, wants_reward=True)
     assert counted["rollout/failed_samples"] == len(HOSTILE) - 1

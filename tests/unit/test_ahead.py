@@ -1,11 +1,13 @@
 """A rollout generated ahead of training is saved with the checkpoint and loaded again."""
 
+import dataclasses
 import re
 
 import numpy as np
 import pytest
 
 from tests.unit.fake_engine import make_config
+from vime.config.fields import flags_in
 from vime.errors import CheckpointError, PluginError
 from vime.rollout.ahead import Ahead, ahead_path, load_ahead, save_ahead
 from vime.types import RolloutFnTrainOutput, Sample, Status
@@ -63,3 +65,34 @@ def test_numpy_rewards_become_plain_and_unsavable_values_are_refused_before_the_
     with pytest.raises(PluginError, match=r"--save: .*\['metadata'\]\['tool'\] is a Pattern"):
         save_ahead(cfg, 5, rollout(6, metadata={"tool": re.compile("x")}))
     assert load_ahead(cfg, 5) == found
+
+
+SHAPING = [
+    (section, f.name)
+    for section in ("data", "rollout", "reward")
+    for f in dataclasses.fields(getattr(make_config("none"), section))
+    if f.name != "log_path"
+]
+
+
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [*SHAPING, ("batch", "prompts"), ("batch", "samples_per_prompt")],
+)
+def test_every_flag_that_shapes_samples_is_compared(cfg, section, name, caplog):
+    save_ahead(cfg, 5, rollout(6))
+    other = getattr(cfg, section).changed(**{name: "another value"})
+    assert load_ahead(dataclasses.replace(cfg, **{section: other}), 5) is None
+    spec = flags_in(type(other)).get(name)
+    assert (spec.name if spec else name) in caplog.text
+
+
+def test_flags_of_logs_evaluations_and_training_keep_it(cfg):
+    save_ahead(cfg, 5, rollout(6))
+    later = dataclasses.replace(
+        cfg,
+        rollout=cfg.rollout.changed(log_path="mine.log"),
+        batch=cfg.batch.changed(num_rollout=90),
+        eval=cfg.eval.changed(interval=3),
+    )
+    assert load_ahead(later, 5) == rollout(6)

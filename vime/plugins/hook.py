@@ -8,7 +8,6 @@ awaits it.
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import inspect
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from vime.errors import PluginError, ReturnError
+from vime.plugins.threads import in_thread
 
 # (what the function returned, *what it was called with) -> what is wrong with it ("returned None"),
 # or None. Where the hook remembers something, that comes as the keyword `before`.
@@ -93,7 +93,7 @@ class Plugin:
         function, before = self.function, self._before(args, kwargs)
         taken = self._taken(function, kwargs)
         if self.hook.in_thread and not is_asynchronous(function):
-            made = await asyncio.to_thread(function, *args, **taken)
+            made = await in_thread(function, *args, **taken)
         else:
             made = function(*args, **taken)
         if inspect.isawaitable(made):

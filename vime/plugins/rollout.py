@@ -138,12 +138,15 @@ GENERATE = Hook(
 
 
 def reward_problem(made: Any) -> str | None:
-    """What is wrong with a reward, which is a finite number or a dict of figures."""
+    """What is wrong with a reward, which is a finite number or a dict of figures.
+
+    A bool, a number of NumPy's and a tensor or array of one element are numbers.
+    """
     if isinstance(made, dict):
         return None if made else "returned an empty dict, which is no reward"
     try:
         is_reward = math.isfinite(float(made))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: torch's
         is_reward = False
     return None if is_reward else f"returned {described(made)}, which is no reward"
 

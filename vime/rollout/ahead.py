@@ -8,15 +8,17 @@ an uninterrupted run, and it would repeat finished work.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vime.config import Config
+from vime.config.fields import flag_of
 from vime.errors import CheckpointError
 from vime.files import written_whole
+from vime.plugins.batch import LOG
 from vime.rollout.plain import plain
 from vime.types import RolloutFnTrainOutput, Sample
 
@@ -61,8 +63,8 @@ def save_ahead(cfg: Config, rollout_id: int, latest: Ahead | None) -> None:
 def load_ahead(cfg: Config, rollout_id: int) -> Ahead | None:
     """The rollout saved with the checkpoint after `rollout_id`.
 
-    None if there is none, or if sampling flags have changed. Raises CheckpointError for a file
-    that cannot be read.
+    None if there is none, or if a flag that decides a rollout has changed. Raises CheckpointError
+    for a file that cannot be read.
     """
     root = cfg.checkpoint.load or cfg.checkpoint.save
     path = ahead_path(str(root), rollout_id)
@@ -75,19 +77,31 @@ def load_ahead(cfg: Config, rollout_id: int) -> Ahead | None:
         raise CheckpointError(
             f"{path} is damaged: {error}. Delete it, and the rollout is generated again."
         ) from error
-    if content["asked_for"] != _asked_for(cfg):
-        logger.warning("%s has other sampling flags, so the rollout is generated again", path)
+    then, now = content["asked_for"], _asked_for(cfg)
+    if changed := sorted(name for name in then.keys() | now if then.get(name) != now.get(name)):
+        logger.warning(
+            "%s has other sampling flags (%s), so the rollout is generated again",
+            path,
+            ", ".join(changed),
+        )
         return None
     output = RolloutFnTrainOutput(groups, content["metrics"])
     return Ahead(content["rollout_id"], output, content["data_state"])
 
 
-def _asked_for(cfg: Config) -> dict[str, Any]:
-    """The flags that decide a rollout, besides weights and prompts."""
-    rollout = cfg.rollout
-    return {
-        "--rollout-batch-size": cfg.batch.prompts,
-        "--n-samples-per-prompt": cfg.batch.samples_per_prompt,
-        "--rollout-temperature": rollout.temperature,
-        "--rollout-max-response-len": rollout.max_response_len,
+def _asked_for(cfg: Config) -> dict[str, str]:
+    """{flag: its value as text} of all that decides a rollout, besides weights and prompts.
+
+    Compares every field of the data, rollout and reward sections, except the functions that only
+    write a log.
+    """
+    asked = {
+        "--rollout-batch-size": repr(cfg.batch.prompts),
+        "--n-samples-per-prompt": repr(cfg.batch.samples_per_prompt),
     }
+    for section in (cfg.data, cfg.rollout, cfg.reward):
+        for f in fields(section):
+            spec = flag_of(f)
+            if spec is None or spec.hook is not LOG:
+                asked[spec.name if spec else f.name] = repr(getattr(section, f.name))
+    return asked

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
@@ -50,6 +52,9 @@ class GenerateClient:
             self.headers["Authorization"] = f"Bearer {api_key}"
         self.aborting = False
         self._slots = asyncio.Semaphore(concurrency)
+        self._num_in_flight = 0
+        self._none_in_flight = asyncio.Event()
+        self._none_in_flight.set()
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> GenerateClient:
@@ -74,12 +79,13 @@ class GenerateClient:
         async with self._slots:
             if self.aborting:
                 return Generation()
-            answer = await self.endpoint.post(
-                self._session,
-                wire.build_request(token_ids, sampling_params),
-                {SESSION_HEADER: session_id} if session_id else None,
-                stopped=lambda: self.aborting,
-            )
+            with self._in_flight():
+                answer = await self.endpoint.post(
+                    self._session,
+                    wire.build_request(token_ids, sampling_params),
+                    {SESSION_HEADER: session_id} if session_id else None,
+                    stopped=lambda: self.aborting,
+                )
         if answer is None:
             return Generation()
         try:
@@ -87,12 +93,23 @@ class GenerateClient:
         except WireError as error:
             raise RequestFailed(f"{self.endpoint.url}: {error}") from None
 
-    async def abort(self, drained: asyncio.Event, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
-        """Stops every request, sent or not.
+    @contextmanager
+    def _in_flight(self) -> Iterator[None]:
+        self._num_in_flight += 1
+        self._none_in_flight.clear()
+        try:
+            yield
+        finally:
+            self._num_in_flight -= 1
+            if self._num_in_flight == 0:
+                self._none_in_flight.set()
 
-        Repeats the abort at the engines until `drained` is set, because a request may still be on
-        its way through the router. Raises EngineError when an engine refuses, or when requests
-        still run after `timeout_s`.
+    async def abort(self, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
+        """Stops every request, sent or not. Returns when none is in flight.
+
+        Repeats the abort at the engines until then, because a request may still be on its way
+        through the router. Raises EngineError when an engine refuses, or when requests still run
+        after `timeout_s`.
         """
         self.aborting = True
         deadline = time.monotonic() + timeout_s
@@ -100,14 +117,15 @@ class GenerateClient:
         while True:
             await asyncio.gather(*map(self._abort_engine, self.engine_urls))
             try:
-                await asyncio.wait_for(drained.wait(), pause_s)
+                await asyncio.wait_for(self._none_in_flight.wait(), pause_s)
                 return
             except TimeoutError:
                 pause_s = min(2 * pause_s, 1.0)
             if time.monotonic() > deadline:
                 raise EngineError(
-                    f"requests were still running {timeout_s:g} s after the engines "
-                    f"{', '.join(self.engine_urls) or '(none known)'} were told to abort them."
+                    f"{self._num_in_flight} requests were still running {timeout_s:g} s after the "
+                    f"engines {', '.join(self.engine_urls) or '(none known)'} were told to abort "
+                    "them."
                 )
 
     async def _abort_engine(self, url: str) -> None:

@@ -11,7 +11,8 @@ import contextvars
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vime.config import Config
@@ -21,12 +22,15 @@ from vime.plugins.hook import Plugin
 from vime.plugins.rollout import GENERATE
 from vime.rollout import grading
 from vime.rollout.client import GenerateClient
+from vime.rollout.deadline import Overran, Stopped, ended_by
+from vime.rollout.failures import Failure, fail, failing
 from vime.rollout.posting import RequestFailed
 from vime.rollout.teacher import TeacherClient
 from vime.rollout.wire import UNKNOWN_VERSION
 from vime.types import Group, Sample, Status
 
 _SEED_STRIDE = 1_000_003  # the continuation of a sample gets another seed than its first part
+ABORT_GRACE_S = 30.0  # a generation function gets so long for its tools after an abort
 
 
 @dataclass(slots=True)
@@ -43,16 +47,29 @@ class Rollout:
     reward_s: float = 0.0  # time in which at least one group was being graded
     num_grading: int = 0
     grading_since: float = 0.0
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)  # set once an abort has drained
 
     @property
     def cfg(self) -> Config:
         return self.args.config
 
-    async def abort(self, drained: asyncio.Event) -> None:
-        """Makes every pending group return with the tokens that it has."""
+    async def abort(self) -> None:
+        """Makes every pending group return with the tokens that it has.
+
+        Waits for the requests in flight. Groups that are still being graded then go back without
+        rewards, and a later rollout grades them.
+        """
         if self.teacher is not None:
             self.teacher.stopped.set()
-        await self.client.abort(drained)
+        try:
+            await self.client.abort()
+        finally:
+            self.stopped.set()
+
+    @property
+    def numeric_rewards(self) -> bool:
+        """Whether a dict reward must have a number under --reward-key."""
+        return self.evaluation or self.cfg.reward.post_process_path is None
 
     @contextmanager
     def grading_timed(self) -> Iterator[None]:
@@ -105,20 +122,36 @@ async def finish_group(rollout: Rollout, group: Group) -> Group:
     _current.set(rollout)
     parts = await asyncio.gather(*(_finish_sample(rollout, sample) for sample in group))
     group = [sample for part in parts for sample in part]
-    if not rollout.client.aborting:
-        with rollout.grading_timed():
-            await grading.grade_group(rollout.args, group)
-            if rollout.teacher is not None:
-                await rollout.teacher.judge(group)
+    if not rollout.client.aborting and await _graded(rollout, group):
         group = [await _run_sample_hooks(rollout, sample) for sample in group]
+        grading.check_group(rollout.args, group, as_number=rollout.numeric_rewards)
     return group
+
+
+async def _graded(rollout: Rollout, group: Group) -> bool:
+    """Whether grader and teacher have judged the group; False where an abort came first."""
+    work = grading.grade_group(rollout.args, group, as_number=rollout.numeric_rewards)
+    with rollout.grading_timed():
+        try:
+            await ended_by(work, stopped=rollout.stopped)
+        except Stopped:
+            return False
+        if rollout.teacher is None:
+            return True
+        await rollout.teacher.judge(group)
+        return not rollout.teacher.stopped.is_set()
 
 
 async def _run_sample_hooks(rollout: Rollout, sample: Sample) -> Sample:
     """Calls every --rollout-sample-hook-path in the order given; each may replace the sample."""
+    limit_s = rollout.cfg.rollout.generate_timeout_s
     for hook in rollout.cfg.rollout.plugins("sample_hook_paths"):
-        answer = await hook.call(rollout.args, sample)
-        sample = sample if answer is None else answer
+        with failing([sample], Failure.HOOK, f"{hook.named_by} {hook.path}"):
+            try:
+                answer = await ended_by(hook.call(rollout.args, sample), seconds=limit_s)
+                sample = sample if answer is None else answer
+            except Overran:
+                fail(sample, Failure.HOOK, _late(hook, limit_s))
     return sample
 
 
@@ -132,16 +165,47 @@ async def _finish_sample(rollout: Rollout, sample: Sample) -> list[Sample]:
     own = cfg.rollout.plugin("custom_generate_path")
     if path := sample.generate_function_path:
         own = Plugin("Sample.generate_function_path", path, GENERATE)
-    params = sampling_params(rollout, sample)
+    if own is not None:
+        return await _generate_by(own, rollout, sample)
     try:
-        if own is None:
-            result = await generate(rollout.args, sample, params)
-        else:
-            result = await own.call(rollout.args, sample, params, evaluation=rollout.evaluation)
+        await generate(rollout.args, sample, sampling_params(rollout, sample))
     except RequestFailed as error:
-        sample.status, sample.failure = Status.FAILED, str(error)
-        return [sample]
-    return result if isinstance(result, list) else [result]
+        fail(sample, Failure.REQUEST, error)
+    return [sample]
+
+
+async def _generate_by(own: Plugin, rollout: Rollout, sample: Sample) -> list[Sample]:
+    """The samples that a generation function makes. It has a deadline, and less after an abort.
+
+    A function that an abort interrupts begins again in a later rollout, from the same sample.
+    """
+    limit_s, before = rollout.cfg.rollout.generate_timeout_s, _copy(sample)
+    params = sampling_params(rollout, sample)
+    work = own.call(rollout.args, sample, params, evaluation=rollout.evaluation)
+    with failing([sample], Failure.GENERATION, f"{own.named_by} {own.path}"):
+        try:
+            made = await ended_by(
+                work, seconds=limit_s, stopped=rollout.stopped, grace_s=ABORT_GRACE_S
+            )
+            return made if isinstance(made, list) else [made]
+        except RequestFailed as error:
+            fail(sample, Failure.REQUEST, error)
+        except Overran:
+            fail(before, Failure.GENERATION_TIMEOUT, _late(own, limit_s))
+            return [before]  # the function may still write to the other
+        except Stopped:
+            return [before]
+    return [sample]
+
+
+def _late(function: Plugin, limit_s: float) -> str:
+    return f"{function.path} took longer than {limit_s:g} s (--generate-timeout-secs)"
+
+
+def _copy(sample: Sample) -> Sample:
+    """A copy with lists and dicts of its own, whose entries are shared."""
+    values = {f.name: getattr(sample, f.name) for f in fields(sample)}
+    return Sample(**{n: copy(v) if isinstance(v, list | dict) else v for n, v in values.items()})
 
 
 def sampling_params(rollout: Rollout, sample: Sample) -> dict[str, Any]:

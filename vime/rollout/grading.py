@@ -17,9 +17,11 @@ from vime.config import Config
 from vime.config.evaluation import eval_datasets
 from vime.config.sections.prompts import DATA_SOURCE_PATH
 from vime.config.sections.rollout import VLLM_ROLLOUT
-from vime.errors import PluginError, ReturnError
+from vime.errors import ReturnError
 from vime.plugins.hook import Plugin
 from vime.plugins.rollout import REWARD, reward_problem
+from vime.rollout.deadline import Overran, ended_by
+from vime.rollout.failures import Failure, fail, failing
 from vime.rollout.rm_hub.answers import last_boxed
 from vime.rollout.rm_hub.grader import Grader, GradingFailed, GradingTimeout
 from vime.rollout.rm_hub.pool import shared_pool
@@ -30,19 +32,52 @@ logger = logging.getLogger(__name__)
 
 _END_MARKS = re.compile(r"(?:\s*(?:<\|[^|<>\s]{1,40}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
 
-TIMEOUT = "grading timeout"
-FAILED = "grading failed"
 
+async def grade_group(args: Any, group: Group, *, as_number: bool = True) -> None:
+    """Gives each finished sample of a group its reward, or fails it with the reason.
 
-async def grade_group(args: Any, group: Group) -> None:
-    """Gives each finished sample of a group its reward, or fails it with the reason."""
+    as_number  whether a dict must have a number under --reward-key. It need not where
+               --custom-reward-post-process-path reads it
+    """
     todo = [s for s in group if s.reward is None and s.status in FINISHED]
-    if not todo:
-        return
-    if args.config.reward.group_rm:
+    if todo and args.config.reward.group_rm:
         await _grade_together(args, todo, args.config.reward.plugin("custom_rm_path"))
-    else:
+    elif todo:
         await asyncio.gather(*(_grade_or_fail(args, sample) for sample in todo))
+    check_group(args, group, as_number=as_number)
+
+
+def check_group(args: Any, group: Group, *, as_number: bool = True) -> None:
+    """Makes each reward a finite float or a dict, and fails the samples where that is impossible.
+
+    Rewards also come from generation functions and sample hooks.
+    """
+    for sample in group:
+        if sample.reward is None or sample.status is Status.FAILED:
+            continue
+        if problem := _problem(args, sample.reward, as_number):
+            sample.reward = None
+            fail(sample, Failure.GRADING, f"the grader {problem}")
+        elif not isinstance(sample.reward, dict):
+            sample.reward = float(sample.reward)
+
+
+def _problem(args: Any, reward: Any, as_number: bool) -> str | None:
+    problem = reward_problem(reward)
+    if problem or not isinstance(reward, dict) or not as_number:
+        return problem
+    key = args.config.reward.reward_key
+    if key is None:
+        return f"returned a dict of {_names(reward)}. Add --reward-key with one of them"
+    if key not in reward:
+        return f"returned a dict of {_names(reward)}, without --reward-key {key}"
+    value = reward[key]
+    problem = "returned a dict" if isinstance(value, dict) else reward_problem(value)
+    return problem and f"{problem}, under --reward-key {key}"
+
+
+def _names(reward: dict) -> str:
+    return ", ".join(map(str, reward))[:200]
 
 
 async def grade(args: Any, sample: Sample, **kwargs: Any) -> float | dict[str, Any]:
@@ -59,8 +94,8 @@ async def grade(args: Any, sample: Sample, **kwargs: Any) -> float | dict[str, A
             raise GradingFailed(str(error)) from error
     rm_type = sample.metadata.get("rm_type") or args.config.reward.rm_type
     if not rm_type:
-        raise PluginError(
-            "nothing grades the samples: set --rm-type or --custom-rm-path, or give each prompt "
+        raise GradingFailed(
+            "nothing grades the sample: set --rm-type or --custom-rm-path, or give each prompt "
             'a metadata["rm_type"].'
         )
     return await _by_registry(args, sample, rm_type)
@@ -69,7 +104,7 @@ async def grade(args: Any, sample: Sample, **kwargs: Any) -> float | dict[str, A
 async def _by_registry(args: Any, sample: Sample, rm_type: str) -> float | dict[str, Any]:
     grader = grader_of(rm_type)
     if grader is None:
-        raise PluginError(f"the reward type {rm_type!r} {refusal(rm_type)}")
+        raise GradingFailed(f"the reward type {rm_type!r} {refusal(rm_type)}")
     name, response = rm_type.removeprefix(BOXED), without_end_mark(sample.response)
     if problem := refusal(rm_type):
         raise GradingFailed(f"{rm_type} {problem}")
@@ -95,44 +130,43 @@ def without_end_mark(response: str) -> str:
 
 
 async def _grade_or_fail(args: Any, sample: Sample) -> None:
-    try:
-        _set_reward(sample, await grade(args, sample), "the grader")
-    except GradingFailed as error:
-        _fail(sample, error)
+    with failing([sample], Failure.GRADING, "the grader"):
+        try:
+            sample.reward = await grade(args, sample)
+            if sample.reward is None:
+                raise GradingFailed("the grader returned None, which is no reward")
+        except GradingFailed as error:
+            _fail(sample, error)
 
 
 async def _grade_together(args: Any, samples: list[Sample], grader: Plugin) -> None:
-    try:
-        rewards = await _in_time(args, grader, samples)
-    except GradingFailed as error:
-        for sample in samples:
-            _fail(sample, error)
-        return
-    for sample, reward in zip(samples, rewards, strict=True):
-        _set_reward(sample, reward, f"{grader.named_by} {grader.path}")
+    with failing(samples, Failure.GRADING, f"{grader.named_by} {grader.path}"):
+        try:
+            rewards = await _in_time(args, grader, samples)
+        except GradingFailed as error:
+            for sample in samples:
+                _fail(sample, error)
+            return
+        for sample, reward in zip(samples, rewards, strict=True):
+            sample.reward = reward
+            if reward is None:
+                _fail(sample, GradingFailed("the grader returned None, which is no reward"))
 
 
 async def _in_time(args: Any, grader: Plugin, subject: Any) -> Any:
     """The answer of a user's grader. Raises GradingTimeout, and PluginError if it is no reward."""
     limit_s = args.config.engine.request_timeout_s
     try:
-        return await asyncio.wait_for(grader.call(args, subject), limit_s)
-    except TimeoutError:
+        return await ended_by(grader.call(args, subject), seconds=limit_s)
+    except Overran:
         raise GradingTimeout(
             f"the custom grader took longer than {limit_s:g} s (--router-request-timeout-secs)"
         ) from None
 
 
-def _set_reward(sample: Sample, reward: Any, who: str) -> None:
-    if problem := reward_problem(reward):
-        _fail(sample, GradingFailed(f"{who} {problem}"))
-    else:
-        sample.reward = reward if isinstance(reward, dict) else float(reward)
-
-
 def _fail(sample: Sample, error: GradingFailed) -> None:
-    kind = TIMEOUT if isinstance(error, GradingTimeout) else FAILED
-    sample.status, sample.failure = Status.FAILED, f"{kind}: {error}"
+    late = isinstance(error, GradingTimeout)
+    fail(sample, Failure.GRADING_TIMEOUT if late else Failure.GRADING, error)
 
 
 def warn_of_missing_marks(args: Any, samples: list[Sample]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vime.rollout.grading import TIMEOUT
+from vime.rollout.failures import Failure, kind_of
 from vime.rollout.sampling import Sampled
 from vime.rollout.wire import UNKNOWN_VERSION
 from vime.types import Group, Sample, Status
@@ -27,6 +27,9 @@ def of_rollout(args: Any, sampled: Sampled, seconds: float) -> dict[str, float]:
         "rollout/grading_timeouts": sum(map(timed_out, samples)),
         "rollout/repetition_frac": _ratio(map(repeats_itself, samples)),
     }
+    judged = [sample for group in sampled.kept + sampled.dropped for sample in group]
+    for kind, count in Counter(filter(None, map(kind_of, judged))).items():
+        values[kind.metric] = count
     for reason, count in sampled.drops.items():
         values[f"rollout/dynamic_filter/drop_{reason}"] = count
     aborted = [s for group in sampled.unfinished for s in group]
@@ -53,7 +56,7 @@ def of_rollout(args: Any, sampled: Sampled, seconds: float) -> dict[str, float]:
 
 def timed_out(sample: Sample) -> bool:
     """Whether a sample failed because its grader took too long."""
-    return sample.status is Status.FAILED and (sample.failure or "").startswith(TIMEOUT)
+    return kind_of(sample) is Failure.GRADING_TIMEOUT
 
 
 def repeats_itself(sample: Sample) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 
 RETRY_WINDOW_S = 60.0  # a server may be away for so long before its requests fail
+CONNECT_TIMEOUT_S = 10.0
 FIRST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 2.0
 HANDSHAKES, HANDSHAKES_S = 32, 0.01  # new connections per time; vllm-router queues 128
@@ -37,10 +38,13 @@ class Endpoint:
         """A session for any number of requests at once. The caller closes it."""
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(total=self.timeout_s, sock_connect=10),
+            timeout=self._timeout(self.timeout_s),
             headers=headers,
             trace_configs=[few_handshakes(HANDSHAKES, HANDSHAKES_S)],
         )
+
+    def _timeout(self, total_s: float) -> aiohttp.ClientTimeout:
+        return aiohttp.ClientTimeout(total=total_s, sock_connect=CONNECT_TIMEOUT_S)
 
     async def post(
         self,
@@ -50,37 +54,52 @@ class Endpoint:
         *,
         stopped: Callable[[], bool],
     ) -> bytes | None:
-        """The answer, or None when a try failed and `stopped()` is true. Raises RequestFailed."""
+        """The answer, or None when a try failed and `stopped()` is true. Raises RequestFailed.
+
+        The server is away while it takes no connection and during the pauses between tries. It is
+        there while it works on a request, also on one that it then fails.
+        """
         deadline = time.monotonic() + self.timeout_s
-        away_since: float | None = None
+        away_s = 0.0
         backoff_s = FIRST_BACKOFF_S
         while True:
+            begun = time.monotonic()
             try:
-                async with session.post(self.url, data=body, headers=headers) as response:
+                timeout = self._timeout(max(deadline - begun, 0.001))  # 0 would be no limit
+                async with session.post(
+                    self.url, data=body, headers=headers, timeout=timeout
+                ) as response:
                     answer = await response.read()
                 if response.status == 200:
                     return answer
                 reason = f"HTTP {response.status}: {answer[:300].decode(errors='replace')}"
                 if response.status < 500:
                     raise RequestFailed(f"{self.url} refused the request: {reason}")
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+                away_s += time.monotonic() - begun
+                reason = f"{type(error).__name__}: {error}"
             except TimeoutError:
-                raise RequestFailed(
-                    f"{self.url} did not answer within {self.timeout_s:g} s "
-                    "(--router-request-timeout-secs)"
-                ) from None
+                raise self._overran() from None
             except aiohttp.ClientError as error:
                 reason = f"{type(error).__name__}: {error}"
             if stopped():
                 return None
-            now = time.monotonic()
-            away_since = away_since or now
-            if min(deadline, away_since + self.retry_window_s) < now + backoff_s:
-                raise RequestFailed(
-                    f"{self.url} kept failing for {now - away_since:.0f} s; last: {reason}"
-                )
+            if away_s + backoff_s > self.retry_window_s:
+                raise RequestFailed(f"{self.url} kept failing for {away_s:.0f} s; last: {reason}")
+            if time.monotonic() + backoff_s > deadline:
+                raise self._overran(f"; last: {reason}")
             self.num_retries += 1
             await asyncio.sleep(backoff_s)
+            if stopped():
+                return None
+            away_s += backoff_s
             backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+
+    def _overran(self, last: str = "") -> RequestFailed:
+        return RequestFailed(
+            f"{self.url} did not answer within {self.timeout_s:g} s "
+            f"(--router-request-timeout-secs){last}"
+        )
 
 
 def few_handshakes(limit: int, each_s: float) -> aiohttp.TraceConfig:

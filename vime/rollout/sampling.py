@@ -44,13 +44,13 @@ async def sample_groups(
     take: Callable[[int], list[Group]],
     finish: Callable[[Group], Awaitable[Group]],
     judge: Callable[[Group], Awaitable[DynamicFilterOutput]],
-    abort: Callable[[asyncio.Event], Awaitable[None]],
+    abort: Callable[[], Awaitable[None]],
 ) -> Sampled:
     """Takes `batch` more groups whenever kept and pending ones together cannot reach `target`.
 
     Example: target 32 and batch 64 take another 64 groups at the 33rd drop. As soon as the target
-    is met the pending groups are aborted: `abort(drained)` must make every pending `finish` return,
-    and it may stop once `drained` is set. An exception of any part ends the loop after an abort.
+    is met the pending groups are aborted: `abort()` must make every pending `finish` return. An
+    exception of any part ends the loop after an abort.
     """
     result = Sampled()
     pending: dict[asyncio.Task, Group] = {}
@@ -94,8 +94,9 @@ def _give_up_if_hopeless(
     result: Sampled, target: int, batch: int, failed_in_a_row: int, group: Group
 ) -> None:
     if failed_in_a_row >= max(4, batch):
+        reason = next((s.failure for s in group if s.failure), "no sample has a reward")
         raise EngineError(
-            f"{failed_in_a_row} groups failed one after the other. The last one: {group[0].failure}"
+            f"{failed_in_a_row} groups failed one after the other. The last one: {reason}"
         )
     if result.drops.total() >= DROPS_PER_KEPT * (target + len(result.kept)):
         reasons = ", ".join(f"{reason} {count}" for reason, count in result.drops.most_common())
@@ -109,11 +110,10 @@ def _give_up_if_hopeless(
 async def _abort_and_collect(
     pending: dict[asyncio.Task, Group],
     finished: asyncio.Queue[asyncio.Task],
-    abort: Callable[[asyncio.Event], Awaitable[None]],
+    abort: Callable[[], Awaitable[None]],
     result: Sampled,
 ) -> None:
     """Aborts the pending groups and sorts all of them into surplus and unfinished."""
-    drained = asyncio.Event()
 
     async def collect() -> None:
         while pending:
@@ -122,12 +122,11 @@ async def _abort_and_collect(
             group = task.result()
             ended = all(s.status not in (Status.PENDING, Status.ABORTED) for s in group)
             (result.surplus if ended else result.unfinished).append(group)
-        drained.set()
 
     try:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(collect())
-            tasks.create_task(abort(drained))
+            tasks.create_task(abort())
     except BaseExceptionGroup as errors:
         await _end(pending, None)
         raise errors.exceptions[0] from None
@@ -136,14 +135,12 @@ async def _abort_and_collect(
 
 
 async def _end(
-    pending: dict[asyncio.Task, Group], abort: Callable[[asyncio.Event], Awaitable[None]] | None
+    pending: dict[asyncio.Task, Group], abort: Callable[[], Awaitable[None]] | None
 ) -> None:
     """Cancels the pending groups, and their requests at the engines that still answer."""
     for task in pending:
         task.cancel()
     await asyncio.gather(*pending, return_exceptions=True)
     if abort is not None and pending:
-        done = asyncio.Event()
-        done.set()
         with contextlib.suppress(EngineError):  # the caller reports the first error
-            await abort(done)
+            await abort()

@@ -14,8 +14,9 @@ import requests
 
 from vime.config import Config
 from vime.data import chat
+from vime.rollout.failures import Failure, fail
 from vime.rollout.posting import Endpoint, RequestFailed
-from vime.types import FINISHED, Group, Sample, Status
+from vime.types import FINISHED, Group, Sample
 
 CHECK_TIMEOUT_S = 10.0
 # Text that tokenizers of different models split differently.
@@ -75,7 +76,7 @@ class TeacherClient:
                 if answer is not None:
                     sample.teacher_log_probs = self._log_probs_in(answer, sample)
             except RequestFailed as error:
-                sample.status, sample.failure = Status.FAILED, f"teacher: {error}"
+                fail(sample, Failure.TEACHER, error)
 
     def _log_probs_in(self, answer: bytes, sample: Sample) -> list[float]:
         """[R], one for each response token. Raises RequestFailed."""

@@ -145,6 +145,12 @@ class RolloutConfig(Section):
         per_dataset=True,
         hook=GENERATE,
     )
+    generate_timeout_s: float = flag(
+        "--generate-timeout-secs",
+        "deadline of a --custom-generate-function-path, and of each sample hook, for one sample",
+        default=14400.0,
+        above=0,
+    )
     sample_hook_paths: list | None = flag(
         "--rollout-sample-hook-path",
         "sees each finished sample and may replace it; takes several paths, and may be repeated",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import base64
 import json
 import os
+import pickle
 import select
 import subprocess
 import sys
@@ -32,17 +34,26 @@ class GraderPool:
     def submit(
         self, grader: str, response: str, label: str | None, metadata: dict[str, Any]
     ) -> Future:
-        """The reward that the grader of that name gives. The future raises GradingFailed."""
-        task = {"grader": grader, "response": response, "label": label, "metadata": metadata}
-        return self._threads.submit(self._run, {**task, "deadline_s": self.timeout_s})
+        """The reward that the grader of that name gives. The future raises GradingFailed.
 
-    def _run(self, task: dict[str, Any]) -> float | dict[str, Any]:
+        Label and metadata arrive with their types: Parquet rows hold dates, Decimals and bytes.
+        Raises GradingFailed if a value cannot be sent to a process.
+        """
+        try:
+            task = base64.b64encode(pickle.dumps((grader, response, label, metadata)))
+        except Exception as error:  # pickle raises errors of many types
+            raise GradingFailed(
+                f"label or metadata cannot be sent to a grader process: {error}"
+            ) from None
+        return self._threads.submit(self._run, task)
+
+    def _run(self, task: bytes) -> float | dict[str, Any]:
         worker = self._idle.get()  # never empty: there are as many workers as threads
         try:
             if worker is None or not worker.is_alive:
                 worker = _Worker()
             answer = worker.ask(task, self.timeout_s)
-        except GradingFailed:
+        except Exception:
             if worker is not None:
                 worker.stop()
             worker = None
@@ -81,9 +92,9 @@ class _Worker:
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    def ask(self, task: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    def ask(self, task: bytes, timeout_s: float) -> dict[str, Any]:
         try:
-            self._process.stdin.write(json.dumps(task).encode() + b"\n")
+            self._process.stdin.write(b"%g %b\n" % (timeout_s, task))
             self._process.stdin.flush()
         except OSError as error:
             raise GradingFailed(f"the grader process is gone: {error}") from None

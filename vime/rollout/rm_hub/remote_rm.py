@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import TYPE_CHECKING, Any
 
 from vime.rollout.rm_hub.grader import Grader, GradingFailed, GradingTimeout
@@ -14,7 +15,10 @@ NUM_TRIES = 10
 
 
 async def grade(args: Any, sample: Sample) -> float | dict[str, Any]:
-    """Tries 10 times while errors can pass, and only once on a 4xx. Raises GradingFailed."""
+    """Tries 10 times while errors can pass. A 4xx or a body without JSON is final.
+
+    Raises GradingFailed.
+    """
     import aiohttp  # the command line reads the registry and needs no HTTP
 
     reward = args.config.reward
@@ -26,7 +30,7 @@ async def grade(args: Any, sample: Sample) -> float | dict[str, Any]:
             try:
                 async with session.post(reward.rm_url, json=payload) as response:
                     if response.status == 200:
-                        return await response.json(content_type=None)
+                        return _reward_in(await response.read(), reward.rm_url)
                     last = f"HTTP {response.status}: {(await response.text())[:200]}"
                     if response.status < 500:
                         break
@@ -39,6 +43,14 @@ async def grade(args: Any, sample: Sample) -> float | dict[str, Any]:
                 last = f"{type(error).__name__}: {error}"
             await asyncio.sleep(min(0.1 * 2**i, 5.0))
     raise GradingFailed(f"--rm-url {reward.rm_url} gave no reward: {last}")
+
+
+def _reward_in(body: bytes, url: str) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:  # a gateway's page, for example
+        shown = body[:200].decode(errors="replace")
+        raise GradingFailed(f"--rm-url {url} answered without JSON: {shown!r}") from None
 
 
 GRADER = Grader(

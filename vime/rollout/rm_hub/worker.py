@@ -1,4 +1,6 @@
-"""A worker process: `python -m vime.rollout.rm_hub.worker` answers each line of JSON with a line.
+"""A worker process: `python -m vime.rollout.rm_hub.worker` answers each line with a line of JSON.
+
+A line of the parent is `DEADLINE_S TASK`, the task pickled, in base64.
 
 It ends shortly after the deadline of a task, so that it does not outlive a killed parent. Its
 memory is limited, so that `9**9**9` costs one worker and not the machine.
@@ -6,11 +8,13 @@ memory is limited, so that `9**9**9` costs one worker and not the machine.
 
 from __future__ import annotations
 
+import base64
 import importlib
 import importlib.util
 import json
 import logging
 import os
+import pickle
 import resource
 import signal
 import sys
@@ -33,20 +37,21 @@ def main() -> None:
     sys.set_int_max_str_digits(0)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        task = json.loads(line)
+        deadline_s, task = line.split()
         # The kernel's default action ends even a computation that never returns to Python.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, task["deadline_s"] + 2)
-        print(json.dumps(run(task)), file=answers, flush=True)
+        signal.setitimer(signal.ITIMER_REAL, float(deadline_s) + 2)
+        print(run(task), file=answers, flush=True)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def run(task: dict) -> dict:
+def run(task: str) -> str:
+    """{"reward": ..} or {"failure": ..}, as JSON."""
     try:
-        grader = GRADERS[task["grader"]]
-        return {"reward": grader.grade(task["response"], task["label"], task["metadata"])}
+        grader, *subject = pickle.loads(base64.b64decode(task))
+        return json.dumps({"reward": GRADERS[grader].grade(*subject)})
     except Exception as error:
-        return {"failure": f"{type(error).__name__}: {error}"[:300]}
+        return json.dumps({"failure": f"{type(error).__name__}: {error}"[:300]})
 
 
 if __name__ == "__main__":

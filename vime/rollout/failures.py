@@ -1,0 +1,68 @@
+"""Why samples fail. One odd input fails its sample; the run ends when every sample fails.
+
+A failed sample has a status, a kind and a reason. It has no part in training and is counted by its
+kind. A PluginError ends the run at once: every call of the hook would repeat it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+
+from vime.errors import EngineError, PluginError
+from vime.types import Sample, Status
+
+logger = logging.getLogger(__name__)
+
+
+class Failure(StrEnum):
+    """The kind of a failure, which stands before its reason in `Sample.failure`."""
+
+    REQUEST = "request failed"
+    GENERATION = "generation failed"
+    GENERATION_TIMEOUT = "generation timeout"
+    GRADING = "grading failed"
+    GRADING_TIMEOUT = "grading timeout"
+    TEACHER = "teacher"
+    HOOK = "sample hook failed"
+    OTHER = "other"  # a function of the user's own set the status
+
+    @property
+    def metric(self) -> str:
+        return f"rollout/failed/{self.replace(' ', '_')}"
+
+
+def fail(sample: Sample, kind: Failure, reason: object) -> None:
+    sample.status, sample.failure = Status.FAILED, f"{kind}: {reason}"
+
+
+def kind_of(sample: Sample) -> Failure | None:
+    """The kind of a failed sample's failure; None for any other sample."""
+    if sample.status is not Status.FAILED:
+        return None
+    kind = (sample.failure or "").partition(":")[0]
+    return Failure(kind) if kind in set(Failure) else Failure.OTHER
+
+
+@contextmanager
+def failing(samples: Sequence[Sample], kind: Failure, who: str) -> Iterator[None]:
+    """An error of the user's code in this block fails the samples, and the block ends.
+
+    The log shows the first traceback of each kind of error. PluginError and EngineError pass.
+    """
+    try:
+        yield
+    except (PluginError, EngineError):
+        raise
+    except Exception as error:
+        reason = f"{who} raised {type(error).__name__}: {error}"[:500]
+        if (told := (who, type(error))) not in _told:
+            _told.add(told)
+            logger.warning("%s, so its sample fails", reason, exc_info=error)
+        for sample in samples:
+            fail(sample, kind, reason)
+
+
+_told: set[tuple[str, type[Exception]]] = set()

@@ -16,8 +16,11 @@ from vime.algorithms.advantages import (
     leave_one_out_baseline,
     mean_scaled_baseline,
     same_for_every_token,
+    step_rewards,
+    steps_of,
     whiten,
 )
+from vime.algorithms.critic import generalized_advantages
 from vime.algorithms.kl import KL_TYPES, kl_estimate
 from vime.algorithms.objective import PolicyObjective, sft_loss
 from vime.algorithms.policy import clipped_policy_loss
@@ -130,6 +133,27 @@ def test_returns_to_go_discount_the_score_and_the_later_penalties():
     close(discounted_returns(10.0, penalty, 0.5), [-0.25, 1.5, 7.0])
 
 
+def test_discounting_skips_the_tokens_of_a_tool_with_and_without_a_critic():
+    """The policy wrote the tokens 0, 3 and 4, a tool wrote 1 and 2. Score 8, gamma 0.5."""
+    steps = steps_of(torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0]))
+    assert steps.tolist() == [0, 3, 4]
+    penalty = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])[steps]
+    # 8; 0.5 x 8 = 4; 0.5 x 4 - 1 = 1
+    expected = [1.0, 4.0, 8.0]
+    close(discounted_returns(8.0, penalty, 0.5), expected)
+    _, returns = generalized_advantages(
+        step_rewards(8.0, penalty), torch.tensor([0.3, 0.2, 0.1]), gamma=0.5, lambd=1.0
+    )
+    close(returns.float(), expected)
+
+
+def test_a_response_without_a_step_has_no_advantage():
+    none = steps_of(torch.zeros(4))
+    assert discounted_returns(8.0, torch.zeros(4)[none], 0.5).tolist() == []
+    adv, returns = generalized_advantages(torch.zeros(0), torch.zeros(0), gamma=0.5, lambd=0.5)
+    assert (adv.tolist(), returns.tolist()) == ([], [])
+
+
 def test_whitening_ignores_masked_tokens_and_sums_over_ranks():
     values, mask = torch.tensor([1.0, 3.0, 99.0]), torch.tensor([1.0, 1.0, 0.0])
     close(whiten(values, mask, lambda x: x), [-0.707107, 0.707107, 0.0], tol=1e-5)
@@ -164,8 +188,9 @@ def test_the_objective_adds_kl_and_subtracts_entropy():
 
 def test_an_infinite_term_with_coefficient_zero_is_reported_and_leaves_the_gradient_finite():
     logp = torch.zeros(1, requires_grad=True)
-    out = PolicyObjective(kl_type="k3")(
-        logp, old_logp_T=torch.zeros(1), adv_T=torch.ones(1), ref_logp_T=torch.tensor([1e4])
+    infinite = torch.tensor([-math.inf])
+    out = PolicyObjective(kl_type="k1")(
+        logp, old_logp_T=torch.zeros(1), adv_T=torch.ones(1), ref_logp_T=infinite
     )
     assert out.stats["kl_loss"].isinf().all()
     out.value_T.sum().backward()
@@ -177,15 +202,15 @@ def test_sft_loss_is_the_negative_log_likelihood():
 
 
 TRAITS = {
-    "grpo": {"group_baseline"},
-    "gspo": {"group_baseline", "sequence_ratio"},
+    "grpo": {"group_baseline", "dual_clip"},
+    "gspo": {"group_baseline", "dual_clip", "sequence_ratio"},
     "cispo": {"group_baseline"},
-    "dr_grpo": {"group_baseline", "constant_weight"},
-    "rloo": {"group_baseline"},
-    "maxrl": {"group_baseline", "nonnegative_rewards"},
-    "reinforce_plus_plus": {"whiten"},
-    "reinforce_plus_plus_baseline": {"group_baseline", "whiten"},
-    "ppo": {"critic"},
+    "dr_grpo": {"group_baseline", "dual_clip", "constant_weight"},
+    "rloo": {"group_baseline", "dual_clip"},
+    "maxrl": {"group_baseline", "dual_clip", "nonnegative_rewards"},
+    "reinforce_plus_plus": {"uses_gamma", "whiten", "dual_clip"},
+    "reinforce_plus_plus_baseline": {"group_baseline", "whiten", "dual_clip"},
+    "ppo": {"critic", "uses_gamma", "dual_clip"},
 }
 
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 Baseline: TypeAlias = "Callable[[Tensor], Tensor]"  # rewards_G [G] -> scores [G]
 Spread: TypeAlias = "Callable[[float, Tensor, float], Tensor]"  # score, penalty_T, gamma -> adv_T
 
+# T counts the steps of the policy: the tokens with loss of one response. Tokens that a tool wrote
+# are not steps, so they get no advantage, and discounting skips them.
+
 STD_EPS = 1e-6
 
 
@@ -72,15 +75,31 @@ def discounted_returns(score: float, penalty_T: Tensor, gamma: float) -> Tensor:
 
     return_t = gamma**(T-1-t) * score - sum over s >= t of gamma**(s-t) * penalty_s
     """
-    step_T = -penalty_T.clone()
-    step_T[-1] += score
-    if gamma == 1.0:
-        return step_T.flip(0).cumsum(0).flip(0)
-    returns, running = [], 0.0
-    for value in reversed(step_T.tolist()):
-        running = value + gamma * running
-        returns.append(running)
-    return step_T.new_tensor(returns[::-1])
+    return discounted_sums(step_rewards(score, penalty_T), gamma)
+
+
+def steps_of(mask_R: Tensor) -> Tensor:
+    """[T] positions of the policy's steps in a response of R tokens: the tokens with loss."""
+    return mask_R.nonzero()[:, 0]
+
+
+def step_rewards(score: float, penalty_T: Tensor) -> Tensor:
+    """The reward of each step [T]: minus its penalty, and for the last step the score as well."""
+    reward_T = -penalty_T
+    if len(reward_T):
+        reward_T[-1] += score
+    return reward_T
+
+
+def discounted_sums(values_T: Tensor, rate: float) -> Tensor:
+    """sum_t = value_t + rate * sum_{t+1} [T], from the last step to the first."""
+    if rate == 1.0:
+        return values_T.flip(0).cumsum(0).flip(0)
+    sums, running = [], 0.0
+    for value in reversed(values_T.tolist()):
+        running = value + rate * running
+        sums.append(running)
+    return values_T.new_tensor(sums[::-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +109,14 @@ class Estimator:
     baseline             scores the rewards of one group; None: a sample's score is its reward
     without_std          the baseline under --disable-grpo-std-normalization; None: `baseline`
     nonnegative_rewards  the baseline is meaningless for rewards below 0
-    spread               gives the tokens of a sample their advantages
-    critic               a value model judges each token (`critic.generalized_advantages`), and
+    spread               gives the steps of a sample their advantages
+    discounts            `spread` uses --gamma
+    critic               a value model judges each step (`critic.generalized_advantages`), and
                          `spread` is not used
     whiten               advantages are whitened over the step, even without
                          --normalize-advantages
     policy_loss          the loss of one token
+    dual_clip            `policy_loss` uses --eps-clip-c
     sequence_ratio       every token has the ratio of its sequence (`policy.sequence_ratio`)
     constant_weight      every token weighs the same: losses are divided by the longest response
                          allowed, not by the response's own length
@@ -106,9 +127,11 @@ class Estimator:
     without_std: Baseline | None = None
     nonnegative_rewards: bool = False
     spread: Spread = same_for_every_token
+    discounts: bool = False
     critic: bool = False
     whiten: bool = False
     policy_loss: PolicyLoss = clipped_policy_loss
+    dual_clip: bool = True
     sequence_ratio: bool = False
     constant_weight: bool = False
     papers: tuple[str, ...] = ()
@@ -118,18 +141,26 @@ class Estimator:
         """Whether a sample's score depends on the other samples of its group."""
         return self.baseline is not None
 
+    @property
+    def uses_gamma(self) -> bool:
+        return self.critic or self.discounts
+
 
 ESTIMATORS: dict[str, Estimator] = {
     "grpo": Estimator(grpo_baseline, centred_baseline, papers=("2402.03300",)),
     "gspo": Estimator(grpo_baseline, centred_baseline, sequence_ratio=True, papers=("2507.18071",)),
     "cispo": Estimator(
-        grpo_baseline, centred_baseline, policy_loss=cispo_loss, papers=("2506.13585",)
+        grpo_baseline,
+        centred_baseline,
+        policy_loss=cispo_loss,
+        dual_clip=False,
+        papers=("2506.13585",),
     ),
     "dr_grpo": Estimator(centred_baseline, constant_weight=True, papers=("2503.20783",)),
     "rloo": Estimator(leave_one_out_baseline, papers=("2402.14740",)),
     "maxrl": Estimator(mean_scaled_baseline, nonnegative_rewards=True, papers=("2602.02710",)),
     "reinforce_plus_plus": Estimator(
-        spread=discounted_returns, whiten=True, papers=("2501.03262",)
+        spread=discounted_returns, discounts=True, whiten=True, papers=("2501.03262",)
     ),
     "reinforce_plus_plus_baseline": Estimator(
         centred_baseline, whiten=True, papers=("2501.03262",)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vime.algorithms.advantages import discounted_sums
 from vime.algorithms.policy import TokenLoss
 
 
 def generalized_advantages(
     rewards_T: Tensor, values_T: Tensor, *, gamma: float, lambd: float
 ) -> tuple[Tensor, Tensor]:
-    """GAE (arXiv:1506.02438) over one response: (advantages [T], returns [T]), in float64.
+    """GAE (arXiv:1506.02438) over a response's steps: (advantages [T], returns [T]), in float64.
 
     rewards_T  [T] the reward for choosing each token
     values_T   [T] the critic's value of the state before each token; after the last token it is 0
@@ -19,15 +20,11 @@ def generalized_advantages(
     delta_t = r_t + gamma * V_{t+1} - V_t, and A_t = delta_t + gamma * lambd * A_{t+1}. The critic
     learns the return A_t + V_t. With lambd 1 this return is the discounted reward-to-go.
     """
-    advantages, running, following = [], 0.0, 0.0
-    for reward, value in zip(
-        reversed(rewards_T.tolist()), reversed(values_T.tolist()), strict=True
-    ):
-        running = reward + gamma * following - value + gamma * lambd * running
-        following = value
-        advantages.append(running)
-    adv_T = torch.tensor(advantages[::-1], dtype=torch.float64)
-    return adv_T, adv_T + values_T.double()
+    values_T = values_T.double()
+    following_T = torch.cat([values_T[1:], values_T.new_zeros(1)])[: len(values_T)]
+    delta_T = rewards_T.double() + gamma * following_T - values_T
+    adv_T = discounted_sums(delta_T, gamma * lambd)
+    return adv_T, adv_T + values_T
 
 
 def clipped_value_loss(

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from vime.algorithms.ratios import LARGEST_LOG_RATIO, ratio_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -27,8 +29,9 @@ def k2(diff_T: Tensor) -> Tensor:
 
 
 def k3(diff_T: Tensor) -> Tensor:
-    """exp(-d) - 1 + d: unbiased and never negative."""
-    return (-diff_T).exp() - 1 + diff_T
+    """exp(-d) - 1 + d: unbiased and never negative. Below d = -20 it stays at its value there."""
+    diff_T = diff_T.clamp(min=-LARGEST_LOG_RATIO)
+    return ratio_of(-diff_T) - 1 + diff_T
 
 
 def low_var_kl(diff_T: Tensor) -> Tensor:
@@ -60,4 +63,4 @@ def unbiased_kl(logp_T: Tensor, old_logp_T: Tensor, ref_logp_T: Tensor, kind: st
     The old policy sampled the tokens. The ratio makes it an estimate for the policy being trained.
     With k3, the gradient is also right for that policy (DeepSeek-V3.2, arXiv:2512.02556).
     """
-    return (logp_T - old_logp_T).exp() * kl_estimate(logp_T, ref_logp_T, kind)
+    return ratio_of(logp_T - old_logp_T) * kl_estimate(logp_T, ref_logp_T, kind)

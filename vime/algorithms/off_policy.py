@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vime.algorithms.policy import SequenceSum, sequence_mean
+from vime.algorithms.ratios import ratio_of
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_LARGEST_LOG = 20.0  # exp stays finite, and so does its product with any sensible loss
 
 
 def token_level(log_ratio_T: Tensor, sequence_sum: SequenceSum) -> Tensor:
@@ -75,7 +74,7 @@ class Mismatch:
         """The weights [T] without grad, and figures per token."""
         log_ratio_T = (old_logp_T - rollout_logp_T).detach()
         log_weight_T = LEVELS[self.level](log_ratio_T, sequence_sum)
-        raw_T = log_weight_T.clamp(-_LARGEST_LOG, _LARGEST_LOG).exp()
+        raw_T = ratio_of(log_weight_T)
         held_T = raw_T.clamp(self.low, self.high)
         weight_T = MODES[self.mode](raw_T, held_T)
         stats = {"tis": raw_T, "tis_clipfrac": (held_T != raw_T).to(raw_T.dtype)}
@@ -111,5 +110,5 @@ def divergences(log_ratio_T: Tensor) -> dict[str, Tensor]:
     kl and k3_kl estimate KL(engine || trainer). chi2 estimates the chi-squared divergence,
     E[ratio**2] - 1.
     """
-    ratio_T = log_ratio_T.clamp(max=_LARGEST_LOG).exp()
+    ratio_T = ratio_of(log_ratio_T)
     return {"kl": -log_ratio_T, "k3_kl": ratio_T - 1 - log_ratio_T, "chi2": ratio_T.square() - 1}

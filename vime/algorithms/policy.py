@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
+from vime.algorithms.ratios import ratio_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -43,7 +45,7 @@ def clipped_policy_loss(
     dual_clip   a value above 1: on negative advantages, the loss is at most dual_clip * |advantage|
                 (arXiv:1912.09729). None: no such limit
     """
-    ratio_T = (logp_T - old_logp_T).exp()
+    ratio_T = ratio_of(logp_T - old_logp_T)
     free_T = -ratio_T * adv_T
     held_T = -ratio_T.clamp(1 - clip_low, 1 + clip_high) * adv_T
     loss_T = free_T.maximum(held_T)
@@ -77,7 +79,7 @@ def cispo_loss(
     Every token keeps its gradient. A clip_low of 1 removes the lower bound, as in the paper. The
     shapes are as in `clipped_policy_loss`; `dual_clip` is ignored.
     """
-    ratio_T = (logp_T.detach() - old_logp_T).exp()
+    ratio_T = ratio_of(logp_T.detach() - old_logp_T)
     held_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
     stats = {
         "pg_clipfrac": (held_T != ratio_T).to(logp_T.dtype),

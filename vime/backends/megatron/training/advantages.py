@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
-from vime.algorithms.advantages import whiten
+from vime.algorithms.advantages import step_rewards, steps_of, whiten
 from vime.algorithms.critic import generalized_advantages
 from vime.algorithms.kl import kl_estimate
 from vime.backends.megatron.training.rollout_columns import RolloutColumns
@@ -37,37 +39,37 @@ def set_advantages(columns: RolloutColumns, cfg: AlgorithmConfig, args: ArgsView
 
 
 def _spread(columns: RolloutColumns, cfg: AlgorithmConfig) -> Tensor:
-    """Each sequence's score, spread over its response as the estimator does."""
+    """Each sequence's score, spread over its steps as the estimator does."""
     penalty_N = _penalty(columns, cfg).cpu()  # one transfer instead of one for each sequence
     adv_N = torch.zeros_like(penalty_N)
-    for position, rows in columns.table.responses.items():
-        score = columns.batch.sequences[position].reward
+    for score, rows in _scores_and_steps(columns):
         adv_N[rows] = cfg.estimator.spread(score, penalty_N[rows], cfg.gamma)
     return adv_N.to(columns.adv_N.device)
 
 
 def _generalized(columns: RolloutColumns, cfg: AlgorithmConfig) -> Tensor:
-    """GAE over the loss tokens of each sequence; also fills the returns.
-
-    Tokens that the policy did not choose, such as a tool's answer, are not steps: they are part of
-    the transition to the next state. The last loss token earns the score.
-    """
+    """GAE over the steps of each sequence; also fills the returns."""
     assert columns.value_N is not None
-    device, table = columns.adv_N.device, columns.table
+    device = columns.adv_N.device
     columns.value_N = columns.whole(columns.value_N)
-    value_N, mask_N = columns.value_N.cpu(), table.mask_N.cpu() > 0
-    reward_N = -_penalty(columns, cfg).double().cpu()
+    value_N, penalty_N = columns.value_N.cpu(), _penalty(columns, cfg).double().cpu()
     adv_N, return_N = torch.zeros_like(value_N), torch.zeros_like(value_N)
-    for position, response in table.responses.items():
-        rows = torch.arange(response.start, response.stop)[mask_N[response]]
-        if len(rows):
-            reward_N[rows[-1]] += columns.batch.sequences[position].reward
-            adv_T, return_T = generalized_advantages(
-                reward_N[rows], value_N[rows], gamma=cfg.gamma, lambd=cfg.lambd
-            )
-            adv_N[rows], return_N[rows] = adv_T.float(), return_T.float()
+    for score, rows in _scores_and_steps(columns):
+        adv_T, return_T = generalized_advantages(
+            step_rewards(score, penalty_N[rows]), value_N[rows], gamma=cfg.gamma, lambd=cfg.lambd
+        )
+        adv_N[rows], return_N[rows] = adv_T.float(), return_T.float()
     columns.return_N = return_N.to(device)
     return adv_N.to(device)
+
+
+def _scores_and_steps(columns: RolloutColumns) -> Iterator[tuple[float, Tensor]]:
+    """(score, rows of its steps) of each sequence that has a step."""
+    mask_N = columns.table.mask_N.cpu()
+    for position, response in columns.table.responses.items():
+        rows = response.start + steps_of(mask_N[response])
+        if len(rows):
+            yield columns.batch.sequences[position].reward, rows
 
 
 def _users_advantages(columns: RolloutColumns, users: Plugin, args: ArgsView) -> Tensor:

@@ -26,6 +26,7 @@ from vime.config import (
     RolloutConfig,
 )
 from vime.data.batching import build_train_batch
+from vime.data.columns import as_train_batch
 from vime.data.packing import ATTENTION_EQUALS_REST, PackingRules
 from vime.data.train_batch import token_weights
 from vime.errors import PluginError
@@ -281,6 +282,53 @@ def test_a_reward_that_is_not_finite_is_refused_with_the_samples_index(reward):
     groups = two_groups(s2={"reward": reward, "index": 77})
     with pytest.raises(PluginError, match="sample 77 has the reward .*finite"):
         build_train_batch(groups, make_config(), 0)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("scores", "problem"),
+    [
+        ([1.0, NAN, 0.0, 0.0], "sample 1 has the score nan"),
+        ([1.0, 0.0, INF, 0.0], "sample 2 has the score inf"),
+        ([1.0, 0.0, 0.0, 1e39], r"sample 3 has the score 1e\+39.*in float32"),
+    ],
+)
+def test_a_score_that_no_float32_holds_is_refused_with_its_sample(scores, problem):
+    with pytest.raises(ValueError, match=problem):
+        build_train_batch(
+            two_groups(), make_config(), 0, post_process=lambda samples: ([0.0] * 4, scores)
+        )
+
+
+def test_rewards_whose_mean_overflows_are_refused_where_the_score_is_not_finite():
+    groups = two_groups(s0={"reward": 3e38}, s1={"reward": 2e38})
+    with pytest.raises(ValueError, match="sample 0 has the score"):
+        build_train_batch(groups, make_config(), 0)
+
+
+@pytest.mark.parametrize("entry", [NAN, INF, -1.0])
+def test_a_loss_mask_that_cannot_weigh_is_refused_with_its_sample(entry):
+    with pytest.raises(ValueError, match=f"sample 1 has a loss_mask with {entry}"):
+        build_train_batch(two_groups(s1={"loss_mask": [1, 1, entry, 1]}), make_config(), 0)
+
+
+@pytest.mark.parametrize("change", [{"reward": NAN}, {"raw_reward": -INF}])
+def test_a_users_batch_with_a_number_that_is_not_finite_is_refused(change):
+    made = build_train_batch(two_groups(), make_config(), 0)
+    first, *rest = made.sequences
+    spoilt = dataclasses.replace(made, sequences=(dataclasses.replace(first, **change), *rest))
+    with pytest.raises(ValueError, match="sample 0 has the"):
+        as_train_batch(spoilt, make_config(), 0)
+    assert as_train_batch(made, make_config(), 0) is made
+
+
+def test_supervised_batches_have_no_scores():
+    cfg = make_config(algorithm={"loss_type": "sft_loss"})
+    made = build_train_batch(two_groups(), cfg, 0)
+    assert np.isnan([s.reward for s in made.sequences]).all()
+    assert as_train_batch(made, cfg, 0) is made
 
 
 def test_a_group_of_one_has_a_sequence_but_no_advantage():

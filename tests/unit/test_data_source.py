@@ -117,7 +117,7 @@ def test_pop_first_works_as_in_the_document():
 
 
 def test_a_group_that_is_too_stale_starts_over_with_its_prompt(hf, tmp_path):
-    source = make_source(hf, tmp_path, rollout={"max_staleness": 2})
+    source = make_source(hf, tmp_path, rollout={"partial": True, "max_staleness": 2})
     (group,) = source.get_samples(1)
     prompt = list(group[0].tokens)
     group[0].tokens, group[0].response_length = [*prompt, 5], 1

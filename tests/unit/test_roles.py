@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from tests.unit.command_lines import refused, words
@@ -35,6 +38,15 @@ def test_the_critic_has_its_own_values_and_otherwise_the_actors(tmp_path, capsys
     assert "[critic]\n    --lr 1e-05\n    --lr-warmup-iters 7\n    --adam-beta2 0.99\n" in (
         capsys.readouterr().out
     )
+
+
+def test_a_wrong_value_of_the_critic_is_refused_when_python_drops_asserts(tmp_path):
+    text = "megatron:\n" + entry("critic", min_lr=1)
+    argv = words(tmp_path, PPO | written(tmp_path, text))
+    code = f"from vime.cli import parse_config; parse_config({argv!r})"
+    ran = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert "of the critic, --min-lr 1.0 is above" in ran.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from vime.algorithms.advantages import estimators_where
 from vime.config import Config
 from vime.config.sections.rollout import VLLM_ROLLOUT
@@ -46,6 +48,7 @@ def notices(cfg: Config) -> list[str]:
             f"--rm-type {cfg.reward.rm_type} is ignored: --custom-rm-path "
             f"{cfg.reward.custom_rm_path} grades instead."
         )
+    found += _of_the_algorithm(cfg)
     if _compares_single_answers(cfg):
         found.append(
             f"--advantage-estimator {cfg.algorithm.advantage_estimator} compares the answers to "
@@ -58,6 +61,32 @@ def notices(cfg: Config) -> list[str]:
             'its metadata, as {"rm_type": ...}.'
         )
     return found
+
+
+def _of_the_algorithm(cfg: Config) -> Iterator[str]:
+    """Flags of the algorithm that change nothing beside the other flags."""
+    a = cfg.algorithm
+    if not a.wants_reward:
+        if ignored := a.flags_that_sft_ignores:
+            yield f"--loss-type {a.loss_type} makes no use of {', '.join(ignored)}."
+        return
+    estimator, name = a.estimator, f"--advantage-estimator {a.advantage_estimator}"
+    if a.kl_loss_type != "k1" and not a.use_kl_loss:
+        yield f"--kl-loss-type {a.kl_loss_type} has no effect without --use-kl-loss."
+    if not a.normalize_rewards and not estimator.group_baseline:
+        yield f"--disable-rewards-normalization changes nothing under {name}: it has no baseline."
+    if not a.grpo_std and (estimator.without_std is None or not a.normalize_rewards):
+        why = f"under {name}: it divides by no std"
+        if estimator.without_std is not None:
+            why = "beside --disable-rewards-normalization"
+        yield f"--disable-grpo-std-normalization changes nothing {why}."
+    if a.normalize_advantages and estimator.whiten and a.custom_advantage_path is None:
+        yield f"--normalize-advantages changes nothing under {name}: it whitens anyway."
+    if a.overlong_buffer_len is not None and cfg.reward.post_process_path:
+        yield (
+            f"--overlong-buffer-len {a.overlong_buffer_len} has no effect: "
+            f"--custom-reward-post-process-path {cfg.reward.post_process_path} makes the scores."
+        )
 
 
 def _compares_single_answers(cfg: Config) -> bool:

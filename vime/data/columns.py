@@ -23,7 +23,7 @@ from typing import Any
 from vime.config import Config
 from vime.data.sample_metrics import of_rewards
 from vime.data.sequences import train_sequence
-from vime.data.train_batch import Weigh, plan_batch, steps_of
+from vime.data.train_batch import Weigh, check_numbers, plan_batch, steps_of
 from vime.types import TrainBatch, TrainSequence
 
 
@@ -34,8 +34,12 @@ def as_train_batch(
     *,
     weigh: Weigh | None = None,
 ) -> TrainBatch:
-    """Gives a TrainBatch back as it is, and makes one of columns."""
+    """Gives a TrainBatch back as it is, and makes one of columns.
+
+    Raises ValueError for a number that the trainer cannot use.
+    """
     if isinstance(made, TrainBatch):
+        check_numbers(made.sequences, cfg)
         return made
     columns = {name: values for name, values in made.items() if values is not None}
     num = len(columns["tokens"])

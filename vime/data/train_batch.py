@@ -12,6 +12,8 @@ from vime.config import Config
 from vime.data.packing import PackingRules, plan_step, repack
 from vime.types import StepPlan, TrainBatch, TrainSequence
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 # (the loss masks [R] of a step's sequences, per_token) -> the weights [R] of their tokens.
 Weigh = Callable[[list[np.ndarray], bool], Sequence[np.ndarray]]
 
@@ -32,12 +34,15 @@ def plan_batch(
     *,
     weigh: Weigh | None = None,
 ) -> TrainBatch:
-    """Weighs and packs the sequences of each step. Raises ValueError if there is none."""
+    """Weighs and packs the sequences of each step.
+
+    Raises ValueError if there is none, or as `check_numbers` does.
+    """
     sequences: list[TrainSequence] = []
     plans: list[StepPlan] = []
     rules = PackingRules.of(cfg)
     constant = cfg.rollout.max_response_len if cfg.algorithm.estimator.constant_weight else None
-    _check_logps(steps, cfg)
+    check_numbers(list(chain.from_iterable(steps)), cfg)
     for members in steps:
         masks, per_token = [s.loss_mask for s in members], cfg.algorithm.per_token_loss
         if weigh is None:
@@ -90,10 +95,28 @@ def token_weights(
     ]
 
 
-def _check_logps(steps: Sequence[Sequence[TrainSequence]], cfg: Config) -> None:
-    """Checks that tokens with loss have the log-probabilities of engine and teacher it needs."""
+def check_numbers(sequences: Sequence[TrainSequence], cfg: Config) -> None:
+    """Raises ValueError for a number that the trainer cannot use, with its sample.
+
+    Rewards and scores must be finite in float32 where the loss uses them, loss masks finite and
+    not negative. Tokens with loss must have the log-probabilities of engine and teacher that the
+    flags need.
+    """
     name = cfg.algorithm.needs_rollout_logp
-    for s in chain.from_iterable(steps):
+    for s in sequences:
+        if cfg.algorithm.wants_reward:
+            for kind, value in (("score", s.reward), ("reward", s.raw_reward)):
+                if not np.abs(value) <= _LARGEST:
+                    raise ValueError(
+                        f"sample {s.index} has the {kind} {value}, which is not a finite number in "
+                        "float32. Correct the function that makes it."
+                    )
+        wrong = s.loss_mask[~((s.loss_mask >= 0) & np.isfinite(s.loss_mask))]
+        if len(wrong):
+            raise ValueError(
+                f"sample {s.index} has a loss_mask with {wrong[0]}. Give 0 or 1 for each response "
+                "token."
+            )
         if name and _lacks(s.rollout_logp, s):
             raise ValueError(
                 f"sample {s.index} has no rollout_log_probs for some token of its loss, and {name} "

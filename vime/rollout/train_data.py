@@ -34,7 +34,7 @@ def make_train_batch(args: Any, groups: list[Group], rollout_id: int) -> TrainBa
         batch = build_train_batch(groups, cfg, rollout_id, post_process=post_process, weigh=weigh)
     if change := cfg.rollout.plugin("data_postprocess_path"):
         changed = change(args, rollout_id, batch)
-        batch = batch if changed is None else changed
+        batch = batch if changed is None else as_train_batch(changed, cfg, rollout_id)
     return batch
 
 

@@ -32,7 +32,7 @@ def the_critic_has_a_part(cfg: Config) -> Iterator[str]:
     if not a.needs_critic:
         yield f"{name}: there is no critic. Add {with_critic}, or drop its entry."
     try:
-        assert o.of_critic
+        _ = o.of_critic
     except ConfigError as error:
         yield from (f"{name}: for the critic, {problem}" for problem in error.problems)
 

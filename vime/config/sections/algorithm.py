@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from vime.algorithms.advantages import ESTIMATORS, Estimator, estimators_where
 from vime.algorithms.kl import KL_TYPES
 from vime.algorithms.off_policy import LEVELS, MODES
-from vime.config.fields import Section, flag
+from vime.config.fields import Section, default_of, flag, flag_of
 from vime.plugins.batch import REDUCER
 from vime.plugins.trainer import (
     ADVANTAGE,
@@ -18,6 +18,18 @@ from vime.plugins.trainer import (
     LOSS,
     MODEL,
     TIS,
+)
+
+# The fields that act under sft_loss as well; all others act on a policy alone.
+_OF_EVERY_LOSS = (
+    "loss_type",
+    "per_token_loss",
+    "compute_advantages",
+    "custom_reducer_path",
+    "megatron_init_path",
+    "model_provider_path",
+    "before_train_step_path",
+    "seed",
 )
 
 
@@ -74,6 +86,7 @@ class AlgorithmConfig(Section):
         "vllm: behind a vLLM server, with the policy's vocabulary",
         default="megatron",
         choices=("megatron", "vllm"),
+        only_with="--use-opd",
     )
     opd_teacher_url: str | None = flag(
         "--opd-teacher-url",
@@ -109,7 +122,11 @@ class AlgorithmConfig(Section):
         above=1,
     )
     gamma: float = flag(
-        "--gamma", "discount of the rewards of later tokens", default=1.0, at_least=0, at_most=1
+        "--gamma",
+        "discount of the rewards of later steps, which are tokens with loss",
+        default=1.0,
+        at_least=0,
+        at_most=1,
     )
     lambd: float = flag(
         "--lambd",
@@ -302,6 +319,18 @@ class AlgorithmConfig(Section):
         return self.loss_type != "sft_loss"
 
     @property
+    def flags_that_sft_ignores(self) -> list[str]:
+        """The flags, with values other than their defaults, that act on a policy alone."""
+        found = []
+        for f in fields(self):
+            value, spec = getattr(self, f.name), flag_of(f)
+            weighs = f.name == "advantage_estimator" and self.estimator.constant_weight
+            if spec and f.name not in _OF_EVERY_LOSS and value != default_of(f) and not weighs:
+                switch = spec.name if value is True else str(spec.negated)
+                found.append(switch if isinstance(value, bool) else f"{spec.name} {value}")
+        return found
+
+    @property
     def needs_rollout_logp(self) -> str | None:
         """The first flag in force that needs the engine's log-probabilities; None if none does."""
         if not self.wants_reward:
@@ -371,7 +400,18 @@ class AlgorithmConfig(Section):
                         f"{flag_name} {value} has no effect without a critic. Add "
                         f"--advantage-estimator {with_critic}, or leave it out."
                     )
-        elif self.custom_advantage_path is not None:
+        if self.gamma != 1.0 and not estimator.uses_gamma and self.custom_advantage_path is None:
+            yield (
+                f"--gamma {self.gamma} has no effect under {name}, which does not discount. Add "
+                f"--advantage-estimator {estimators_where(lambda e: e.uses_gamma)}, or leave it "
+                "out."
+            )
+        if self.dual_clip is not None and not estimator.dual_clip and self.custom_loss_path is None:
+            yield (
+                f"--eps-clip-c {self.dual_clip} has no effect under {name}, whose loss has no dual "
+                "clip. Choose another estimator, or leave it out."
+            )
+        if estimator.critic and self.custom_advantage_path is not None:
             yield (
                 f"--custom-advantage-function-path {self.custom_advantage_path} leaves the critic "
                 f"of {name} nothing to learn. Choose another estimator, or drop the function."

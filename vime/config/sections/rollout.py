@@ -114,6 +114,8 @@ class RolloutConfig(Section):
         "--rollout-max-staleness",
         "restart buffered groups that began more than N rollouts ago (default: never)",
         default=None,
+        at_least=0,
+        only_with="--partial-rollout",
     )
     buffer_filter_path: str = flag(
         "--buffer-filter-path",

@@ -93,7 +93,7 @@ class RolloutColumns:
 
     def lacking_logp(self) -> list[int]:
         """This rank's samples, by index, with a loss token for which the engine gave no figure."""
-        lacking_N = self.table.rollout_logp_N.isnan() & (self.table.mask_N > 0)
+        lacking_N = ~self.table.rollout_logp_N.isfinite() & (self.table.mask_N > 0)
         rows = self.table.responses.items()
         return [self.batch.sequences[p].index for p, r in rows if bool(lacking_N[r].any())]
 

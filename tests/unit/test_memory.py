@@ -8,6 +8,7 @@ import pytest
 from tests.unit.command_lines import QWEN3_TINY, words, write_checkpoint
 from vime.backends.megatron.hf.registry import architecture
 from vime.cli import parse_config
+from vime.data.packing import sequence_cost
 from vime.plan.engine_memory import engine_parts
 from vime.plan.shape import Shape, shape_of
 from vime.plan.trainer_memory import largest_tokens, trainer_memory
@@ -92,6 +93,54 @@ def test_the_length_at_which_attention_takes_as_much_as_the_weights():
     output = (2560 + 2560 * 151936) / 36
     found = Shape.of(architecture(config_of("qwen3-4B"))).attention_equals_rest
     assert found == pytest.approx((weights + output) / 4096)
+
+
+# The weights that a token meets, and the channels of keys and values, over all layers; by hand from
+# the sizes in tests/unit/hf_configs.
+MET_AND_CHANNELS = {
+    # h 4096, q 4096, kv 1024, f 14336, 32 layers, vocabulary 128,256
+    "llama3.1-8B": (
+        32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336 + 2 * 4096) + 4096 + 128256 * 4096,
+        32 * 32 * 2 * 128,
+    ),
+    # h 2048, q 4096, kv 512, 8 of 128 experts of 768, 48 layers, vocabulary 151,936
+    "qwen3-30B-A3B": (
+        48 * (2 * 2048 * (4096 + 512) + 2 * 128 + 2 * 2048 + 128 * 2048 + 8 * 3 * 2048 * 768)
+        + 2048
+        + 151936 * 2048,
+        48 * 32 * 2 * 128,
+    ),
+    # h 2048, 16 heads of 128 + 64 for keys and 128 for values, latent 512, vocabulary 163,840; one
+    # dense layer of 11,264, 26 with 6 of 64 experts and 2 shared ones of 1,408
+    "moonlight": (
+        27
+        * (
+            2048 * 16 * (128 + 64)
+            + 2048 * (512 + 64)
+            + 512
+            + 512 * 16 * (128 + 128)
+            + 16 * 128 * 2048
+            + 2 * 2048
+        )
+        + 3 * 2048 * 11264
+        + 26 * (64 * 2048 + (6 + 2) * 3 * 2048 * 1408)
+        + 2048
+        + 163840 * 2048,
+        27 * 16 * (128 + 64 + 128),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MET_AND_CHANNELS)
+def test_balancing_and_the_speed_of_training_count_the_same_operations(name):
+    shape = Shape.of(architecture(config_of(name)))
+    met, channels = MET_AND_CHANNELS[name]
+    lengths = [1000, 30000]
+    expected = 6 * (met * sum(lengths) + channels * sum(n * n for n in lengths) / 2)
+    assert shape.training_flops(lengths) == pytest.approx(expected, rel=1e-9)
+    short, long = (sequence_cost(n, shape.attention_equals_rest) for n in lengths)
+    flops = [shape.training_flops([n]) for n in lengths]
+    assert long / short == pytest.approx(flops[1] / flops[0], rel=1e-9)
 
 
 def test_a_step_of_the_founding_recipe(tmp_path):

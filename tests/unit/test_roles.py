@@ -46,7 +46,7 @@ def test_a_wrong_value_of_the_critic_is_refused_when_python_drops_asserts(tmp_pa
     code = f"from vime.cli import parse_config; parse_config({argv!r})"
     ran = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True)
     assert ran.returncode == 2
-    assert "of the critic, --min-lr 1.0 is above" in ran.stderr
+    assert "for the critic, --min-lr 1.0 is above" in ran.stderr
 
 
 @pytest.mark.parametrize(

@@ -219,8 +219,7 @@ def end_mark(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -
     """
     question, answer = _PROBES
     talk = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    kwargs = {"template_kwargs": template_kwargs}
-    text = render(tokenizer, talk, add_generation_prompt=False, **kwargs)
+    text = render(tokenizer, talk, template_kwargs=template_kwargs, add_generation_prompt=False)
     tail = text.rpartition(answer)[2].strip()
     special = [mark for mark in _special_tokens(tokenizer) if tail.startswith(mark)]
     mark = max(special, key=len) if special else tail

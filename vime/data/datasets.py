@@ -111,9 +111,11 @@ class PromptDataset:
                 f"{where}: {keys.input!r} must be a non-empty string or a list of messages, each "
                 f"with a role, not {shorten(prompt)}."
             )
-        label = row[keys.label] if keys.label else None
-        if isinstance(label, (int, float)) and not isinstance(label, bool):
-            label = self._rows.spelt(at, keys.label)
+        label = None
+        if keys.label:
+            label = row[keys.label]
+            if isinstance(label, (int, float)) and not isinstance(label, bool):
+                label = self._rows.spelt(at, keys.label)
         tools = _decoded(row.get(keys.tools)) if keys.tools else None
         return Row(
             prompt=prompt,

@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.fake_engine import FakeEngine, make_config, write_prompts
 from tests.unit.test_vllm_rollout import echo, run
-from vime.errors import EngineError
+from vime.errors import EngineError, PluginError
 from vime.rollout import generation
 from vime.rollout.client import GenerateClient
 from vime.rollout.failures import Failure, kind_of
@@ -153,3 +153,17 @@ def test_requests_that_no_engine_aborts_end_the_rollout():
             await client.abort()
 
     asyncio.run(main())
+
+
+async def hangs(args, *subjects):
+    await asyncio.sleep(3600)
+
+
+@pytest.mark.parametrize("name", ["dynamic_filter_path", "sample_filter_path", "all_samples_path"])
+def test_a_filter_or_hook_of_groups_that_hangs_ends_the_run_by_name(config, name):
+    cfg = config(rollout={name: f"{HERE}.hangs", "generate_timeout_s": 0.2})
+    with (
+        FakeEngine(echo) as engine,
+        pytest.raises(PluginError, match=r"hangs took longer than 0.2 s \(--generate-timeout"),
+    ):
+        run(engine, cfg)

@@ -10,7 +10,10 @@ from typing import Any
 
 from vime.config import Config
 from vime.data import chat
+from vime.errors import PluginError
+from vime.plugins.hook import Plugin
 from vime.rollout import grading, metrics
+from vime.rollout.deadline import Overran, ended_by
 from vime.rollout.evaluation import evaluate
 from vime.rollout.filter_hub.dynamic_sampling_filters import as_verdict
 from vime.rollout.generation import Rollout, finish_group, make_client
@@ -89,18 +92,29 @@ async def judge(args: Any, group: Group) -> DynamicFilterOutput:
     keeps = args.config.rollout.plugin("dynamic_filter_path")
     if keeps is None:
         return DynamicFilterOutput(True)
-    return as_verdict(await keeps.call(args, usable), usable, args)
+    return as_verdict(await _answer(keeps, args, usable), usable, args)
 
 
 async def _run_hooks(args: Any, data_source: Any, sampled: Sampled) -> None:
     """Calls the sample filter with the groups to train on, then the hook that sees all samples."""
     cfg = args.config.rollout
     if sample_filter := cfg.plugin("sample_filter_path"):
-        await sample_filter.call(args, sampled.kept)
+        await _answer(sample_filter, args, sampled.kept)
     if sees_all := cfg.plugin("all_samples_path"):
         groups = sampled.kept + sampled.dropped + sampled.surplus + sampled.unfinished
         samples = [sample for group in groups for sample in group]
-        await sees_all.call(args, samples, data_source)
+        await _answer(sees_all, args, samples, data_source)
+
+
+async def _answer(hook: Plugin, args: Any, *subjects: Any) -> Any:
+    """What a hook of groups returns. Nothing replaces its answer, so the run ends without it."""
+    limit_s = args.config.rollout.generate_timeout_s
+    try:
+        return await ended_by(hook.call(args, *subjects), seconds=limit_s)
+    except Overran:
+        raise PluginError(
+            f"{hook.named_by} {hook.path} took longer than {limit_s:g} s (--generate-timeout-secs)"
+        ) from None
 
 
 def _return_leftovers(rollout: Rollout, data_source: Any, sampled: Sampled) -> int:

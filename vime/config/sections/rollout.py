@@ -149,7 +149,7 @@ class RolloutConfig(Section):
     )
     generate_timeout_s: float = flag(
         "--generate-timeout-secs",
-        "deadline of a --custom-generate-function-path, and of each sample hook, for one sample",
+        "deadline of one call of --custom-generate-function-path, a filter or a rollout hook",
         default=14400.0,
         above=0,
     )

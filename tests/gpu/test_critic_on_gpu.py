@@ -67,7 +67,7 @@ def train(rank: int, world: int, port: int, folder: Path, sharded: bool) -> dict
     trainer.offload(keep_weights=True)
     trainer.offload(keep_weights=False)
     freed = before - torch.cuda.memory_allocated()
-    held = trainer.away.num_bytes
+    held = trainer.offloaded.num_bytes
     trainer.onload()
     home = values()
     used = trainer.train(batch)

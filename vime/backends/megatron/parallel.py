@@ -50,9 +50,9 @@ def initialize_parallel(
 
 
 def initialize_groups(cfg: Config) -> None:
-    """Makes Megatron's process groups by `cfg.parallel`, in place of existing ones, and seeds.
+    """Makes Megatron's process groups from `cfg.parallel`, and seeds. A collective.
 
-    A collective.
+    The groups replace existing ones.
     """
     from megatron.core import parallel_state as mpu
 
@@ -103,7 +103,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This rank's place in every group that weights are divided over."""
+    """This rank's place in every group whose ranks divide the weights."""
 
     tensor: Place
     expert_tensor: Place

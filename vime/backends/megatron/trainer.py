@@ -1,4 +1,4 @@
-"""The trainer of one rank: the calls that Ray makes, as a plain class.
+"""The trainer of one rank: a plain class whose methods Ray calls.
 
 Modules that import Megatron are imported inside functions here, because `initialize_parallel` must
 patch Megatron first.
@@ -19,10 +19,10 @@ from vime.backends.megatron.checkpoints.start import actor_start
 from vime.backends.megatron.memory.in_use import MemoryUse, memory_remedy
 from vime.backends.megatron.memory.offload import (
     Offload,
-    give_back,
+    free_cached_memory,
     gradients_of,
-    leave_free,
     optimizer_state_of,
+    set_memory_limit,
     weights_of,
 )
 from vime.backends.megatron.parallel import initialize_parallel, shutdown_parallel
@@ -65,11 +65,11 @@ class MegatronTrainer:
         self.cfg, self.rank = cfg, rank
         self.device = platform.current().device(local_rank)
         if self.device.type == "cuda":
-            leave_free(cfg.cluster.train_memory_margin_bytes)
+            set_memory_limit(cfg.cluster.train_memory_margin_bytes)
         self.shape = shape_of(cfg)
         self.sender: Any = None
         self.gloo: Any = None
-        self.away = Offload()
+        self.offloaded = Offload()
         self.memory = MemoryUse()
         self.saves: BackgroundSaves | None = None
 
@@ -84,13 +84,13 @@ class MegatronTrainer:
         """Takes every optimizer step of one rollout. Returns its metrics, equal on every rank.
 
         A step whose loss or gradient is not finite changes nothing and counts in
-        `train/skipped_steps`; RuntimeError after MAX_SKIPPED_STEPS of them in a row. ConfigError,
-        with the flags that help, when GPU memory runs out.
+        `train/skipped_steps`. Raises RuntimeError after MAX_SKIPPED_STEPS skipped steps in a row,
+        and ConfigError, with the flags that help, if GPU memory runs out.
         """
         from vime.backends.megatron.training.one_rollout import OneRollout
 
         self._wait_for_weights()
-        self.memory.starts()
+        self.memory.reset_peak()
         with memory_remedy(self.cfg, max(s.length for s in batch.sequences)):
             rollout = OneRollout(self.cfg, batch, self.actor, self.critic, self.device)
             metrics = rollout.train()
@@ -112,23 +112,23 @@ class MegatronTrainer:
             kept += [*weights_of(model.chunks), *optimizer_state_of(model.optimizer)]
             dropped += gradients_of(model.chunks)
         staying = weights_of(self.actor.chunks) if keep_weights else ()
-        self.away.leave(kept, dropped=dropped, staying=staying)
-        self.memory.left()
+        self.offloaded.offload(kept, dropped=dropped, staying=staying)
+        self.memory.record_kept()
 
     def free_cache(self) -> None:
         """Returns torch's cached memory to the GPU that engines share; all state stays."""
-        give_back()
-        self.memory.left()
+        free_cached_memory()
+        self.memory.record_kept()
 
     def onload(self) -> None:
         """Moves the state back onto the GPU, which the trainer may fill up to the margin."""
-        leave_free(self.cfg.cluster.train_memory_margin_bytes)
-        self.away.come_back()
+        set_memory_limit(self.cfg.cluster.train_memory_margin_bytes)
+        self.offloaded.onload()
 
     # -- weights -----------------------------------------------------------------------------------
 
     def connect_engines(self, urls: list[str]) -> None:
-        """Prepares weight updates into these engines; again after an engine was replaced."""
+        """Prepares weight updates into these engines. Call it again if an engine is replaced."""
         if self.sender is not None:
             self.sender.close()
         timeout_s = self.cfg.engine.weight_transfer_timeout_s

@@ -1,4 +1,4 @@
-"""Failures of one rank that every rank must raise, because the others would wait for it."""
+"""Failures of one rank that every rank must raise, because the others would wait for that rank."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def named(what: str) -> Iterator[None]:
 
 @contextmanager
 def agreed(what: str, group: Any = None) -> Iterator[None]:
-    """`named`, and every rank of the group raises when one of them fails. A collective.
+    """Like `named`, and every rank of the group raises if one rank fails. A collective.
 
-    The body must hold no collective in which the other ranks would wait for the one that failed.
+    The body must hold no collective in which the other ranks would wait for the failed rank.
     """
     problem = None
     try:

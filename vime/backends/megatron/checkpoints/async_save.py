@@ -19,10 +19,10 @@ WRITE_TIMEOUT_S = 7200.0
 
 
 class BackgroundSaves:
-    """Writes one checkpoint at a time, in a thread. Every rank builds it together.
+    """Writes one checkpoint at a time, in a thread. All ranks build theirs together.
 
-    The threads use a gloo group of their own, so that they never meet training's collectives. The
-    commit comes last, after every rank has written.
+    The threads have their own gloo group, so their collectives never mix with those of training.
+    The commit comes last, after every rank has written.
     """
 
     def __init__(self) -> None:
@@ -34,11 +34,11 @@ class BackgroundSaves:
     def begin(self, write: Callable[[Any], None], commit: Callable[[], None], refused: str) -> None:
         """Starts `write(group)` on every rank, then `commit()` on rank 0.
 
-        refused  how the error begins when either fails
+        refused  the first words of the error if a call fails
         Raises CheckpointError when the previous save failed.
         """
         self.finish()
-        # A daemon thread: a run that is stopped does not wait, and its last commit stays in force.
+        # A daemon thread: a stopped run does not wait for it, and the last commit stays in force.
         self._thread = threading.Thread(
             target=self._run, args=(write, commit, refused), daemon=True, name="save"
         )
@@ -50,7 +50,7 @@ class BackgroundSaves:
             return
         self._thread.join(WRITE_TIMEOUT_S)
         if self._thread.is_alive():
-            raise CheckpointError(f"a checkpoint was not written in {WRITE_TIMEOUT_S:.0f} s")
+            raise CheckpointError(f"a checkpoint was not written within {WRITE_TIMEOUT_S:.0f} s")
         self._thread = None
         problem, self._problem = self._problem, None
         if problem is not None:

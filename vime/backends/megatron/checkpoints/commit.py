@@ -7,8 +7,9 @@
     FOLDER/latest_checkpointed_iteration.txt    "19" or "release"; writing it is the commit
 
 The tracker is written last. A directory that it does not name is old or unfinished, so a crash
-during a save leaves the previous checkpoint in force. Nothing that the tracker names is written to:
-a run that went back with --ckpt-step and saves an iteration again moves the tracker back first.
+during a save leaves the previous checkpoint in force. A save never writes into the directory that
+the tracker names: if a run went back with --ckpt-step and saves that iteration again, it first
+moves the tracker back to an older one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from vime.files import write_text
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 MANIFEST = "manifest.json"
-UNFINISHED = ".unfinished"  # stands in a directory from the begin of a save to its manifest
+UNFINISHED = ".unfinished"  # a file in a directory from the start of a save until its manifest
 DAMAGED = "Copy the checkpoint again, or choose an earlier one with --ckpt-step."
 
 
@@ -65,10 +66,10 @@ def committed(folder: str | Path) -> str | None:
 
 
 def begin_save(folder: str | Path, iteration: int | None) -> Path:
-    """Makes the directory of a save, and takes it out of force if it was saved before.
+    """Makes the directory of a save. If the tracker names it already, moves the tracker back.
 
-    One process calls it before anything of the iteration is written, the data source's files
-    included. May be called twice. Returns the directory.
+    One process calls this before anything of the iteration is written, including the data source's
+    files. May be called twice. Returns the directory.
     """
     target = iteration_folder(folder, iteration)
     name = RELEASE if iteration is None else str(iteration)
@@ -95,7 +96,7 @@ def _move_tracker_back(folder: Path, iteration: int | None) -> None:
 def commit_checkpoint(folder: str | Path, iteration: int | None) -> None:
     """Writes the manifest, then the iteration (None: "release") into the tracker, atomically.
 
-    One rank calls it, after everything else is on disk.
+    One rank calls this after everything else is on disk.
     """
     target = iteration_folder(folder, iteration)
     of_data = [] if iteration is None else data_files(folder, iteration)

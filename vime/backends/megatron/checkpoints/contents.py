@@ -1,4 +1,4 @@
-"""A record, in every checkpoint, of what the checkpoint holds beside weights."""
+"""A record in every checkpoint of the states that it holds beside the weights."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from megatron.core import parallel_state as mpu
 
 from vime.config import Config
 
-ENTRY = "vime"  # of the common state
+ENTRY = "vime"  # the record's key in the common state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """Which states were saved, and what a loading run must have in common with the saving run.
+    """The saved states, and the settings that a run must share with the saving run to load them.
 
-    layout  ranks on each axis: RNG states fit the same layout only
-    frozen  `freezing` of the run: optimizer state fits the same trained weights only
+    layout  ranks on each axis: RNG states fit only the same layout
+    frozen  `freezing` of the run: optimizer state fits only the same trained weights
     extra   the caller's values as JSON text
     """
 
@@ -32,11 +32,11 @@ class Contents:
 
     @classmethod
     def of(cls, common: dict[str, Any]) -> Contents:
-        """From the common state of any checkpoint; one of another program has no record."""
+        """Reads the record in a common state. Checkpoints of other programs have no record."""
         return cls(**common.get(ENTRY, {"optimizer": "optimizer" in common}))
 
     def entry(self) -> dict[str, Any]:
-        """For the common state."""
+        """The record as an entry of the common state."""
         return {ENTRY: asdict(self)}
 
 

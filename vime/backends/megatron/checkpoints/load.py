@@ -33,7 +33,7 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Fills the chunks, and under `start.resume` optimizer, scheduler and RNG. A collective.
 
-    The layout may differ from the layout that saved; RNG states are then left as seeded. Without
+    The layout may differ from the saving run's; the RNG states then stay as seeded. Without
     `resume` a given optimizer takes the loaded weights as its main copy. Returns the saved `extra`.
     Raises CheckpointError on every rank, naming file and remedy.
     """
@@ -78,7 +78,7 @@ def load_checkpoint(
 def load_critic(cfg: Config, start: Start, critic: Any) -> bool:
     """Fills a `Critic` when the run resumes and the checkpoint holds a critic. A collective.
 
-    Returns whether it did; otherwise the critic is unchanged. Raises CheckpointError on every rank.
+    Returns whether the critic was filled. Raises CheckpointError on every rank.
     """
     if not start.resume or start.is_hf:
         return False

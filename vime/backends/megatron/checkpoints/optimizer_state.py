@@ -13,8 +13,8 @@ import torch.distributed as dist
 def allocate_optimizer_state(optimizer: Any) -> None:
     """Gives torch's optimizers their state before the first step; a sharded state dict needs it.
 
-    `optimizer` comes from `get_megatron_optimizer`. Existing state stays as it is. A step counter,
-    which a checkpoint of step 0 leaves out, is added.
+    `optimizer` comes from `get_megatron_optimizer`. Existing state stays as it is. A missing step
+    counter is added: a checkpoint of step 0 has none.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = part.optimizer
@@ -34,11 +34,11 @@ def allocate_optimizer_state(optimizer: Any) -> None:
                     state["step"] = torch.tensor(0.0)
 
 
-_NOBODY = "of no weight"  # a key of an optimizer's state, where others are weights
+_NO_WEIGHT = "of no weight"  # a key of an optimizer's state, whose other keys are weights
 
 
 @contextmanager
-def every_rank_counts(optimizer: Any) -> Iterator[None]:
+def shared_step_counters(optimizer: Any) -> Iterator[None]:
     """Gives an Adam that trains no weight on this rank the step counter of the other ranks.
 
     Megatron reads the counter from the state of any weight, and a checkpoint stores rank 0's
@@ -52,7 +52,7 @@ def every_rank_counts(optimizer: Any) -> Iterator[None]:
     dist.all_gather_object(found, max((float(s["step"]) for s in states), default=0.0))
     lacking = [adam for adam in adams if not adam.state]
     for adam in lacking:
-        adam.state[_NOBODY] = {"step": torch.tensor(max(found))}
+        adam.state[_NO_WEIGHT] = {"step": torch.tensor(max(found))}
     try:
         yield
     finally:
@@ -60,7 +60,7 @@ def every_rank_counts(optimizer: Any) -> Iterator[None]:
 
 
 def forget_counters(optimizer: Any) -> None:
-    """Removes the counters that `every_rank_counts` added, here or before the loaded save."""
+    """Removes the counters that `shared_step_counters` added, now or before the loaded save."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if part.optimizer is not None:  # None: the part has no weight on any rank
-            part.optimizer.state.pop(_NOBODY, None)
+            part.optimizer.state.pop(_NO_WEIGHT, None)

@@ -1,4 +1,4 @@
-"""Old checkpoints are deleted (--keep-last)."""
+"""Deletes old checkpoints (--keep-last)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 def delete_old_checkpoints(folder: str | Path, keep_last: int | None) -> None:
     """Deletes the iter_* directories older than the `keep_last` newest (None: deletes nothing).
 
-    One rank calls it, after a commit. It keeps the directory that the tracker names, and neither
-    counts nor touches iterations after that one. A directory that cannot be deleted is logged and
-    stays, because the checkpoint just written is safe.
+    One rank calls this after a commit. It keeps the directory that the tracker names, and neither
+    counts nor touches later iterations. A directory that cannot be deleted is logged and stays:
+    this is no reason to stop, because the new checkpoint is safe.
     """
     latest = committed(folder)
     if keep_last is None or latest in (None, RELEASE):

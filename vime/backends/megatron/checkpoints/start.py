@@ -26,7 +26,7 @@ class Start:
     """One folder of weights.
 
     folder     an HF folder, or one `iter_*` or `release` directory
-    is_hf      which of the two
+    is_hf      whether `folder` is an HF folder
     iteration  the rollout after which it was saved; None for converted or HF weights
     resume     also load optimizer, scheduler and RNG, and continue at iteration + 1
     """
@@ -75,18 +75,18 @@ def actor_start(cfg: Config) -> Start:
 
 
 def reference_start(cfg: Config) -> Start:
-    """Where the reference model of the KL terms is. Raises CheckpointError."""
+    """Where the weights of the KL terms' reference model are. Raises CheckpointError."""
     files = cfg.checkpoint
     return resolve(None, files.ref_load, cfg.model.hf_checkpoint, files.ref_ckpt_step)
 
 
 def teacher_start(cfg: Config) -> Start:
-    """Where the teacher of --use-opd is. Raises CheckpointError."""
+    """Where the weights of --use-opd's teacher are. Raises CheckpointError."""
     return _weights_in(Path(cfg.checkpoint.opd_teacher_load), "--opd-teacher-load")
 
 
 def check_start(cfg: Config) -> list[str]:
-    """Problems of the folders that a trainer would start from; found before a trainer starts.
+    """Problems of the folders that a trainer would load. No trainer needs to run for the check.
 
     A folder that does not exist is left to the rules `checkpoint_is_there`, `reference_is_there`
     and `teacher_is_there`.

@@ -11,8 +11,8 @@ from torch import nn
 
 from vime.backends.megatron.checkpoints.optimizer_state import (
     allocate_optimizer_state,
-    every_rank_counts,
     forget_counters,
+    shared_step_counters,
 )
 from vime.backends.megatron.chunks import unwrap
 
@@ -41,7 +41,7 @@ def sharded_state(
         if freezes:
             alone = {"singleton_local_shards": True}
             weights = {k: c.sharded_state_dict(metadata=alone) for k, c in keyed(chunks)}
-        with every_rank_counts(optimizer) if freezes else nullcontext():
+        with shared_step_counters(optimizer) if freezes else nullcontext():
             state["optimizer"] = optimizer.sharded_state_dict(
                 weights,
                 is_loading=loading,

@@ -36,8 +36,10 @@ class StoredParts:
         self.chunks = {k: {c.offsets: c for c in t.chunks} for k, t in self.tensors.items()}
 
     def check(self, wanted: dict[str, Any]) -> None:
-        """Raises CheckpointError unless the tensors of a sharded state dict are stored in their
-        shapes."""
+        """Raises CheckpointError unless every tensor of `wanted` is stored in its shape.
+
+        wanted  a sharded state dict
+        """
         for part in _parts(wanted):
             stored = self.tensors.get(part.key)
             if stored is None or not (
@@ -57,16 +59,16 @@ class StoredParts:
             shape = Size([1] * part.prepend_axis_num + list(part.local_shape))
             place = ChunkStorageMetadata(Size(part.global_offset), shape)
             stored, exact = self.tensors[part.key], self.chunks[part.key].get(place.offsets)
-            if exact is not None and exact.sizes == shape:  # this one of thousands of experts
+            if exact is not None and exact.sizes == shape:  # read no other expert
                 stored = TensorStorageMetadata(stored.properties, stored.size, [exact])
             items = create_read_items_for_chunk_list(part.key, stored, [place])
             self.reader.read_data(LoadPlan(items), _Into(part.data.view(shape))).wait()
 
 
 def _parts(wanted: dict[str, Any]) -> Iterator[ShardedTensor]:
-    """The stored tensors of a sharded state dict; a gated layer's weight is stored as two, say.
+    """The stored tensors of a sharded state dict, as views of the state dict's memory.
 
-    They view the memory of the state dict's tensors.
+    A weight may have several: the weight of a gated layer is stored as two tensors.
     """
     plain, _, _ = load_preprocess(wanted)
     return (part for part in nested_values(plain) if isinstance(part, ShardedTensor))

@@ -1,7 +1,7 @@
 """Converts checkpoints one weight at a time, so that memory holds one weight and not the model.
 
-Allocated memory costs nothing until it is written. The parameters of a freshly built model are such
-memory: each one is filled when its turn comes and freed afterwards. In the end all are empty.
+Allocated memory costs nothing until it is written, so a freshly built model costs nothing. Each
+parameter is filled when its turn comes and freed afterwards. At the end all parameters are empty.
 """
 
 from __future__ import annotations

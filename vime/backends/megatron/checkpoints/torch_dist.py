@@ -85,7 +85,7 @@ class _Planner(MCoreSavePlanner):
 def save(state: dict[str, Any], folder: Path, fill: Callable[[Tensor], None] | None = None) -> None:
     """Writes a sharded state dict. A collective.
 
-    fill  called with each tensor right before it is written; None: the tensors have their content
+    fill  called with each tensor right before it is written; None: the tensors are filled already
     """
     with _quiet():
         dist_checkpointing.save(state, str(folder), InProcessSave(fill=fill))

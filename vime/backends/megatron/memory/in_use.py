@@ -37,23 +37,23 @@ def memory_remedy(cfg: Config, longest: int = 0) -> Iterator[None]:
 class MemoryUse:
     """Metrics of the GPU memory that torch used, in GiB; each is the maximum over the ranks.
 
-    On a machine without a GPU there are none.
+    There are no such metrics on a machine without a GPU.
     """
 
     def __init__(self) -> None:
         self.beside_engines: int | None = None
 
-    def starts(self) -> None:
-        """Resets the peak, because a rollout's training begins."""
+    def reset_peak(self) -> None:
+        """Call it before a rollout's training."""
         if platform.current().is_cuda:
             torch.cuda.reset_peak_memory_stats()
 
-    def left(self) -> None:
+    def record_kept(self) -> None:
         """Records the memory that the trainer keeps while engines use the GPU."""
         self.beside_engines = torch.cuda.memory_reserved()
 
     def metrics(self) -> dict[str, float]:
-        """A collective."""
+        """The metrics by name. A collective."""
         if not platform.current().is_cuda:
             return {}
         most = {

@@ -23,7 +23,7 @@ ALIGNMENT = 512
 class _Away:
     """A storage whose GPU memory is freed.
 
-    held  its bytes in pinned memory; None when the content was dropped
+    held  the bytes in pinned memory; None if the content was dropped
     """
 
     storage: torch.UntypedStorage
@@ -32,7 +32,7 @@ class _Away:
 
 
 class Offload:
-    """Moves the caller's tensors. Both `leave` and `come_back` may be called twice."""
+    """Moves the caller's tensors. Both `offload` and `onload` may be called twice."""
 
     def __init__(self) -> None:
         self.away: dict[int, _Away] = {}
@@ -44,13 +44,13 @@ class Offload:
         return sum(part.num_bytes for part in self.away.values())
 
     @torch.no_grad()
-    def leave(
+    def offload(
         self,
         kept: Iterable[Tensor],
         dropped: Iterable[Tensor] = (),
         staying: Iterable[Tensor] = (),
     ) -> None:
-        """Frees the GPU memory behind the tensors, except memory that `staying` share.
+        """Frees the GPU memory behind the tensors, except memory that `staying` uses too.
 
         The content of `dropped` is lost.
         """
@@ -71,10 +71,10 @@ class Offload:
         for part in leaving.values():
             part.storage.resize_(0)
         self.away |= leaving
-        give_back()
+        free_cached_memory()
 
     @torch.no_grad()
-    def come_back(self) -> None:
+    def onload(self) -> None:
         """Allocates the GPU memory again and copies the kept content into it."""
         for part in self.away.values():
             part.storage.resize_(part.num_bytes)
@@ -99,7 +99,7 @@ class Offload:
         return held
 
 
-def give_back() -> None:
+def free_cached_memory() -> None:
     """Returns torch's cached blocks, and buffers that engines no longer use, to the GPU."""
     torch.cuda.ipc_collect()
     torch.cuda.empty_cache()
@@ -130,7 +130,7 @@ def optimizer_state_of(optimizer: Any) -> Iterator[Tensor]:
             yield from (value for value in state.values() if torch.is_tensor(value))
 
 
-def leave_free(margin_bytes: int) -> None:
+def set_memory_limit(margin_bytes: int) -> None:
     """Lets this process grow until only the margin (--train-memory-margin-bytes) is free.
 
     At this limit torch first returns its cached blocks, and only then reports that memory ran out.

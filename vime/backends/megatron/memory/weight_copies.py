@@ -44,7 +44,7 @@ class WeightCopy:
 
 
 class SentWeights:
-    """Copies of the weights sent to the engines, kept while rollouts made by them may arrive.
+    """Copies of the weights sent to the engines, kept while rollouts from them may arrive.
 
     copies   {version: copy}
     current  the version that the chunks still hold; None after an optimizer step
@@ -63,7 +63,7 @@ class SentWeights:
         self.current = version
 
     def trained(self, version: int | None, *, moved: bool) -> None:
-        """Drops copies older than `version`: every later rollout comes from this one or newer.
+        """Drops copies older than `version`, because no later rollout comes from older weights.
 
         moved  an optimizer step has changed the chunks
         """

@@ -1,4 +1,4 @@
-"""The policy in training: model, optimizer, loss, and the policies it is compared with."""
+"""The policy being trained: model, optimizer and loss, with the reference and the teacher."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ log = logging.getLogger(__name__)
 
 
 class Actor:
-    """All ranks build it together, and every method is a collective.
+    """All ranks build their actors together, and every method is a collective.
 
-    start          where the weights come from, and the optimizer's state if the run continues there
-    first_rollout  the first rollout that it will train
-    reference      the model of the KL terms, where one is needed
+    start          the source of the weights and, if the run resumes, of the optimizer's state
+    first_rollout  the first rollout to train on
+    reference      the model of the KL terms, if a flag needs it
     teacher        the model to distil, under --use-opd
     sent           copies of the weights that the engines got, under --keep-old-actor
     """
@@ -74,31 +74,31 @@ class Actor:
         self.objective = objective_of(cfg)
 
     def _was_the_reference_updated(self, first_rollout: int) -> bool:
-        """Whether the earlier run made the actor its reference at the checkpoint it saved."""
+        """Whether the earlier run copied the actor into the reference just before its save."""
         interval = self.cfg.algorithm.ref_update_interval
         if not (self.cfg.algorithm.needs_reference and interval and first_rollout):
             return False
         if first_rollout % interval:
             raise ConfigError(
-                f"--ref-update-interval {interval}: the reference after {first_rollout} rollouts "
-                f"was in no checkpoint. Continue with --ckpt-step from one whose rollouts are a "
-                f"multiple of {interval}."
+                f"--ref-update-interval {interval}: no checkpoint holds the reference that the run "
+                f"had after {first_rollout} rollouts. Continue with --ckpt-step from a checkpoint "
+                f"after a multiple of {interval} rollouts."
             )
         return True
 
     # -- log-probabilities -------------------------------------------------------------------------
 
     def old_logps(self, batch: TrainBatch, columns: RolloutColumns, *, trains: bool) -> bool:
-        """Fills the old policy's column. Returns whether the first step is left to fill its part.
+        """Fills the old policy's column. Returns whether the first step must fill its own part.
 
         The old policy has the weights before this rollout's first step, unless --keep-old-actor or
-        --use-rollout-logprobs name another. The first step's own forward pass still runs with those
-        weights, so it needs no pass before it.
+        --use-rollout-logprobs choose another. The first step's own forward pass still runs with
+        those weights, so its tokens need no earlier pass.
 
         trains  whether optimizer steps follow; otherwise the log-probabilities serve the metrics
                 only
         """
-        if self.cfg.algorithm.use_rollout_logprobs:  # the columns have the engine's
+        if self.cfg.algorithm.use_rollout_logprobs:  # the columns hold the engine's
             if not trains:
                 columns.own_logp_N = self.logps(columns, forward_plans(batch))
             return False
@@ -117,19 +117,20 @@ class Actor:
         return a.kl_coef != 0.0 or a.use_opd or a.custom_advantage_path is not None
 
     def _logps_of_generator(self, batch: TrainBatch, columns: RolloutColumns) -> None:
-        """Makes the weights that generated the rollout the old policy.
+        """Fills the old policy's column from the weights that generated the rollout.
 
-        There is no copy of the weights that generated a rollout before this run began. The engine's
-        own log-probabilities replace them.
+        A rollout from before this run has no copy of its weights. It uses the engine's
+        log-probabilities instead.
         """
         assert self.sent is not None
         copy = self.sent.copies.get(batch.weight_version)
         if copy is None:
             if lacking := columns.lacking_logp():
                 raise ValueError(
-                    f"--keep-old-actor has no copy for rollout {batch.rollout_id}, made by weights "
-                    f"{batch.weight_version}, and sample {lacking[0]} has no rollout_log_probs for "
-                    "some token of its loss. Let the rollout keep them, or drop the flag."
+                    f"--keep-old-actor has no copy of weights {batch.weight_version}, which "
+                    f"generated rollout {batch.rollout_id}, and sample {lacking[0]} has no "
+                    "rollout_log_probs at a token with loss. Keep them in the rollout, or leave "
+                    "the flag out."
                 )
             columns.old_logp_from_engine()
             return
@@ -145,7 +146,7 @@ class Actor:
     def logps(self, columns: RolloutColumns, plans: list[StepPlan], prefix: str = "") -> Tensor:
         """A column of log-probabilities under the weights that the chunks hold now.
 
-        prefix  tells the user's hook which model's they are
+        prefix  the model's name, for the user's hook
         """
         if self.before_log_probs is not None:
             self.before_log_probs(self.args, self.chunks, prefix)
@@ -215,5 +216,5 @@ class Actor:
 
 
 def forward_plans(batch: TrainBatch, first_step: int = 0) -> list[StepPlan]:
-    """The packs of a pass without gradients: its own where the batch has them, or the steps'."""
+    """The packs of a forward-only pass: the batch's own if it has them, else those of its steps."""
     return [batch.forward] if batch.forward is not None else list(batch.steps[first_step:])

@@ -22,8 +22,8 @@ from vime.plugins.hook import Plugin
 def set_advantages(columns: RolloutColumns, cfg: AlgorithmConfig, args: ArgsView) -> None:
     """Fills `adv_N`, and with a critic `return_N`. A collective.
 
-    The estimator, or the user's function in its place, judges each response. --use-opd then
-    subtracts each token's KL to the teacher, whatever the estimator. Whitening comes last.
+    The estimator, or the user's function in its place, computes them. With any estimator, --use-opd
+    then subtracts each token's KL to the teacher. Whitening comes last.
     """
     if users := cfg.plugin("custom_advantage_path"):
         adv_N = _users_advantages(columns, users, args)
@@ -73,7 +73,7 @@ def _scores_and_steps(columns: RolloutColumns) -> Iterator[tuple[float, Tensor]]
 
 
 def _users_advantages(columns: RolloutColumns, users: Plugin, args: ArgsView) -> Tensor:
-    """Computed where they are used, on the last pipeline stage; 0 elsewhere."""
+    """The advantages from the user's function on the last pipeline stage; 0 on other stages."""
     rows, adv_N = columns.table.responses, columns.table.column()
     old_N = columns.whole(columns.old_logp_N)
     ref_N = None if columns.ref_logp_N is None else columns.whole(columns.ref_logp_N)
@@ -103,7 +103,7 @@ def _kl_to(other_logp_N: Tensor, columns: RolloutColumns) -> Tensor:
 
 
 def _whitened(adv_N: Tensor, columns: RolloutColumns) -> Tensor:
-    """Step by step, over the loss tokens of all ranks."""
+    """The advantages, whitened for each step over the loss tokens of all ranks."""
     white_N = torch.zeros_like(adv_N)
     for positions in columns.steps:
         white_N += whiten(adv_N, columns.loss_mask_of(positions), _sum_over_ranks)
@@ -111,6 +111,6 @@ def _whitened(adv_N: Tensor, columns: RolloutColumns) -> Tensor:
 
 
 def _sum_over_ranks(total: Tensor) -> Tensor:
-    """Adds up over the ranks that share a step's tokens."""
+    """The sum over the ranks that share a step's tokens."""
     dist.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
     return total

@@ -30,8 +30,9 @@ from vime.types import StepPlan
 class Critic:
     """Model, optimizer and loss. It starts as a copy of the actor with a value head of zeros.
 
-    All ranks build it together, and every method is a collective.
-    start  a checkpoint; where the run continues from it, it also holds the critic
+    All ranks build their critics together, and every method is a collective.
+
+    start  a checkpoint; if the run resumes from it, the checkpoint may hold the critic too
     actor  the actor's chunks, already loaded
     """
 
@@ -46,7 +47,7 @@ class Critic:
         self.updates = Updates(self.chunks, self.optimizer, self.scheduler, lr_flag, "critic_")
 
     def values(self, columns: RolloutColumns, plans: Sequence[StepPlan]) -> Tensor:
-        """A column: the value of the state before each token, under the present weights."""
+        """A column: the value of the state before each token, under the current weights."""
         value_N = columns.table.column()
         batches = [b for plan in plans for b in columns.micro_batches(plan)]
         run_chunks(self.chunks, batches, remember_values(value_N), forward_only=True)
@@ -71,7 +72,7 @@ class Critic:
 
 @torch.no_grad()
 def _copy(source: Sequence[nn.Module], target: Sequence[nn.Module]) -> None:
-    """Copies all weights and buffers except the head; both models have one layout."""
+    """Copies all weights and buffers except the head. Both models have the same layout."""
     for a, b in zip(source, target, strict=True):
         known = dict(_tensors(a))
         for name, tensor in _tensors(b):

@@ -1,7 +1,7 @@
-"""What the last pipeline stage does with a micro-batch: fill a column, or compute a loss.
+"""Judges: the last pipeline stage calls one for each micro-batch, to fill a column or for a loss.
 
-A loss gives one value per token. Each is multiplied by the weight that the batch gave its token,
-and a step's loss is the sum.
+A loss gives one value per token. The batch gave each token a weight. A step's loss is the sum of
+weight times value.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def policy_judge(
     on_policy   the old policy has the weights of this pass: the pass fills `old_logp_N`, and the
                 ratio is exactly 1
     own_logp_N  a column to fill with the log-probabilities of this pass
-    spoilt_N    a column that becomes infinite or NaN at tokens whose loss or gradient is
+    spoilt_N    a column; it becomes infinite or NaN where a token's loss or gradient is not finite
     """
 
     def judge(batch: MicroBatch, logps: TokenLogProbs) -> tuple[Tensor, Sums]:
@@ -126,8 +126,10 @@ def _weighted(
 
 
 def _add_gradient(column_N: Tensor, logp_T: Tensor, rows_T: Tensor) -> None:
-    """Adds each token's gradient to the column in the backward pass; a finite loss may have an
-    infinite one."""
+    """Adds each token's gradient to the column in the backward pass.
+
+    A finite loss may have an infinite gradient.
+    """
 
     def add(gradient_T: Tensor) -> None:
         column_N[rows_T] += gradient_T
@@ -137,8 +139,10 @@ def _add_gradient(column_N: Tensor, logp_T: Tensor, rows_T: Tensor) -> None:
 
 
 def _sequence_sum(table: TokenTable, rows_T: Tensor) -> SequenceSum:
-    """Sums over sequences. A sequence is in one micro-batch, but context parallelism spreads its
-    tokens over ranks."""
+    """Sums over sequences.
+
+    A sequence is in one micro-batch, but context parallelism spreads its tokens over ranks.
+    """
     sequence_T = table.sequence_N[rows_T]
 
     def sequence_sum(values_T: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Log-probability of the taken token, and entropy, from logits whose columns are spread over ranks.
 
 The sampler's temperature is applied, so trainer and engine measure the same distribution. The
-backward pass keeps the logits and nothing else of their size. On a GPU, one kernel reads them and
-another writes the gradient over them; PyTorch makes a float32 copy of one chunk of tokens at a
-time.
+backward pass needs the logits and no other tensor of their size. On a GPU, one kernel reads the
+logits and another overwrites them with their gradient. PyTorch makes a float32 copy of one chunk of
+tokens at a time.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def token_logprobs(
     chunk_tokens: int | None = None,
     owned: bool = False,
 ) -> TokenLogProbs:
-    """Both with gradients to the logits, and equal on every rank of `group`.
+    """Log-probability and entropy, with gradients to the logits, equal on every rank of `group`.
 
     logits_TV    [T, V / ranks] this rank's columns, in order of rank; any float type
     taken_T      [T] ids in 0..V-1
     temperature  divides the logits; above 0
-    group        the tensor-parallel ranks that share the vocabulary; None: this rank has it all
+    group        the tensor-parallel ranks that share the vocabulary; None: this rank has all of it
     chunk_tokens  number of tokens whose float32 logits PyTorch holds at a time, as in
-                 --log-probs-chunk-size; None: as many as fit in 64 MiB. The GPU's kernel has no
-                 such copy
+                 --log-probs-chunk-size; None: as many as fit in 64 MiB. The GPU's kernel makes no
+                 float32 copy
     owned        nobody else reads the logits: the backward pass may write over them, once
     """
     rows, columns = logits_TV.shape
@@ -78,7 +78,7 @@ class _VocabParallel(torch.autograd.Function):
         if group is not None and group.size() > 1:
             shared = top.clone()
             dist.all_reduce(shared, dist.ReduceOp.MAX, group=group)
-            shift = top - shared  # <= 0: from this rank's largest logit to the largest of all
+            shift = top - shared  # <= 0: this rank's largest logit minus the largest of all
             sums[1] = (sums[1] + shift * sums[0]) * shift.exp()
             sums[0] *= shift.exp()
             sums[2] += shift * here
@@ -100,7 +100,7 @@ class _VocabParallel(torch.autograd.Function):
 
 
 class _Fused:
-    """One kernel each way; the gradient is written over the logits."""
+    """One kernel for each pass. The gradient overwrites the logits."""
 
     def __init__(self, temperature: float, _: int) -> None:
         self.temperature, self.spent = temperature, False

@@ -16,7 +16,7 @@ from vime.plugins.hook import Plugin
 
 
 def objective_of(cfg: Config) -> Callable[..., TokenLoss]:
-    """The user's function, or the policy loss of the flags; called as `PolicyObjective` is."""
+    """The user's loss, or the policy loss of the flags. The parameters are `PolicyObjective`'s."""
     a = cfg.algorithm
     if loss := a.plugin("custom_loss_path"):
         return users_loss(loss, ArgsView(cfg))

@@ -57,9 +57,10 @@ class OneRollout:
         return metrics | self.clock.seconds
 
     def _forward_passes(self) -> bool:
-        """Fills the columns of log-probabilities and values under the present weights.
+        """Fills the columns of log-probabilities and values under the current weights.
 
-        Returns whether the actor's pass is left to the first step, which runs with these weights.
+        Returns whether the first step, which runs with the same weights, must fill its own part of
+        the actor's column.
         """
         actor, batch, columns, timed = self.actor, self.batch, self.columns, self.clock.timed
         with timed("perf/log_probs_time"):

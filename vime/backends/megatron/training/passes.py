@@ -14,7 +14,7 @@ from vime.backends.megatron.training.logprobs import TokenLogProbs, token_logpro
 from vime.backends.megatron.training.token_table import MicroBatch, TokenTable
 from vime.backends.megatron.training.totals import Sums, on_last_stage
 
-# Each gives the loss of one micro-batch, to be summed over micro-batches and ranks, and its sums.
+# A judge returns one micro-batch's loss, to be summed over micro-batches and ranks, and its sums.
 Judge = Callable[[MicroBatch, TokenLogProbs], tuple[Tensor, Sums]]
 OutputJudge = Callable[[MicroBatch, Tensor], tuple[Tensor, Sums]]  # reads the model's output
 
@@ -29,7 +29,7 @@ def run_pass(
     forward_only: bool,
     chunk_tokens: int | None = None,
 ) -> Sums:
-    """Every micro-batch forward, and backward unless `forward_only`. A collective.
+    """Runs every micro-batch forward, and backward unless `forward_only`. A collective.
 
     judge         runs on the last pipeline stage; the other stages return {}
     chunk_tokens  as in `token_logprobs`
@@ -60,7 +60,8 @@ def run_chunks(
     """`run_pass` for a judge that reads the model's output: [1, T, logits or one value].
 
     Megatron divides a loss by the number of micro-batches, and gradients by the number of data and
-    context parallel ranks. The loss is multiplied by both here, so gradients are those of the sum.
+    context parallel ranks. This function multiplies the loss by both numbers, so the gradients are
+    the gradients of the sum.
     """
     scale = len(micro_batches) * mpu.get_data_parallel_world_size(with_context_parallel=True)
 

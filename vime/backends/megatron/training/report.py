@@ -18,7 +18,7 @@ def where_in(batch: TrainBatch, step_id: int) -> str:
 
 
 def samples_of(batch: TrainBatch, plan: StepPlan, spoilt: Sequence[int] = ()) -> str:
-    """The indices of a step's samples, or of those at the `spoilt` positions if there are any.
+    """The indices of a step's samples, or only of the samples at the `spoilt` positions.
 
     spoilt  positions of sequences with a token whose loss or gradient is not finite
     """
@@ -46,7 +46,7 @@ def mean_of_steps(steps: list[dict[str, float]]) -> dict[str, float]:
 
 
 def training_speed(shape: Shape | None, batch: TrainBatch, seconds: float) -> dict[str, float]:
-    """Tokens per second of all ranks, and TFLOP/s of one GPU by the model's formula.
+    """Tokens per second of all ranks, and TFLOP/s of one GPU, computed from the model's shape.
 
     seconds  of the actor's optimizer steps
     """

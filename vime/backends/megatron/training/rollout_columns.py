@@ -1,4 +1,4 @@
-"""Columns over the token table of one rollout, on this rank: what is known of each token."""
+"""This rank's columns over the token table of one rollout: one value for each token."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class RolloutColumns:
 
     steps           positions in the batch of this rank's sequences, step by step
     owned_N         1 at the tokens that this rank holds; context parallelism spreads them
-    old_logp_N      the old policy
-    own_logp_N      the trainer's own log-probabilities where the old policy is the engine's
-    ref_logp_N      the reference
-    teacher_logp_N  the teacher
+    old_logp_N      log-probabilities under the old policy
+    own_logp_N      under the trainer's weights, if the engine is the old policy
+    ref_logp_N      under the reference
+    teacher_logp_N  under the teacher
     value_N         a critic's values before the rollout's first step
-    return_N        what the critic learns
+    return_N        the targets of the critic
     adv_N           advantages
 
-    A column of log-probabilities or values holds what this rank computed: on the last pipeline
-    stage, at the tokens that it owns. It is 0 elsewhere; `whole` adds the ranks up.
+    A column of log-probabilities or values is filled on the last pipeline stage, at the tokens that
+    this rank holds. It is 0 elsewhere. `whole` adds the columns of all ranks.
     """
 
     def __init__(self, batch: TrainBatch, cfg: Config, device: torch.device) -> None:
@@ -82,7 +82,7 @@ class RolloutColumns:
         return self.laid_out[id(plan)]
 
     def old_logp_from_engine(self) -> None:
-        """Makes the engine the old policy; later passes fill the trainer's own column."""
+        """Makes the engine the old policy. Later passes fill `own_logp_N`."""
         self.old_logp_N = self.table.rollout_logp_N.nan_to_num()
         self.own_logp_N = self.table.column()
 
@@ -92,7 +92,7 @@ class RolloutColumns:
         return self.old_logp_N if self.own_logp_N is None else self.own_logp_N
 
     def lacking_logp(self) -> list[int]:
-        """This rank's samples, by index, with a loss token for which the engine gave no figure."""
+        """Indices of this rank's samples that lack the engine's figure at a token with loss."""
         lacking_N = ~self.table.rollout_logp_N.isfinite() & (self.table.mask_N > 0)
         rows = self.table.responses.items()
         return [self.batch.sequences[p].index for p, r in rows if bool(lacking_N[r].any())]
@@ -105,7 +105,7 @@ class RolloutColumns:
         return column_N
 
     def loss_mask_of(self, positions: Sequence[int]) -> Tensor:
-        """1 at the loss tokens of these sequences that this rank owns."""
+        """1 at the loss tokens of these sequences that this rank holds."""
         mask_N = self.table.column()
         for p in positions:
             mask_N[self.table.responses[p]] = 1.0

@@ -1,4 +1,4 @@
-"""Means over a rollout's tokens, and how far trainer and engine are apart."""
+"""Means over a rollout's tokens, and the difference between trainer and engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vime.config.sections.algorithm import AlgorithmConfig
 
 
 def rollout_metrics(columns: RolloutColumns, cfg: AlgorithmConfig) -> dict[str, float]:
-    """Equal on every rank. A collective."""
+    """The metrics by name, equal on every rank. A collective."""
     mask_N = columns.table.mask_N * columns.owned_N
     own_N = columns.trainer_logp_N
     figures = {"rollout/log_probs": own_N, "rollout/advantages": columns.adv_N}
@@ -31,7 +31,7 @@ def rollout_metrics(columns: RolloutColumns, cfg: AlgorithmConfig) -> dict[str, 
 def _engine_metrics(
     columns: RolloutColumns, mask_N: Tensor, cfg: AlgorithmConfig
 ) -> dict[str, float]:
-    """Over the loss tokens for which the engine gave a finite log-probability; {} without any."""
+    """Means over the loss tokens with a finite log-probability from the engine; {} without any."""
     engine_N = columns.table.rollout_logp_N
     mask_N = mask_N * engine_N.isfinite()
     engine_N = engine_N.nan_to_num()
@@ -67,7 +67,7 @@ def _value_metrics(value_N: Tensor, return_N: Tensor, mask_N: Tensor) -> dict[st
     mean, _ = _means(figures, mask_N.double())
     metrics = {"rollout/values": mean["value"], "rollout/returns": mean["return"]}
     variance = mean["squared_return"] - mean["return"] ** 2
-    if variance > 1e-6:  # below it there is nothing to explain
+    if variance > 1e-6:  # below this the returns do not differ
         left = mean["squared_error"] - mean["error"] ** 2
         metrics["rollout/value_explained_variance"] = 1 - left / variance
     return metrics

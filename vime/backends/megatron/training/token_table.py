@@ -1,8 +1,8 @@
 """This rank's tokens as one flat table, and micro-batches as indices into it.
 
-A row describes one prediction: its token is the last one read, and the next token is the target.
-Each quantity per token (weight, advantage, old log-probability ...) is a column, so a micro-batch
-is laid out by one gather, whatever the packing, padding or context parallelism.
+A row describes one prediction: its token is the last input, and the next token is the target. Each
+quantity per token (weight, advantage, old log-probability ...) is a column. One gather lays out a
+micro-batch, with any packing, padding or context parallelism.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class MicroBatch:
     tokens: Tensor  # [1, T] int64
     positions: Tensor  # [1, T] int64, unused: rotary embeddings of packs count positions themselves
     pack: PackedSeqParams
-    kept_T: Tensor  # int64, indices of tokens with weight; found early, since that waits for a GPU
+    kept_T: Tensor  # int64, indices of tokens with weight; found early, because it waits for a GPU
 
 
 def lay_out(

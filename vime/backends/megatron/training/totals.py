@@ -1,4 +1,4 @@
-"""Figures that ranks sum over their tokens, added up over all ranks."""
+"""Adds up, over all ranks, the sums that each rank computed over its tokens."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def on_last_stage() -> bool:
 def totals(sums: Sums, device: torch.device) -> dict[str, float]:
     """The sums of all ranks that hold tokens, equal on every rank. A collective.
 
-    The ranks of one tensor-parallel group hold the same tokens on the last pipeline stage; one of
-    them counts. Ranks of other stages may give {}.
+    On the last pipeline stage, the ranks of one tensor-parallel group hold the same tokens, so only
+    one of these ranks counts. Ranks of other stages may give {}.
     """
     counts = mpu.get_tensor_model_parallel_rank() == 0 and on_last_stage()
     names = _names_on_all_ranks(sums)

@@ -18,7 +18,7 @@ MAX_SKIPPED_STEPS = 5  # in a row, before the run stops
 class Updates:
     """
     lr_flag  the flag and value of the learning rate, for an error
-    prefix   what distinguishes this model's metrics: "", or "critic_"
+    prefix   the prefix in the names of this model's metrics: "" or "critic_"
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Updates:
     def begin(self) -> None:
         """Before the passes of a step: clears gradients.
 
-        Megatron moves the routers' biases at the end of the last pass, so a copy is kept.
+        It also copies the routers' biases, because Megatron moves them at the end of the last pass.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()

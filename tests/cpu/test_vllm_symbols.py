@@ -110,7 +110,7 @@ def test_layerwise_reload_and_the_cpu_repack_are_there():
     assert "remove_weight" in inspect.signature(dispatch_cpu_unquantized_gemm).parameters
 
 
-def test_a_reload_ends_by_deriving_the_weights_of_latent_attention_anew():
+def test_a_reload_ends_by_deriving_the_weights_of_latent_attention_again():
     """W_UK_T and W_UV are products of kv_b_proj: `finish_weight_update` does not demand them."""
     from vllm.model_executor.layers.attention import MLAAttention
     from vllm.model_executor.model_loader.reload import layerwise

@@ -102,8 +102,11 @@ def test_a_users_own_values_stand_beside_the_flags(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("rollout_batch_size: 3", "rollout_batch_size is vime's own. Give --rollout-batch-size"),
-        ("- a", "is no mapping of names to values"),
+        (
+            "rollout_batch_size: 3",
+            "vime uses the name rollout_batch_size. Give --rollout-batch-size",
+        ),
+        ("- a", "is not a mapping of names to values"),
         ("a: [", "is not YAML"),
         (None, "cannot be read"),
     ],

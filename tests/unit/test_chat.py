@@ -191,7 +191,7 @@ def test_a_conversation_whose_turns_cannot_be_told_is_refused(templated, case):
         chat.assistant_tokens(templated(template), messages)
 
 
-def test_text_parts_reach_a_template_that_wants_strings(templated):
+def test_text_parts_reach_a_template_that_takes_strings(templated):
     parts = [{"type": "text", "text": "What is"}, {"type": "text", "text": "2+2?"}]
     messages = [{"role": "user", "content": parts}]
     joined = [{"role": "user", "content": "What is\n2+2?"}]

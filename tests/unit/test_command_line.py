@@ -141,8 +141,8 @@ def test_megatron_flags_that_match_vimes_behaviour_are_accepted(tmp_path):
         ),
         (
             {"--vllm-config": "f.yaml"},
-            "--vllm-config f.yaml: vime has no such flag; all engines are alike and serve the "
-            "same policy. Leave it out.",
+            "--vllm-config f.yaml: vime has no such flag; all engines have the same flags and "
+            "serve the same policy. Leave it out.",
         ),
         ({"--lr": "fast"}, "--lr fast is not a number. Give a number, such as 0.1."),
         ({"--lr": "nan"}, "--lr nan is not a number. Give a number, such as 0.1."),
@@ -157,8 +157,8 @@ def test_megatron_flags_that_match_vimes_behaviour_are_accepted(tmp_path):
         ({"--lr": None}, "--lr has no value. Write --lr VALUE, or leave it out."),
         (
             {"--rollout-seed": "1 2"},
-            "--rollout-seed 1 2: the flag takes one value, not 2. Keep one, or quote them "
-            "(--rollout-seed '1 2').",
+            "--rollout-seed 1 2: the flag takes one value, not 2. Keep one, or put quotes "
+            "around all (--rollout-seed '1 2').",
         ),
         (
             {"--colocate": "true"},

@@ -14,7 +14,7 @@ REFUSED = {
     "a batch size that does not divide": (
         {"--global-batch-size": "100"},
         "--global-batch-size 100 does not divide 256 samples (32 prompts x 8). Give a divisor, or "
-        "--num-steps-per-rollout in its place.",
+        "give --num-steps-per-rollout instead.",
     ),
     "steps and batch size that disagree": (
         {"--global-batch-size": "64", "--num-steps-per-rollout": "2"},
@@ -37,16 +37,16 @@ REFUSED = {
             "--update-weights-interval": "2",
         },
         "--update-weights-interval 2: with --colocate, engines drop their weights while the "
-        "trainer works. Add --no-offload-rollout, or leave the interval out.",
+        "trainer works. Add --no-offload-rollout, or leave --update-weights-interval out.",
     ),
     "a checkpoint between weight updates": (
         {"--update-weights-interval": "2", "--save": "there", "--save-interval": "3"},
-        "--update-weights-interval 2 does not divide --save-interval 3. Give a multiple of 2 to "
-        "the second.",
+        "--update-weights-interval 2 does not divide --save-interval 3. Set the second to a "
+        "multiple of 2.",
     ),
     "no length of the run": (
         {"--num-rollout": ""},
-        "--num-rollout is missing. Give it, or --num-epoch in its place.",
+        "--num-rollout is missing. Give --num-rollout or --num-epoch.",
     ),
     "two lengths of the run": (
         {"--num-epoch": "2"},
@@ -129,7 +129,7 @@ REFUSED = {
     ),
     "distillation without a teacher": (
         {"--use-opd": None},
-        "--use-opd has no teacher. Add --opd-teacher-load FOLDER: a checkpoint or an HF folder "
+        "--use-opd needs a teacher. Add --opd-teacher-load FOLDER: a checkpoint or an HF folder "
         "of a model with the policy's architecture.",
     ),
     "a teacher that is not there": (
@@ -138,8 +138,8 @@ REFUSED = {
     ),
     "a served teacher without its server": (
         {"--use-opd": None, "--opd-type": "vllm"},
-        "--opd-type vllm has no teacher. Add --opd-teacher-url http://HOST:PORT of `vllm serve "
-        "TEACHER`, or a function of yours that sets Sample.teacher_log_probs.",
+        "--opd-type vllm needs a teacher. Add --opd-teacher-url http://HOST:PORT of `vllm serve "
+        "TEACHER`, or your own function that sets Sample.teacher_log_probs.",
     ),
     "a served teacher at another temperature": (
         {
@@ -149,7 +149,8 @@ REFUSED = {
             "--rollout-temperature": "0.8",
         },
         "--opd-teacher-url http://a:1 gives log-probabilities at temperature 1, and "
-        "--rollout-temperature 0.8 samples at another. Set it to 1, or use --opd-type megatron.",
+        "--rollout-temperature 0.8 samples at another. Set the second to 1, or use "
+        "--opd-type megatron.",
     ),
     "a server that is no address": (
         {"--use-opd": None, "--opd-type": "vllm", "--opd-teacher-url": "a:1"},
@@ -181,7 +182,7 @@ REFUSED = {
     ),
     "saving nowhere": (
         {"--save-interval": "20"},
-        "--save-interval 20 has nowhere to save. Add --save FOLDER.",
+        "--save-interval 20 needs a folder to save to. Add --save FOLDER.",
     ),
     "one export folder for all": (
         {"--save-hf": "out/hf"},
@@ -215,8 +216,8 @@ REFUSED = {
     ),
     "prompts as long as the context": (
         {"--rollout-max-prompt-len": "512", "--rollout-max-context-len": "512"},
-        "--rollout-max-prompt-len 512 leaves no room in --rollout-max-context-len 512. Lower the "
-        "first or raise the second.",
+        "--rollout-max-prompt-len 512 leaves no room for a response in "
+        "--rollout-max-context-len 512. Lower the first or raise the second.",
     ),
     "imitation of sampled answers": (
         {"--loss-type": "sft_loss"},
@@ -296,8 +297,8 @@ REFUSED = {
             "--save": "out",
             "--save-interval": "4",
         },
-        "--ref-update-interval 3 does not divide --save-interval 4: a run that continues would "
-        "lack its reference. Give a multiple of 3 to the second.",
+        "--ref-update-interval 3 does not divide --save-interval 4: a run that resumes could "
+        "not load its reference. Set the second to a multiple of 3.",
     ),
 }
 
@@ -325,7 +326,7 @@ def test_a_checkpoint_without_a_config_is_refused(capsys, tmp_path):
 def test_a_missing_reference_is_refused(capsys, tmp_path):
     assert refused(capsys, tmp_path, {"--ref-load": f"{tmp_path}/none"}) == [
         f"--ref-load {tmp_path}/none is not a folder. Make it with "
-        "tools/convert_hf_to_torch_dist.py, or leave it out to start from --hf-checkpoint."
+        "tools/convert_hf_to_torch_dist.py, or leave --ref-load out to start from --hf-checkpoint."
     ]
 
 
@@ -353,7 +354,7 @@ def test_a_folder_that_cannot_be_created_is_refused(capsys, tmp_path):
     path = f"{tmp_path}/file/a/{{rollout_id}}"
     assert refused(capsys, tmp_path, {"--save-hf": path, "--save": f"{tmp_path}/new/folder"}) == [
         f"--save-hf {path} cannot be made: {tmp_path}/file is not a folder that you may write to. "
-        "Choose another."
+        "Choose another folder."
     ]
 
 
@@ -374,7 +375,7 @@ def test_evaluation_data_comes_in_pairs(capsys, tmp_path):
     found = refused(capsys, tmp_path, changes)
     assert (
         f"--eval-prompt-data a {path} b is not pairs of name and path. Give NAME PATH "
-        "[NAME PATH ...], or one bare path." in found
+        "[NAME PATH ...], or one path." in found
     )
 
 

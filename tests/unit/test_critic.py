@@ -82,8 +82,8 @@ REFUSED = {
     ),
     "nothing left for the actor": (
         PPO | {"--num-critic-only-steps": "3"},
-        "--num-critic-only-steps 3 leaves none of --num-rollout 3 for the actor. Lower the "
-        "first, or raise the second.",
+        "--num-critic-only-steps 3 leaves no rollout of --num-rollout 3 for the actor. Lower "
+        "the first, or raise the second.",
     ),
     "a minimum rate above the critic's": (
         PPO | {"--lr": "1e-3", "--min-lr": "1e-4", "--critic-lr": "1e-5"},

@@ -331,5 +331,5 @@ def test_without_a_global_dataset_generation_brings_its_own_prompts(config, tmp_
     said = capsys.readouterr().err
     assert "has no epochs" in said
     assert "--custom-generate-function-path" in said
-    lengths = of_samples(samples, wants_reward=True)
+    lengths = of_samples(samples, needs_reward=True)
     assert np.isfinite(lengths["rollout/response_len/mean"])

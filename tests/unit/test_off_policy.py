@@ -206,10 +206,10 @@ def test_a_users_loss_is_a_policy_loss_under_both_loss_types():
         asked = AlgorithmConfig(
             loss_type=loss_type, custom_loss_path="a.b", use_kl_loss=True, mismatch_metrics=True
         )
-        assert asked.wants_reward
+        assert asked.needs_reward
         assert asked.needs_reference
         assert asked.needs_rollout_logp == "--get-mismatch-metrics"
-    assert not AlgorithmConfig(loss_type="sft_loss").wants_reward
+    assert not AlgorithmConfig(loss_type="sft_loss").needs_reward
 
 
 @pytest.mark.parametrize(

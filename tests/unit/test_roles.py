@@ -53,8 +53,12 @@ def test_a_wrong_value_of_the_critic_is_refused_when_python_drops_asserts(tmp_pa
     ("text", "flags", "expected"),
     [
         ("megatron: 3\n", {}, "has no list under `megatron:`"),
-        ("megatron:\n" + entry("judge", lr=1), {}, "role 'judge'. Write one entry for actor"),
-        ("megatron:\n" + entry("actor", lr=1) * 2, {}, "role 'actor'. Write one entry"),
+        ("megatron:\n" + entry("judge", lr=1), {}, "role 'judge' is unknown or repeated. Write"),
+        (
+            "megatron:\n" + entry("actor", lr=1) * 2,
+            {},
+            "role 'actor' is unknown or repeated. Write",
+        ),
         (
             "megatron:\n  - role: actor\n    lr: 1\n",
             {},
@@ -62,11 +66,11 @@ def test_a_wrong_value_of_the_critic_is_refused_when_python_drops_asserts(tmp_pa
         ),
         ("megatron:\n" + entry("actor", lrr=1), {}, "lrr is not a flag. Did you mean lr?"),
         ("megatron:\n" + entry("actor", lr="fast"), {}, "actor: --lr fast is not a number"),
-        ("megatron:\n" + entry("actor", num_gpus_per_node=4), {}, "is not of one role"),
+        ("megatron:\n" + entry("actor", num_gpus_per_node=4), {}, "holds for the whole run"),
         ("megatron:\n" + entry("actor", lr=1), {"--lr": "2"}, "gives 1.0, and the command line"),
         ("megatron:\n" + entry("critic", lr=1), PPO | {"--critic-lr": "2"}, "--critic-lr 2.0."),
         ("megatron:\n" + entry("critic", lr=1), {}, "there is no critic. Add"),
-        ("megatron:\n" + entry("critic", save="x"), PPO, "the critic has no save of its own"),
+        ("megatron:\n" + entry("critic", save="x"), PPO, "save cannot differ for the critic"),
         ("megatron:\n" + entry("critic", min_lr=1), PPO, "for the critic, --min-lr 1.0 is above"),
     ],
 )

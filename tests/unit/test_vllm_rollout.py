@@ -101,7 +101,7 @@ def test_responses_are_truncated_by_their_own_limit_and_by_the_context(config):
         sample = output.samples[0][0]
         assert (sample.status, sample.response_length) == (Status.TRUNCATED, length)
         samples = [sample for group in output.samples for sample in group]
-        assert of_samples(samples, wants_reward=True)["rollout/truncated_ratio"] == 1.0
+        assert of_samples(samples, needs_reward=True)["rollout/truncated_ratio"] == 1.0
 
 
 def test_temporary_errors_are_retried_and_counted(config):
@@ -217,7 +217,7 @@ def test_a_failed_sample_does_not_fail_its_group(config):
     statuses = sorted(s.status.value for g in output.samples for s in g)
     assert statuses == ["completed"] * 3 + ["failed"]
     samples = [s for g in output.samples for s in g]
-    assert of_samples(samples, wants_reward=True)["rollout/failed_samples"] == 1
+    assert of_samples(samples, needs_reward=True)["rollout/failed_samples"] == 1
     (failed,) = [s for g in output.samples for s in g if s.status is Status.FAILED]
     assert "HTTP 400" in failed.failure
     assert failed.reward is None

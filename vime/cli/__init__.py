@@ -1,4 +1,4 @@
-"""From the command line to a `Config`. Only entry points and tools import this room."""
+"""Makes a `Config` from the command line. Only entry points and tools import this folder."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def parse_config(argv: Sequence[str] | None = None, checks: Iterable[Check] = ()
 
 
 def parse_convert_config(argv: Sequence[str] | None = None, checks: Iterable[Check] = ()) -> Config:
-    """The same for a checkpoint converter, which needs the model, the layout and `--save`."""
+    """The configuration of a checkpoint converter, which needs model, layout and `--save`."""
     given = read(argv)
     given.values["batch"].setdefault("prompts", 1)
     return _as_noted(checked(given, [*CONVERT_RULES, *checks]))
 
 
 def _as_noted(cfg: Config) -> Config:
-    """Turns off what a notice says is off."""
+    """The configuration without the settings that a notice says are off."""
     if cfg.parallel.sequence_parallel and cfg.parallel.tp == 1:
         return replace(cfg, parallel=replace(cfg.parallel, sequence_parallel=False))
     return cfg

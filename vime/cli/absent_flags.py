@@ -1,13 +1,13 @@
 """Flags of related programs that vime does not have, each with the reason or the replacement.
 
-A recipe that was written for another program gets these answers, not the nearest name.
+A recipe for another program gets these answers instead of a hint at the nearest name.
 """
 
 from __future__ import annotations
 
 _NO_REPLAY = "the trainer routes tokens to experts itself"
 _NO_MTP = "vime does not train multi-token prediction"
-_ONE_KIND = "all engines are alike and serve the same policy"
+_ONE_KIND = "all engines have the same flags and serve the same policy"
 _OWN_ENGINES = "every run starts and stops its own engines"
 _ALWAYS_WHOLE = "the trainer sends all weights to the engines directly"
 _PROFILE = (

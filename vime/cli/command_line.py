@@ -1,7 +1,7 @@
-"""The words of a command line as values of fields, with all mistakes collected.
+"""Turns the words of a command line into values of fields, and collects all mistakes.
 
-argparse splits the words and prints the help. It does not convert them: the conversion here goes on
-after a mistake, and reports flag, value and remedy of each.
+argparse splits the words and prints the help. It does not convert them, because it would stop at
+the first mistake.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def add(given: Given, entry: Entry, words: list[str]) -> None:
 
 
 def _set(given: Given, entry: Entry, value: Any) -> None:
-    """Of several values the last one wins, also over an unusable one."""
+    """Sets a field. The last of several values wins, even if an earlier one is unusable."""
     problem = entry.spec.problem(value) if entry.spec and not entry.nargs else None
     if problem:
         given.problems.append(problem)
@@ -121,7 +121,7 @@ def _word_count_problem(entry: Entry, words: list[str]) -> str | None:
     if not entry.is_switch and entry.nargs is None and len(words) > 1:
         return (
             f"{said}: the flag takes one value, not {len(words)}. "
-            f"Keep one, or quote them ({entry.name} '{' '.join(words)}')."
+            f"Keep one, or put quotes around all ({entry.name} '{' '.join(words)}')."
         )
     return None
 

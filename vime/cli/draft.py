@@ -1,6 +1,6 @@
-"""The words of a command line as a `Config`, or all its problems at once.
+"""Makes a `Config` from the values of a command line, or reports all its problems together.
 
-Rules run on a draft of the configuration, in which fields without a usable value are missing.
+Rules check a draft of the configuration. A field without a usable value is missing in it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def checked(given: Given, rules: Iterable[Check]) -> Config:
 def _draft(
     section: type[Any], values: dict[str, Any], broken: set[str]
 ) -> tuple[Section, list[str]]:
-    """The section unchecked, and a problem for each required flag that is missing.
+    """A section without its checks, and a problem for each required flag that is missing.
 
     Reading a field without a usable value raises AttributeError.
     """
@@ -80,8 +80,8 @@ def _up_to_a_missing_field(problems: Iterator[str]) -> list[str]:
 def _run(rule: Check, draft: Config, *, tolerant: bool) -> list[str]:
     """The problems that a rule finds.
 
-    tolerant  whether the rule may fail: the draft has problems already, and they are reported; this
-              rule's own problems will be reported with the next command line
+    tolerant  whether to ignore an error of the rule: the draft has other problems, which may cause
+              it. Once the user has corrected these, the rule runs again
     """
     found = []
     try:

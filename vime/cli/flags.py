@@ -1,4 +1,4 @@
-"""The table of all flags: those of the configuration's fields, and Megatron's."""
+"""The table of all flags: flags of the configuration's fields, and other flags of Megatron."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _entries(owner: str, field: str, spec: Flag, hint: Any) -> list[Entry]:
 
 
 def _parser_of(hint: Any) -> Callable[[str], Any]:
-    """`int | None` -> int; items of a list are strings where the flag names no parser."""
+    """The parser of a type: `int | None` -> int. The items of a list are strings."""
     if isinstance(hint, types.UnionType):
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
     return hint if hint in (bool, int, float) else str

@@ -38,15 +38,17 @@ def describe(owner: str) -> tuple[str, str]:
             "that contradicts config.json is refused.",
         )
     if owner == STATED_FLAGS:
-        return "Also accepted", "Flags that state what vime does anyway: " + ", ".join(_stated())
+        return "Also accepted", "Flags with only one value, which vime uses anyway: " + ", ".join(
+            _stated()
+        )
     if owner == "engine":
-        return TITLES[owner], "Every other --vllm-* or --router-* flag goes to vLLM or its router."
+        return TITLES[owner], "All other --vllm-* and --router-* flags go to vLLM and its router."
     doc = (section_types()[owner].__doc__ or "").strip().splitlines()[0]
     return TITLES.get(owner, owner), "" if doc.startswith(section_types()[owner].__name__) else doc
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Shows each flag with its value, where argparse would show the list that it collects."""
+    """Shows the value that each flag takes. argparse itself would show `[X ...]` for every flag."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=44, width=120)
@@ -62,7 +64,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def help_of(entry: Entry) -> str:
-    """A flag's effect and default. Stated flags have no lines of their own."""
+    """A flag's effect and default. Stated flags have no help: the group's first line lists them."""
     if entry.owner == STATED_FLAGS:
         return argparse.SUPPRESS
     needs = f"(only with {entry.spec.only_with})" if entry.spec and entry.spec.only_with else ""

@@ -1,8 +1,8 @@
 """Megatron's flags that have no field in the configuration.
 
 `MODEL_FLAGS` describe an architecture; they are compared with `config.json`. `STATED` are flags of
-common launch scripts that state what vime does anyway: the right value is accepted, all others are
-refused.
+common launch scripts that ask for the only behaviour that vime has. This value is accepted, and all
+other values are refused.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ MODEL_FLAGS: dict[str, Callable[[str], object]] = {
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """A flag's accepted values, none for a switch, and the reason for refusing others."""
+    """A flag's accepted values (a switch has none), and the reason for refusing other values."""
 
     values: tuple[str, ...] = ()
     because: str = ""
@@ -100,7 +100,7 @@ STATED: dict[str, Stated] = {
     "--train-backend": Stated(("megatron",), "Megatron-core is the trainer"),
     "--qkv-format": Stated(("thd",), "sequences are always packed"),
     "--megatron-to-hf-mode": Stated(("raw",), "weights are named by vime's own rules"),
-    "--distributed-backend": Stated(("nccl",), "GPUs use NCCL, and CPU ranks gloo"),
+    "--distributed-backend": Stated(("nccl",), "GPUs use NCCL, and CPU ranks use gloo"),
     "--update-weight-mode": Stated(("full",), "the trainer sends all weights"),
     "--update-weight-transport": Stated(("nccl",), "engines on other GPUs use NCCL"),
     "--vllm-weight-sync-packed": Stated(),

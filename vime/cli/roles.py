@@ -1,10 +1,10 @@
 """--megatron-config-path: a YAML file of flags that differ between actor and critic.
 
     megatron:
-      - name: default             # for the reader
+      - name: default             # vime ignores this key
         role: critic              # or actor
         overrides:
-          lr: 1e-5                # a flag without dashes in front, with underscores between
+          lr: 1e-5                # a flag as plugins spell it, such as lr_warmup_iters
 
 Overrides of the actor count like flags on the command line; overrides of the critic change the
 critic only. A role without an entry has the values of the command line.
@@ -55,7 +55,9 @@ def _roles(content: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     roles = [entry.get("role") for entry in entries]
     for entry, role in zip(entries, roles, strict=True):
         if role not in ("actor", "critic") or roles.count(role) > 1:
-            raise ConfigError(f"{name}: role {role!r}. Write one entry for actor or critic each.")
+            raise ConfigError(
+                f"{name}: role {role!r} is unknown or repeated. Write one entry per role."
+            )
         if unknown := sorted(map(str, entry.keys() - {"name", "role", "overrides"})):
             raise ConfigError(
                 f"{name}: {unknown[0]} is not a key of an entry. Move it under `overrides:`."
@@ -63,7 +65,7 @@ def _roles(content: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         overrides = entry.get("overrides") or {}
         if not isinstance(overrides, dict):
             raise ConfigError(
-                f"{name}: the overrides of {role} are no mapping. Write `flag: value`."
+                f"{name}: the overrides of {role} are not a mapping. Write `flag: value`."
             )
         yield role, overrides
 
@@ -78,9 +80,11 @@ def _read(overrides: dict[str, Any], where: str, problems: list[str], *, of_crit
             hint = did_you_mean(flag, all_flags(), shown=as_key)
             problems.append(f"{where}: {key} is not a flag. {hint}".rstrip())
         elif of_critic and (entry.owner != "optimizer" or entry.field in WHOLE):
-            problems.append(f"{where}: the critic has no {key} of its own. Leave it out.")
+            problems.append(f"{where}: {key} cannot differ for the critic. Leave it out.")
         elif not of_critic and entry.owner not in ACTORS_OWN:
-            problems.append(f"{where}: {key} is not of one role. Give {flag} on the command line.")
+            problems.append(
+                f"{where}: {key} holds for the whole run. Give {flag} on the command line."
+            )
         elif value is not None:
             _take(said, entry, value)
     problems += [f"{where}: {problem}" for problem in said.problems]

@@ -1,4 +1,4 @@
-"""Every --router-* flag of the installed vllm-router is accepted; its own parser checks them."""
+"""Checks --router-* flags with the parser of the installed vllm-router."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OWNED = {  # flags that vime sets: the flag to use instead
     "port": "--vllm-router-port",
     "policy": "--vllm-router-policy",
     "worker_urls": "--rollout-num-gpus, which adds engines",
-    "prometheus_port": "nothing: a free one is taken",
+    "prometheus_port": "none: vime takes a free port",
 }
 
 
@@ -29,7 +29,7 @@ def check_router_flags(cfg: Config) -> list[str]:
         if not given:
             return []  # the router checks the policy when it starts
         first = _spelled(*next(iter(given.items())))
-        return [f"{first}: vllm-router is not installed to check it."]
+        return [f"{first} cannot be checked: vllm-router is not installed. Install it."]
     names = {as_key(o) for a in parser._actions for o in a.option_strings}
     problems = []
     if policy is not None and (why := _refusal(parser, "policy", policy)):

@@ -42,7 +42,7 @@ class Config:
 
     @property
     def of_critic(self) -> Config:
-        """The critic's configuration: its own optimizer, which steps from the first rollout on."""
+        """The critic's configuration. Its optimizer takes steps from the first rollout on."""
         algorithm = replace(self.algorithm, num_critic_only_steps=0)
         return replace(self, optimizer=self.optimizer.of_critic, algorithm=algorithm)
 
@@ -63,8 +63,8 @@ class Config:
     def router_policy(self) -> str:
         """--vllm-router-policy, or its default.
 
-        A custom generation function may make several requests for a sample; they go to the engine
-        that has the sample's tokens in its cache.
+        With a custom generation function, all requests of a sample go to the engine that has the
+        sample's tokens in its cache.
         """
         turns = self.rollout.custom_generate_path is not None
         default = "sticky_least_loaded" if turns else "round_robin"

@@ -1,7 +1,7 @@
-"""What is in force while a data set is evaluated.
+"""The settings with which each data set is evaluated.
 
-A value comes from the data set's entry in --eval-config, else from the file's defaults, else from
-an --eval-* flag, else from the flag that all rollouts share.
+A value comes from the first of these that sets it: the data set's entry in --eval-config, the
+defaults of that file, an --eval-* flag, the flag of the rollouts.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from vime.config.sections.evaluation import OWN, EvalConfig, dataset_keys
 class EvalDataset:
     """A data set to evaluate.
 
-    cfg                 the configuration in force; sampling and rewards are the data set's own
-    metadata_overrides  joins the metadata of every sample
+    cfg                 the run's configuration with the data set's sampling and rewards
+    metadata_overrides  added to the metadata of every sample
     """
 
     name: str
@@ -31,7 +31,7 @@ class EvalDataset:
 
 
 def eval_datasets(cfg: Config) -> tuple[EvalDataset, ...]:
-    """Every data set to evaluate, resolved."""
+    """Every data set to evaluate, with all its values."""
     flags = {
         spec.dataset_key: value
         for field, spec in flags_in(EvalConfig).items()
@@ -47,9 +47,9 @@ def eval_datasets(cfg: Config) -> tuple[EvalDataset, ...]:
 
 
 def evaluations_fit(cfg: Config) -> Iterator[str]:
-    """A data set's values may not fit each other although those of the rollouts do.
+    """Each data set's values must fit each other, even if the values of the rollouts do.
 
-    `check_rewards` judges their graders.
+    `check_rewards` checks the graders.
     """
     for dataset in eval_datasets(cfg):
         where = "the evaluation of" if cfg.eval.config is None else "--eval-config,"
@@ -61,7 +61,7 @@ def evaluations_fit(cfg: Config) -> Iterator[str]:
 
 
 def _layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Later layers win. A layer that names a grader of either kind decides on both kinds."""
+    """Merges layers; later ones win. A layer with either kind of grader decides on both kinds."""
     values: dict[str, Any] = {}
     for layer in layers:
         if "rm_type" in layer or "custom_rm_path" in layer:

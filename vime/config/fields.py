@@ -22,13 +22,13 @@ class Flag:
     name       "--rollout-batch-size"
     help       one sentence for --help
     choices    the allowed values; empty: any
-    nargs      argparse's, for lists
-    repeats    a list flag that is given several times adds up; otherwise the last one wins
+    nargs      "+" for a list
+    repeats    the values of a repeated list flag are joined; otherwise the last flag wins
     negated    the flag that sets the field to False ("--no-offload-train"); `name` sets it to True
-    type       the parser of one word, where the field's annotation does not determine it
+    type       the parser of one word, if the field's annotation does not determine it
     at_least, above, at_most  bounds of a number; `above` is exclusive
-    only_with  flags of the same section without which this one has no effect: "--opd-type vllm"
-    inherits   the flag whose value holds where this one is unset
+    only_with  flags of the same section that this flag needs to have an effect: "--opd-type vllm"
+    inherits   the flag whose value is used if this one is unset
     per_dataset  whether a data set of --eval-config may set it
     hook       how vime calls the function whose dotted path is the value
     hook_if    {field: another hook}, which applies while that field of the section is true
@@ -61,7 +61,7 @@ class Flag:
         return self.dest.removeprefix("eval_").removeprefix("rollout_")
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with a value whatever the other flags are; None if nothing is."""
+        """The problem of a value on its own, with flag and remedy; None if there is none."""
         if value is None:
             return None
         if self.choices and value not in self.choices:
@@ -88,13 +88,13 @@ def flag_of(f: Field) -> Flag | None:
 
 
 def default_of(f: Field) -> Any:
-    """The value of a field that nothing sets; MISSING where it must be set."""
+    """The default of a field; MISSING if the field must be set."""
     return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 @cache
 def flags_in(section: type) -> dict[str, Flag]:
-    """{field name: Flag} of a section, in the order of its declaration."""
+    """{field name: Flag} of a section, in the order of declaration."""
     return {f.name: spec for f in fields(section) if (spec := flag_of(f))}
 
 
@@ -105,7 +105,7 @@ class Section:
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def changed(self, **values: Any) -> Self:
-        """A copy with other values, unchecked."""
+        """A copy with other values, which are not checked."""
         other = copy(self)
         for name, value in values.items():
             object.__setattr__(other, name, value)
@@ -117,7 +117,7 @@ class Section:
             raise ConfigError(*problems)
 
     def misfits(self) -> Iterator[str]:
-        """Values of this section that do not fit each other."""
+        """The problems of values of this section that do not fit each other."""
         for f in fields(self):
             spec, default = flag_of(f), default_of(f)
             if spec and spec.only_with and (value := getattr(self, f.name, default)) != default:
@@ -140,11 +140,11 @@ class Section:
         return True
 
     def plugin(self, name: str) -> Plugin | None:
-        """The user's function that the field `name` holds the path of; None where it is unset."""
+        """The user's function whose path the field `name` holds; None if it is unset."""
         return next(iter(self.plugins(name)), None)
 
     def plugins(self, name: str) -> list[Plugin]:
-        """The same for a field that may hold several paths."""
+        """The user's functions of a field that may hold several paths."""
         spec, value = flags_in(type(self))[name], getattr(self, name)
         assert spec.hook is not None, name
         asked = [hook for other, hook in (spec.hook_if or {}).items() if getattr(self, other)]
@@ -152,7 +152,7 @@ class Section:
         return [Plugin(spec.name, path, asked[0] if asked else spec.hook) for path in paths]
 
     def own_plugins(self) -> list[Plugin]:
-        """Every function that this section names and that is not vime's default."""
+        """Every function that this section names, except vime's defaults."""
         return [
             plugin
             for f in fields(self)
@@ -161,5 +161,5 @@ class Section:
         ]
 
     def problems(self) -> Iterator[str]:
-        """A section's own part of `misfits`."""
+        """The part of `misfits` that a section adds itself."""
         return iter(())

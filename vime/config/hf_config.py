@@ -13,7 +13,7 @@ from vime.errors import CheckpointError
 
 @lru_cache
 def read_config(hf_dir: str) -> dict[str, Any]:
-    """A folder's `config.json`, read once in a process. Raises CheckpointError naming the file."""
+    """A folder's `config.json`, read once per process. Raises CheckpointError with its path."""
     path = Path(hf_dir, "config.json")
     try:
         found = json.loads(path.read_text())
@@ -32,7 +32,7 @@ def read_config(hf_dir: str) -> dict[str, Any]:
 def hf_config(cfg: Config) -> dict[str, Any]:
     """The `config.json` of --hf-checkpoint; {} if it cannot be read.
 
-    The rule `checkpoint_is_there` reports that problem, so no other check needs to.
+    The rule `checkpoint_is_there` reports that problem, so the other checks do not.
     """
     try:
         return read_config(cfg.model.hf_checkpoint)

@@ -1,4 +1,4 @@
-"""Settings that work, but perhaps not as the user expects. Nothing is refused here."""
+"""Notices about settings that work, but perhaps not as the user expects. They refuse nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vime.config.sections.rollout import VLLM_ROLLOUT
 
 
 def notices(cfg: Config) -> list[str]:
-    """One text for each. They are printed once, at the start."""
+    """The notices of a run, which prints them once at the start."""
     cluster, batch, rollout = cfg.cluster, cfg.batch, cfg.rollout
     found = []
     if cluster.colocate and cluster.rollout_gpus_asked is not None:
@@ -37,7 +37,7 @@ def notices(cfg: Config) -> list[str]:
             "--ref-load is not given: the reference model is --hf-checkpoint "
             f"{cfg.model.hf_checkpoint}."
         )
-    if cfg.algorithm.wants_reward and (rollout.top_p < 1 or rollout.top_k > 0):
+    if cfg.algorithm.needs_reward and (rollout.top_p < 1 or rollout.top_k > 0):
         found.append(
             f"--rollout-top-p {rollout.top_p} and --rollout-top-k {rollout.top_k} exclude tokens "
             "from sampling, and the trainer's probabilities do not: expect a larger "
@@ -93,7 +93,7 @@ def _compares_single_answers(cfg: Config) -> bool:
     a, rollout = cfg.algorithm, cfg.rollout
     own = rollout.custom_generate_path or rollout.convert_path or cfg.reward.post_process_path
     return (
-        a.wants_reward
+        a.needs_reward
         and cfg.batch.samples_per_prompt == 1
         and a.estimator.group_baseline
         and a.normalize_rewards
@@ -106,7 +106,7 @@ def _compares_single_answers(cfg: Config) -> bool:
 
 def _relies_on_metadata_for_rewards(cfg: Config) -> bool:
     return (
-        cfg.algorithm.wants_reward
+        cfg.algorithm.needs_reward
         and cfg.rollout.function_path == VLLM_ROLLOUT
         and cfg.rollout.custom_generate_path is None
         and cfg.reward.rm_type is None

@@ -13,19 +13,21 @@ from vime.errors import ConfigError
 
 
 def read_own_values(path: str) -> dict[str, Any]:
-    """{name: value}. Raises ConfigError when the file holds anything else."""
+    """{name: value}. Raises ConfigError when the file holds something else."""
     name = f"--custom-config-path {path}"
     content = read_yaml(name, path)
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ConfigError(f"{name} is no mapping of names to values. Write lines of `name: value`.")
+        raise ConfigError(
+            f"{name} is not a mapping of names to values. Write lines of `name: value`."
+        )
     return content
 
 
 def own_values_are_their_own(cfg: Config) -> Iterator[str]:
-    """A file may not set a flag: `args` would show its value, and the run would use another."""
+    """The file must not set a flag: `args` would show its value, and the run would use another."""
     own = cfg.rollout.own_values
     for name in sorted(own.keys() & resolved(cfg).keys() if own else ()):
         yield (
-            f"--custom-config-path {cfg.rollout.custom_config_path}: {name} is vime's own. Give "
-            f"{as_flag(name)} on the command line, or choose another name."
+            f"--custom-config-path {cfg.rollout.custom_config_path}: vime uses the name {name}. "
+            f"Give {as_flag(name)} on the command line, or choose another name."
         )

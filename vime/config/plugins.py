@@ -1,4 +1,4 @@
-"""Every function of the user's own that a configuration names."""
+"""The user's functions that a configuration names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vime.plugins.hook import Plugin
 
 
 def plugins_named_in(cfg: Config) -> Iterator[Plugin]:
-    """By its flags, then by the data sets of --eval-config where they differ."""
+    """Functions that the flags name, then other functions that data sets of --eval-config name."""
     of_flags = list(_plugins_in(cfg))
     yield from of_flags
     for dataset in eval_datasets(cfg) if cfg.eval.config is not None else ():

@@ -1,4 +1,4 @@
-"""How flags are spelt: `--a-b` on the command line, `a_b` in Python and YAML; and near misses."""
+"""Spellings of a flag: `--a-b` on the command line, `a_b` in Python and YAML. Finds near names."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def as_flag(key: str, prefix: str = "--") -> str:
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """The known name that is spelt most like this one, dashes in front aside; None if none is.
+    """The known name with the most similar spelling, leading dashes ignored; None if none is near.
 
-    cutoff  the least likeness, from 0 to 1
+    cutoff  the minimum similarity, from 0 to 1
     """
     bare = {each.lstrip("-"): each for each in known}
     close = difflib.get_close_matches(name.lstrip("-"), bare, n=1, cutoff=cutoff)
@@ -33,10 +33,10 @@ def did_you_mean(
     shown: Callable[[str], str] = str,
     otherwise: str = "",
 ) -> str:
-    """A hint to end an error with.
+    """A hint for the end of an error message.
 
-    shown      how the known name is to be written
-    otherwise  what to say where no name is near
+    shown      writes the known name as the user should
+    otherwise  the hint if no name is near
     """
     close = nearest(name, known)
     return otherwise if close is None else f"Did you mean {shown(close)}?"

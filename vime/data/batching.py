@@ -49,9 +49,9 @@ def build_train_batch(
         for position, group in enumerate(groups)
         for s in group
     ]
-    wants_reward = cfg.algorithm.wants_reward
+    needs_reward = cfg.algorithm.needs_reward
     _check_finished(samples)
-    usable = [i for i, s in enumerate(samples) if is_usable(s, wants_reward)]
+    usable = [i for i, s in enumerate(samples) if is_usable(s, needs_reward)]
     if not usable:
         reasons = sorted({s.failure or "no reward" for s in samples})[:3]
         raise ValueError(
@@ -59,8 +59,8 @@ def build_train_batch(
             + ("; ".join(reasons) or "it is empty")
         )
     raw, scores = [math.nan] * len(samples), [math.nan] * len(samples)
-    metrics = of_samples(samples, wants_reward)
-    if wants_reward:
+    metrics = of_samples(samples, needs_reward)
+    if needs_reward:
         if post_process is None:
             values = [_reward(samples[i], cfg) for i in usable]
             shaped = _less_overlong(values, [samples[i] for i in usable], cfg)

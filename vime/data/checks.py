@@ -22,7 +22,7 @@ def data_problems(cfg: Config) -> Iterator[str]:
             metadata_key=data.metadata_key,
             tool_key=data.tool_key,
             # supervised fine-tuning always renders messages
-            apply_chat_template=data.apply_chat_template or not cfg.algorithm.wants_reward,
+            apply_chat_template=data.apply_chat_template or not cfg.algorithm.needs_reward,
         )
     for dataset in eval_datasets(cfg):
         yield from check_prompt_data(

@@ -9,14 +9,14 @@ from vime.data.rewards import zero_std_counts
 from vime.types import Sample, Status
 
 
-def is_usable(sample: Sample, wants_reward: bool) -> bool:
+def is_usable(sample: Sample, needs_reward: bool) -> bool:
     """Whether a sample did not fail and has a reward, where the loss needs one."""
-    return sample.status is not Status.FAILED and not (wants_reward and sample.reward is None)
+    return sample.status is not Status.FAILED and not (needs_reward and sample.reward is None)
 
 
-def of_samples(samples: Sequence[Sample], wants_reward: bool) -> dict[str, float]:
+def of_samples(samples: Sequence[Sample], needs_reward: bool) -> dict[str, float]:
     """Counts of samples; lengths and truncation of the usable ones."""
-    usable = [s for s in samples if is_usable(s, wants_reward)]
+    usable = [s for s in samples if is_usable(s, needs_reward)]
     lengths = [s.response_length for s in usable]
     metrics: dict[str, float] = {
         "rollout/num_samples": len(samples),

@@ -133,7 +133,7 @@ class RolloutDataSourceWithBuffer:
         return self.dataset[int(self._order[at])]
 
     def _render(self, rows: list[Row]) -> list[Rendered]:
-        if not self.cfg.algorithm.wants_reward:
+        if not self.cfg.algorithm.needs_reward:
             return [(row, row.prompt, []) for row in rows]
         return render_rows(self.cfg, rows)
 

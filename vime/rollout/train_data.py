@@ -27,7 +27,7 @@ def make_train_batch(args: Any, groups: list[Group], rollout_id: int) -> TrainBa
         samples = [sample for group in groups for sample in group]
         made = convert(args, samples)
         batch = as_train_batch(made, cfg, rollout_id, weigh=weigh)
-        own = of_samples(samples, cfg.algorithm.wants_reward)
+        own = of_samples(samples, cfg.algorithm.needs_reward)
         batch = replace(batch, metrics={**own, **batch.metrics})
     else:
         post_process = _with_args(cfg.reward.plugin("post_process_path"), args)

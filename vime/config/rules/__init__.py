@@ -1,7 +1,7 @@
-"""Rules across sections. Each yields problems: flag, value, remedy.
+"""Rules across sections. Each rule yields problems, with flag, value and remedy.
 
-A section checks its own values (`Section.problems`). Apart from the small config.json, rules do not
-read files; they only check that these exist.
+A section checks its own values (`Section.problems`). Rules check that files and folders exist. The
+only file that they read is the small config.json.
 """
 
 from __future__ import annotations

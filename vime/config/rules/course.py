@@ -11,7 +11,7 @@ from vime.config.sections.rollout import SFT_ROLLOUT, VLLM_ROLLOUT
 
 def run_has_a_length(cfg: Config) -> Iterator[str]:
     if cfg.batch.num_rollout is None and cfg.batch.num_epoch is None:
-        yield "--num-rollout is missing. Give it, or --num-epoch in its place."
+        yield "--num-rollout is missing. Give --num-rollout or --num-epoch."
 
 
 def run_has_prompts(cfg: Config) -> Iterator[str]:
@@ -25,7 +25,7 @@ def run_has_prompts(cfg: Config) -> Iterator[str]:
 def _rollout_makes_its_prompts(cfg: Config) -> Iterator[str]:
     name, rollout = "--disable-rollout-global-dataset", cfg.rollout
     if cfg.data.prompt_data is not None:
-        yield f"{name} leaves --prompt-data {cfg.data.prompt_data} unread. Drop one of the two."
+        yield f"{name} does not read --prompt-data {cfg.data.prompt_data}. Drop one of the two."
     if cfg.batch.num_epoch is not None:
         yield f"{name} has no epochs. Give --num-rollout in place of --num-epoch."
     if rollout.function_path == VLLM_ROLLOUT and rollout.custom_generate_path is None:
@@ -59,7 +59,7 @@ def reference_is_in_every_checkpoint(cfg: Config) -> Iterator[str]:
     if interval is not None and save is not None and save % interval:
         yield (
             f"--ref-update-interval {interval} does not divide --save-interval {save}: a run that "
-            f"continues would lack its reference. Give a multiple of {interval} to the second."
+            f"resumes could not load its reference. Set the second to a multiple of {interval}."
         )
 
 
@@ -70,7 +70,7 @@ def weights_are_due_in_time(cfg: Config) -> Iterator[str]:
     if interval > 1 and cfg.cluster.offload_rollout:
         yield (
             f"{name}: with --colocate, engines drop their weights while the trainer works. Add "
-            "--no-offload-rollout, or leave the interval out."
+            "--no-offload-rollout, or leave --update-weights-interval out."
         )
     for other, value in (
         ("--eval-interval", cfg.eval.interval),
@@ -78,19 +78,19 @@ def weights_are_due_in_time(cfg: Config) -> Iterator[str]:
     ):
         if value is not None and value % interval:
             yield (
-                f"{name} does not divide {other} {value}. Give a multiple of {interval} to the "
-                "second."
+                f"{name} does not divide {other} {value}. Set the second to a "
+                f"multiple of {interval}."
             )
 
 
 def loss_and_rollout_agree(cfg: Config) -> Iterator[str]:
     function, loss = cfg.rollout.function_path, cfg.algorithm.loss_type
-    if not cfg.algorithm.wants_reward and function == VLLM_ROLLOUT:
+    if not cfg.algorithm.needs_reward and function == VLLM_ROLLOUT:
         yield (
             f"--loss-type {loss} learns from given answers, and --rollout-function-path {function} "
             f"samples new ones. Add --rollout-function-path {SFT_ROLLOUT}."
         )
-    if cfg.algorithm.wants_reward and function == SFT_ROLLOUT:
+    if cfg.algorithm.needs_reward and function == SFT_ROLLOUT:
         yield (
             f"--rollout-function-path {function} makes no rewards, and --loss-type {loss} needs "
             "rewards. Add --loss-type sft_loss."
@@ -98,8 +98,11 @@ def loss_and_rollout_agree(cfg: Config) -> Iterator[str]:
 
 
 def debug_runs_have_their_parts(cfg: Config) -> Iterator[str]:
-    """--debug-train-only and --load-debug-rollout-data start no engines, --debug-rollout-only no
-    trainer."""
+    """A debug run must not need the part that it leaves out.
+
+    --debug-train-only and --load-debug-rollout-data start no engines; --debug-rollout-only starts
+    no trainer.
+    """
     debug, function = cfg.debug, cfg.rollout.function_path
     if debug.train_only and debug.load_rollout_data is None and function == VLLM_ROLLOUT:
         yield (
@@ -115,5 +118,5 @@ def debug_runs_have_their_parts(cfg: Config) -> Iterator[str]:
     if debug.rollout_only and (cfg.checkpoint.save or cfg.checkpoint.save_hf):
         yield (
             "--debug-rollout-only has no trainer whose weights --save or --save-hf could write. "
-            "Drop these; --save-debug-rollout-data keeps the samples."
+            "Drop these flags; --save-debug-rollout-data saves the samples."
         )

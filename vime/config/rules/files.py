@@ -1,4 +1,4 @@
-"""Folders and files that must be there, or that can be made."""
+"""Folders and files that a run reads must exist; folders that it writes must be possible."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def reference_is_there(cfg: Config) -> Iterator[str]:
     if folder is not None and not Path(folder).is_dir():
         yield (
             f"--ref-load {folder} is not a folder. Make it with tools/convert_hf_to_torch_dist.py, "
-            "or leave it out to start from --hf-checkpoint."
+            "or leave --ref-load out to start from --hf-checkpoint."
         )
 
 
@@ -44,8 +44,8 @@ def teacher_is_there(cfg: Config) -> Iterator[str]:
         yield from _served_teacher(cfg)
     elif folder is None:
         yield (
-            "--use-opd has no teacher. Add --opd-teacher-load FOLDER: a checkpoint or an HF folder "
-            "of a model with the policy's architecture."
+            "--use-opd needs a teacher. Add --opd-teacher-load FOLDER: a checkpoint or an HF "
+            "folder of a model with the policy's architecture."
         )
     elif not Path(folder).is_dir():
         yield f"{name} is not a folder. Give a checkpoint or an HF folder."
@@ -65,19 +65,19 @@ def _served_teacher(cfg: Config) -> Iterator[str]:
     )
     if url is None and rollout.function_path == VLLM_ROLLOUT and not any(by_hand):
         yield (
-            "--opd-type vllm has no teacher. Add --opd-teacher-url http://HOST:PORT of "
-            "`vllm serve TEACHER`, or a function of yours that sets Sample.teacher_log_probs."
+            "--opd-type vllm needs a teacher. Add --opd-teacher-url http://HOST:PORT of "
+            "`vllm serve TEACHER`, or your own function that sets Sample.teacher_log_probs."
         )
     if url is not None and rollout.temperature != 1.0:
         yield (
             f"--opd-teacher-url {url} gives log-probabilities at temperature 1, and "
-            f"--rollout-temperature {rollout.temperature} samples at another. Set it to 1, or use "
-            "--opd-type megatron."
+            f"--rollout-temperature {rollout.temperature} samples at another. Set the second to "
+            "1, or use --opd-type megatron."
         )
 
 
 def folders_can_be_made(cfg: Config) -> Iterator[str]:
-    """Otherwise a run would end when it logs or saves for the first time."""
+    """Checks early; otherwise a run would end when it logs or saves for the first time."""
     if cfg.debug.dry_run:
         return
     for name, path in (
@@ -88,12 +88,14 @@ def folders_can_be_made(cfg: Config) -> Iterator[str]:
         if path is None:
             continue
         there = Path(path).absolute()
-        while not os.path.exists(there):  # Path.exists raises where this user may not look
+        while not os.path.exists(
+            there
+        ):  # Path.exists raises an error in a folder that this user may not read
             there = there.parent
         if not (there.is_dir() and os.access(there, os.W_OK)):
             yield (
                 f"{name} {path} cannot be made: {there} is not a folder that you may write to. "
-                "Choose another."
+                "Choose another folder."
             )
 
 

@@ -14,7 +14,7 @@ def the_critic_has_a_part(cfg: Config) -> Iterator[str]:
     with_critic = f"--advantage-estimator {estimators_where(lambda e: e.critic)}"
     if a.needs_critic and total is not None and a.num_critic_only_steps >= total:
         yield (
-            f"--num-critic-only-steps {a.num_critic_only_steps} leaves none of --num-rollout "
+            f"--num-critic-only-steps {a.num_critic_only_steps} leaves no rollout of --num-rollout "
             f"{total} for the actor. Lower the first, or raise the second."
         )
     for name, value in (

@@ -37,14 +37,14 @@ _OF_EVERY_LOSS = (
 class AlgorithmConfig(Section):
     loss_type: str = flag(
         "--loss-type",
-        "policy_loss: reinforcement learning; sft_loss: imitation of given answers; custom_loss: "
-        "policy_loss with a loss from --custom-loss-function-path",
+        "policy_loss: reinforcement learning; sft_loss: supervised fine-tuning on given answers; "
+        "custom_loss: reinforcement learning with the loss of --custom-loss-function-path",
         default="policy_loss",
         choices=("policy_loss", "sft_loss", "custom_loss"),
     )
     advantage_estimator: str = flag(
         "--advantage-estimator",
-        "how rewards become advantages",
+        "method that turns rewards into advantages",
         default="grpo",
         choices=tuple(ESTIMATORS),
     )
@@ -61,7 +61,7 @@ class AlgorithmConfig(Section):
         only_with="--use-kl-loss",
     )
     kl_loss_type: str = flag(
-        "--kl-loss-type", "estimator of that KL", default="k1", choices=tuple(KL_TYPES)
+        "--kl-loss-type", "estimator of the KL in the loss", default="k1", choices=tuple(KL_TYPES)
     )
     unbiased_kl: bool = flag(
         "--use-unbiased-kl",
@@ -90,7 +90,7 @@ class AlgorithmConfig(Section):
     )
     opd_teacher_url: str | None = flag(
         "--opd-teacher-url",
-        "http://HOST:PORT of the teacher's server; without it, a function of yours sets "
+        "http://HOST:PORT of the teacher's server; without it, your own function sets "
         "Sample.teacher_log_probs",
         default=None,
         only_with="--use-opd --opd-type vllm",
@@ -137,13 +137,14 @@ class AlgorithmConfig(Section):
     )
     value_clip: float = flag(
         "--value-clip",
-        "with a critic: a value that moves further than this from its first one has no gradient",
+        "with a critic: a value that moves further than this from its value at the start of the "
+        "rollout has no gradient",
         default=0.2,
         above=0,
     )
     num_critic_only_steps: int = flag(
         "--num-critic-only-steps",
-        "with a critic: number of first rollouts that train only the critic",
+        "with a critic: number of rollouts at the start that train only the critic",
         default=0,
         at_least=0,
     )
@@ -175,8 +176,8 @@ class AlgorithmConfig(Section):
     )
     overlong_buffer_len: int | None = flag(
         "--overlong-buffer-len",
-        "DAPO: a response loses reward, linearly, for each of the last N tokens of "
-        "--rollout-max-response-len that it uses",
+        "DAPO: the reward falls linearly with the number of tokens that a response uses of the last "
+        "N tokens of --rollout-max-response-len",
         default=None,
         at_least=1,
     )
@@ -219,14 +220,15 @@ class AlgorithmConfig(Section):
     )
     tis_mode: str = flag(
         "--tis-mode",
-        "weights out of bounds are clipped, or their tokens get no loss (with token: IcePop)",
+        "clip weights to the bounds, or mask tokens whose weight is out of bounds (with --tis-level "
+        "token: IcePop)",
         default="clip",
         choices=tuple(MODES),
         only_with="--use-tis",
     )
     tis_veto: float | None = flag(
         "--tis-veto",
-        "a sequence with a token whose weight is below this gets no loss; for example 1e-4",
+        "mask a sequence if the weight of any of its tokens is below this; for example 1e-4",
         default=None,
         above=0,
         at_most=1,
@@ -265,7 +267,7 @@ class AlgorithmConfig(Section):
     )
     model_provider_path: str | None = flag(
         "--custom-model-provider-path",
-        "changes a chunk of Megatron's model, or replaces it by one with the same weight names",
+        "changes a chunk of Megatron's model, or returns another chunk with the same weight names",
         default=None,
         hook=MODEL,
     )
@@ -284,14 +286,14 @@ class AlgorithmConfig(Section):
     )
     ref_update_interval: int | None = flag(
         "--ref-update-interval",
-        "replace the reference by the actor after every N rollouts (default: never)",
+        "copy the actor into the reference model after every N rollouts (default: never)",
         default=None,
         at_least=1,
     )
     use_opsm: bool = flag(
         "--use-opsm",
-        "no loss on sequences with a negative advantage that the new policy makes less likely, "
-        "see --opsm-delta",
+        "mask sequences with a negative advantage that the new policy makes less likely; see "
+        "--opsm-delta",
         default=False,
     )
     opsm_delta: float = flag(
@@ -314,7 +316,7 @@ class AlgorithmConfig(Section):
         return ESTIMATORS[self.advantage_estimator]
 
     @property
-    def wants_reward(self) -> bool:
+    def needs_reward(self) -> bool:
         """Whether the policy learns from its own samples; sft_loss learns from given answers."""
         return self.loss_type != "sft_loss"
 
@@ -333,7 +335,7 @@ class AlgorithmConfig(Section):
     @property
     def needs_rollout_logp(self) -> str | None:
         """The first flag in force that needs the engine's log-probabilities; None if none does."""
-        if not self.wants_reward:
+        if not self.needs_reward:
             return None
         asked = {
             "--use-rollout-logprobs": self.use_rollout_logprobs,
@@ -348,21 +350,21 @@ class AlgorithmConfig(Section):
 
     @property
     def needs_reference(self) -> bool:
-        return self.wants_reward and (self.use_kl_loss or self.kl_coef != 0.0)
+        return self.needs_reward and (self.use_kl_loss or self.kl_coef != 0.0)
 
     @property
     def needs_teacher(self) -> bool:
         """Whether the trainer's ranks hold a teacher."""
-        return self.wants_reward and self.use_opd and self.opd_type == "megatron"
+        return self.needs_reward and self.use_opd and self.opd_type == "megatron"
 
     @property
     def needs_teacher_logp(self) -> bool:
         """Whether samples must have a teacher's log-probabilities."""
-        return self.wants_reward and self.use_opd and self.opd_type == "vllm"
+        return self.needs_reward and self.use_opd and self.opd_type == "vllm"
 
     @property
     def needs_critic(self) -> bool:
-        return self.wants_reward and self.estimator.critic
+        return self.needs_reward and self.estimator.critic
 
     def problems(self) -> Iterator[str]:
         if self.advantage_estimator in ESTIMATORS:
@@ -382,7 +384,7 @@ class AlgorithmConfig(Section):
             )
         if self.ref_update_interval is not None and not self.needs_reference:
             yield (
-                f"--ref-update-interval {self.ref_update_interval} has no reference to update. Add "
+                f"--ref-update-interval {self.ref_update_interval} needs a reference model. Add "
                 "--use-kl-loss or --kl-coef, or leave it out."
             )
 
@@ -414,7 +416,7 @@ class AlgorithmConfig(Section):
         if estimator.critic and self.custom_advantage_path is not None:
             yield (
                 f"--custom-advantage-function-path {self.custom_advantage_path} leaves the critic "
-                f"of {name} nothing to learn. Choose another estimator, or drop the function."
+                f"of {name} without a target. Choose another estimator, or drop the function."
             )
         if estimator.constant_weight and self.per_token_loss:
             yield (
@@ -429,11 +431,11 @@ class AlgorithmConfig(Section):
         if estimator.nonnegative_rewards and self.overlong_buffer_len is not None:
             yield (
                 f"--overlong-buffer-len {self.overlong_buffer_len} makes rewards negative, and "
-                f"{name} is not defined for these. Drop one of the two."
+                f"{name} is not defined for negative rewards. Drop one of the two."
             )
 
     def _problems_of_the_loss(self) -> Iterator[str]:
-        if not self.compute_advantages and self.wants_reward:
+        if not self.compute_advantages and self.needs_reward:
             yield (
                 f"--disable-compute-advantages-and-returns leaves --loss-type {self.loss_type} "
                 "nothing to learn from. Leave it out."
@@ -443,7 +445,7 @@ class AlgorithmConfig(Section):
                 "--loss-type custom_loss needs a loss. Add --custom-loss-function-path, or choose "
                 "policy_loss."
             )
-        if not self.wants_reward:
+        if not self.needs_reward:
             policys_own = {
                 "--use-opd": self.use_opd or None,
                 "--keep-old-actor": self.keep_old_actor or None,
@@ -460,7 +462,7 @@ class AlgorithmConfig(Section):
         if self.custom_loss_path is not None and (self.use_tis or self.use_opsm):
             yield (
                 f"--custom-loss-function-path {self.custom_loss_path} replaces the loss that "
-                "--use-tis and --use-opsm change. Drop these, or the function."
+                "--use-tis and --use-opsm change. Drop these two flags, or the function."
             )
         if self.custom_advantage_path is not None and self.kl_coef:
             yield (

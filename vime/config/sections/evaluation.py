@@ -1,7 +1,7 @@
 """When and what to evaluate: the --eval-* flags, and the data sets that --eval-config names.
 
     eval:
-      defaults:                     # any key of a data set but name and path
+      defaults:                     # any key of a data set except name and path
         n_samples_per_eval_prompt: 4
       datasets:
         - name: aime
@@ -66,7 +66,7 @@ def read_eval_config(path: str) -> dict[str, Any]:
 
 
 def twin(section: type[Section], name: str) -> Any:
-    """A flag --eval-X with the bounds of a field's --rollout-X (or --X), inherited where unset."""
+    """A flag --eval-X. It has the bounds of --rollout-X (or --X) and inherits its value if unset."""
     source = flags_in(section)[name]
     name = as_flag(source.dataset_key, "--eval-")
     spec = dataclasses.replace(source, name=name, inherits=source.name, per_dataset=True)
@@ -80,13 +80,13 @@ class EvalConfig(Section):
     )
     prompt_data: list | None = flag(
         "--eval-prompt-data",
-        "pairs of name and path, or one bare path (named aime)",
+        "pairs of name and path, or one path without a name (its name is then aime)",
         default=None,
         nargs="+",
     )
     config: dict | None = flag(
         "--eval-config",
-        "YAML of several data sets, in place of --eval-prompt-data: docs/data-generation.md",
+        "YAML file of data sets, in place of --eval-prompt-data: docs/data-generation.md",
         default=None,
         type=read_eval_config,
     )
@@ -115,20 +115,20 @@ class EvalConfig(Section):
     tool_key: str | None = twin(DataConfig, "tool_key")
     function_path: str | None = flag(
         "--eval-function-path",
-        "evaluates, with evaluation=True",
+        "evaluates; it is called with evaluation=True",
         default=None,
         hook=ROLLOUT,
         inherits="--rollout-function-path",
     )
     log_path: str | None = flag(
         "--custom-eval-rollout-log-function-path",
-        "changes what is logged of an evaluation",
+        "changes the metrics of an evaluation before they are logged",
         default=None,
         hook=EVAL_LOG,
     )
     reward_key: str | None = twin(RewardConfig, "reward_key")
     skip_before_train: bool = flag(
-        "--skip-eval-before-train", "no evaluation before the first step", default=False
+        "--skip-eval-before-train", "do not evaluate before the first step", default=False
     )
 
     def due_before_train(self, start_step: int) -> bool:
@@ -151,7 +151,7 @@ class EvalConfig(Section):
         if len(data) > 1 and len(data) % 2:
             yield (
                 f"{name} is not pairs of name and path. Give NAME PATH [NAME PATH ...], or one "
-                "bare path."
+                "path."
             )
         names = data[::2] if len(data) > 1 else []
         if len(set(names)) < len(names):
@@ -173,7 +173,7 @@ class Place:
     """Where the value of a data set's key goes.
 
     section  of `Config`: "rollout"
-    kinds    what a YAML file may hold there; null also, which stands for `unset`
+    kinds    the types that a YAML file may hold there; null is allowed too and means `unset`
     """
 
     section: str
@@ -184,7 +184,7 @@ class Place:
 
 
 PLACED = {"data": DataConfig, "rollout": RolloutConfig, "reward": RewardConfig, "eval": EvalConfig}
-OWN = {"name": (str,), "path": (str,), "metadata_overrides": (dict,)}  # keys that no flag has
+OWN = {"name": (str,), "path": (str,), "metadata_overrides": (dict,)}  # keys without a flag
 
 
 @cache

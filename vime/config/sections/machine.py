@@ -1,4 +1,4 @@
-"""The machine: who runs where, in which layout, with which logs and limits."""
+"""The machine: which GPUs train and generate, the parallel layout, engines, logs, debugging."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vime.config.fields import Path, Section, flag
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig(Section):
-    """Who runs where. On a machine without GPUs one CPU slot stands for one GPU."""
+    """GPUs of trainer and engines. On a machine without GPUs one CPU slot stands for one GPU."""
 
     actor_num_nodes: int = flag("--actor-num-nodes", "nodes that train", default=1, at_least=1)
     actor_gpus_per_node: int = flag(
@@ -52,7 +52,7 @@ class ClusterConfig(Section):
     )
     train_memory_margin_bytes: int = flag(
         "--train-memory-margin-bytes",
-        "GPU memory that the trainer leaves free for allocations outside of it",
+        "GPU memory that the trainer leaves free for allocations outside PyTorch",
         default=1 << 30,
         at_least=0,
     )
@@ -63,7 +63,7 @@ class ClusterConfig(Section):
         at_least=1,
     )
     distributed_timeout_minutes: float = flag(
-        "--distributed-timeout-minutes", "deadline of a collective", default=10.0, above=0
+        "--distributed-timeout-minutes", "deadline of a collective operation", default=10.0, above=0
     )
 
     @property
@@ -155,14 +155,13 @@ class ParallelConfig(Section):
     )
     recompute_granularity: str | None = flag(
         "--recompute-granularity",
-        "compute activations again in the backward pass: of whole layers, or of "
-        "--recompute-modules",
+        "recompute activations in the backward pass: of whole layers, or of --recompute-modules",
         default=None,
         choices=("full", "selective"),
     )
     recompute_method: str | None = flag(
         "--recompute-method",
-        "how full recomputation chooses layers",
+        "the way in which full recomputation chooses layers",
         default=None,
         choices=("uniform", "block"),
         only_with="--recompute-granularity full",
@@ -175,7 +174,7 @@ class ParallelConfig(Section):
     )
     recompute_modules: list | None = flag(
         "--recompute-modules",
-        f"modules to compute again: {', '.join(RECOMPUTABLE)} (default: core_attn)",
+        f"modules to recompute: {', '.join(RECOMPUTABLE)} (default: core_attn)",
         default=None,
         nargs="+",
         only_with="--recompute-granularity selective",
@@ -234,8 +233,8 @@ class EngineConfig(Section):
     router_args: dict[str, Any] = field(default_factory=dict)
     router_policy_asked: str | None = flag(
         "--vllm-router-policy",
-        "how the router chooses an engine (default: round_robin; sticky_least_loaded with "
-        "--custom-generate-function-path, because such a sample may make several requests)",
+        "the router's rule for choosing an engine (default: round_robin; sticky_least_loaded with "
+        "--custom-generate-function-path, which may send several requests for a sample)",
         default=None,
     )
     router_ip: str | None = flag(
@@ -265,7 +264,7 @@ class EngineConfig(Section):
     )
     fault_tolerance: bool = flag(
         "--use-fault-tolerance",
-        "restart an engine that died, with the trainer's weights, and repeat what failed",
+        "restart an engine that died, give it the trainer's weights, and repeat the failed work",
         default=False,
     )
     update_weight_buffer_size: int = flag(
@@ -338,7 +337,7 @@ class DebugConfig(Section):
     )
     plan_gpu_gib: float | None = flag(
         "--plan-gpu-memory",
-        "plan for GPUs of so many GiB, whatever this machine has",
+        "plan for GPUs with this many GiB instead of this machine's GPUs",
         default=None,
         above=0,
         only_with="--dry-run",
@@ -364,7 +363,7 @@ class DebugConfig(Section):
 
     @property
     def begins_anywhere(self) -> bool:
-        """Whether a run may begin at any rollout, without the data state of the one before."""
+        """Whether a run may begin at any rollout, without the data state of the previous one."""
         return self.rollout_only or self.load_rollout_data is not None
 
     @property

@@ -23,7 +23,7 @@ class ModelConfig(Section):
     args: dict[str, Any] = field(default_factory=dict)  # MODEL_ARGS: {Megatron's name: value}
     dtype: str = flag(
         "--dtype",
-        "type of the weights in trainer and engines (auto: bfloat16 on CUDA, float32 on CPU)",
+        "data type of the weights in trainer and engines (auto: bfloat16 on CUDA, float32 on CPU)",
         default="auto",
         choices=("auto", "float32", "bfloat16"),
     )
@@ -33,7 +33,7 @@ class ModelConfig(Section):
 class CheckpointConfig(Section):
     load: Path | None = flag(
         "--load",
-        "checkpoint of the actor to continue; an empty or missing folder: start from --ref-load",
+        "checkpoint of the actor to continue from; if it is empty or missing, --ref-load",
         default=None,
     )
     ref_load: Path | None = flag(
@@ -43,7 +43,7 @@ class CheckpointConfig(Section):
     )
     opd_teacher_load: Path | None = flag(
         "--opd-teacher-load",
-        "checkpoint or HF folder of the teacher of --opd-type megatron",
+        "checkpoint or HF folder of the teacher for --opd-type megatron",
         default=None,
     )
     save: Path | None = flag("--save", "folder for checkpoints", default=None)
@@ -87,7 +87,7 @@ class CheckpointConfig(Section):
 
     def problems(self) -> Iterator[str]:
         if self.save_interval is not None and self.save is None and self.save_hf is None:
-            yield f"--save-interval {self.save_interval} has nowhere to save. Add --save FOLDER."
+            yield f"--save-interval {self.save_interval} needs a folder to save to. Add --save FOLDER."
         if self.save_hf is not None and "{rollout_id}" not in self.save_hf:
             yield (
                 f"--save-hf {self.save_hf} would write every export to one folder. Put "
@@ -143,7 +143,7 @@ class OptimizerConfig(Section):
     beta2: float = flag("--adam-beta2", default=0.999, at_least=0, at_most=1)
     eps: float = flag("--adam-eps", default=1e-8, above=0)
     clip_grad: float = flag(
-        "--clip-grad", "largest gradient norm; 0: no clipping", default=1.0, at_least=0
+        "--clip-grad", "maximum gradient norm; 0: no clipping", default=1.0, at_least=0
     )
     accumulate_fp32: bool = flag(
         "--accumulate-allreduce-grads-in-fp32",
@@ -153,13 +153,13 @@ class OptimizerConfig(Section):
     )
     freeze_names: list | None = flag(
         "--freeze-params-name-list",
-        "regular expressions; weights whose Megatron name matches one do not train",
+        "regular expressions; freeze weights whose Megatron name matches one",
         default=None,
         nargs="+",
     )
     train_names: list | None = flag(
         "--only-train-params-name-list",
-        "regular expressions; only weights whose Megatron name matches one train",
+        "regular expressions; train only weights whose Megatron name matches one",
         default=None,
         nargs="+",
     )
@@ -169,7 +169,9 @@ class OptimizerConfig(Section):
         "YAML of flags that differ between actor and critic: docs/algorithms.md",
         default=None,
     )
-    critic_overrides: dict[str, Any] = field(default_factory=dict)  # of that file: {field: value}
+    critic_overrides: dict[str, Any] = field(
+        default_factory=dict
+    )  # from --megatron-config-path: {field: value}
 
     @property
     def decay_ends(self) -> bool:

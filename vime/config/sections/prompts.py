@@ -114,15 +114,15 @@ class BatchConfig(Section):
     )
     log_probs_max_tokens_per_gpu: int | None = flag(
         "--log-probs-max-tokens-per-gpu",
-        "the same for passes without gradients",
+        "tokens per GPU in one packed micro-batch of a pass without gradients",
         default=None,
         at_least=1,
         inherits="--max-tokens-per-gpu",
     )
     log_probs_chunk_asked: int = flag(
         "--log-probs-chunk-size",
-        "tokens whose float32 logits exist at the same time, where PyTorch computes "
-        "log-probabilities; -1: as many as take 64 MiB",
+        "where PyTorch computes log-probabilities: number of tokens with float32 logits in memory "
+        "at a time; -1: as many as fit in 64 MiB",
         default=-1,
         at_least=-1,
     )
@@ -131,7 +131,7 @@ class BatchConfig(Section):
     )
     balance_by_flops: bool = flag(
         "--balance-by-flops",
-        "the same, with the cost of attention computed from config.json",
+        "like --balance-data, with the cost of attention computed from config.json",
         default=False,
     )
 
@@ -165,13 +165,13 @@ class BatchConfig(Section):
 
     @property
     def log_probs_chunk(self) -> int | None:
-        """Tokens whose float32 logits exist at the same time; None: as many as take 64 MiB."""
+        """Number of tokens with float32 logits in memory at a time; None: as many as fit in 64 MiB."""
         return None if self.log_probs_chunk_asked == -1 else self.log_probs_chunk_asked
 
     def problems(self) -> Iterator[str]:
         if self.log_probs_chunk_asked == 0:
             yield (
-                "--log-probs-chunk-size 0 is no number of tokens. Give 1 or more, or -1 for an "
+                "--log-probs-chunk-size 0 is too small. Give 1 or more, or -1 for an "
                 "automatic choice."
             )
         product = f"{self.samples} samples ({self.prompts} prompts x {self.samples_per_prompt})"
@@ -189,7 +189,7 @@ class BatchConfig(Section):
         elif steps is None and size is not None and self.samples % size:
             yield (
                 f"--global-batch-size {size} does not divide {product}. Give a divisor, or "
-                "--num-steps-per-rollout in its place."
+                "give --num-steps-per-rollout instead."
             )
         if self.dynamic and self.max_tokens_per_gpu is None:
             yield (

@@ -1,4 +1,4 @@
-"""How responses are sampled, and who grades them."""
+"""How responses are sampled and graded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SFT_ROLLOUT = "vime.rollout.sft_rollout.generate_rollout"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutConfig(Section):
-    """Sampling. An evaluation inherits the values that no --eval-* flag sets."""
+    """Sampling. Evaluations use these values, except where an --eval-* flag sets another."""
 
     function_path: str = flag(
         "--rollout-function-path",
@@ -40,29 +40,29 @@ class RolloutConfig(Section):
     )
     top_p: float = flag(
         "--rollout-top-p",
-        "sample from the likeliest tokens with this total probability",
+        "sample from the most likely tokens that together have this probability",
         default=1.0,
         above=0,
         at_most=1,
     )
     top_k: int = flag(
         "--rollout-top-k",
-        "sample from the N likeliest tokens; -1: from all",
+        "sample from the N most likely tokens; -1: from all tokens",
         default=-1,
         at_least=-1,
     )
     max_response_len: int = flag(
-        "--rollout-max-response-len", "tokens per response", default=1024, at_least=1
+        "--rollout-max-response-len", "maximum tokens of a response", default=1024, at_least=1
     )
     max_prompt_len: int | None = flag(
         "--rollout-max-prompt-len",
-        "tokens per prompt; longer prompts are dropped and counted",
+        "maximum tokens of a prompt; longer prompts are dropped and counted",
         default=None,
         at_least=1,
     )
     max_context_len: int | None = flag(
         "--rollout-max-context-len",
-        "tokens of prompt and response together",
+        "maximum tokens of prompt and response together",
         default=None,
         at_least=1,
     )
@@ -88,7 +88,7 @@ class RolloutConfig(Section):
     )
     over_sampling: int | None = flag(
         "--over-sampling-batch-size",
-        "prompts that are submitted together",
+        "number of prompts to submit at a time",
         default=None,
         at_least=1,
         inherits="--rollout-batch-size",
@@ -106,7 +106,7 @@ class RolloutConfig(Section):
     )
     mask_offpolicy: bool = flag(
         "--mask-offpolicy-in-partial-rollout",
-        "no loss on tokens of an earlier rollout",
+        "mask tokens that an earlier rollout generated",
         default=False,
         only_with="--partial-rollout",
     )
@@ -125,13 +125,13 @@ class RolloutConfig(Section):
     )
     sample_filter_path: str | None = flag(
         "--rollout-sample-filter-path",
-        "sets remove_sample on samples that get no loss",
+        "sets remove_sample on samples that should get no loss",
         default=None,
         hook=SAMPLE_FILTER,
     )
     all_samples_path: str | None = flag(
         "--rollout-all-samples-process-path",
-        "sees every sample of a rollout, those of dropped groups included",
+        "sees every sample of a rollout, including the samples of dropped groups",
         default=None,
         hook=ALL_SAMPLES,
     )
@@ -181,10 +181,12 @@ class RolloutConfig(Section):
     )
     custom_config_path: str | None = flag(
         "--custom-config-path",
-        "YAML of your own names and values, which functions read as args.NAME",
+        "YAML file of your own names and values, which your functions read as args.NAME",
         default=None,
     )
-    own_values: dict[str, Any] = field(default_factory=dict)  # of that file: {name: value}
+    own_values: dict[str, Any] = field(
+        default_factory=dict
+    )  # from --custom-config-path: {name: value}
     concurrency: int = flag(
         "--vllm-server-concurrency", "requests in flight per engine", default=512, at_least=1
     )
@@ -196,7 +198,7 @@ class RolloutConfig(Section):
             and self.max_prompt_len >= self.max_context_len
         ):
             yield (
-                f"--rollout-max-prompt-len {self.max_prompt_len} leaves no room in "
+                f"--rollout-max-prompt-len {self.max_prompt_len} leaves no room for a response in "
                 f"--rollout-max-context-len {self.max_context_len}. Lower the first or raise the "
                 "second."
             )
@@ -206,7 +208,7 @@ class RolloutConfig(Section):
 class RewardConfig(Section):
     rm_type: str | None = flag(
         "--rm-type",
-        f"the grader: {', '.join(GRADERS)}; boxed_ in front: only the last box is graded",
+        f"the grader: {', '.join(GRADERS)}; with boxed_ in front it grades only the last box",
         default=None,
         per_dataset=True,
     )
@@ -226,13 +228,13 @@ class RewardConfig(Section):
     )
     group_rm: bool = flag(
         "--group-rm",
-        f"--custom-rm-path grades a whole group at once: {GROUP_REWARD.shape}",
+        f"let --custom-rm-path grade a whole group at once: {GROUP_REWARD.shape}",
         default=False,
         only_with="--custom-rm-path",
     )
     rm_url: str | None = flag("--rm-url", "server of --rm-type remote_rm", default=None)
     reward_key: str | None = flag(
-        "--reward-key", "the entry of a dict reward to train on", default=None
+        "--reward-key", "the key to train on, if a reward is a dict", default=None
     )
     workers: int = flag("--rm-num-workers", "grader processes", default=1, at_least=1)
     timeout_s: float = flag(

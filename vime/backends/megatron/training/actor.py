@@ -45,7 +45,7 @@ class Actor:
         self.cfg, self.args = cfg, ArgsView(cfg)
         self.before_log_probs = cfg.algorithm.plugin("before_log_probs_path")
         self.before_train_step = cfg.algorithm.plugin("before_train_step_path")
-        self.is_sft = not cfg.algorithm.wants_reward
+        self.is_sft = not cfg.algorithm.needs_reward
         self.temperature = 1.0 if self.is_sft else cfg.rollout.temperature or 1.0
         changed = cfg.algorithm.plugin("model_provider_path")
         provider = partial(changed, self.args) if changed else None

@@ -126,7 +126,7 @@ def test_rows_with_the_same_problem_are_reported_once_with_their_number(tmp_path
     missing, broken = check_prompt_data(path, input_key="prompt")
     assert missing == (
         f"--prompt-data {path} line 2 has no key 'prompt' (--input-key); its keys are: text. Give "
-        "--input-key one of these, or correct the file. (1,200 rows have this problem.)"
+        "one of these keys to --input-key, or correct the file. (1,200 rows have this problem.)"
     )
     assert "line 1202 is not valid JSON" in broken
 

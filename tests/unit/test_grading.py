@@ -208,12 +208,14 @@ def test_the_boxed_prefix_grades_the_content_of_the_box():
 
 @pytest.mark.parametrize("name", [name for name, grader in GRADERS.items() if grader.takes_box])
 def test_the_boxed_prefix_is_refused_where_the_grader_reads_boxes_itself(name):
-    with pytest.raises(ConfigError, match=f"boxed_{name} would take the box away.*Use {name}"):
+    with pytest.raises(
+        ConfigError, match=f"boxed_{name} would remove the box that {name} looks for.*Use {name}"
+    ):
         make_args(rm_type=f"boxed_{name}", reward_key="score")
     named = {"rm_type": f"boxed_{name}"}
     sample = finished(r"</think> Answer: \boxed{42}", "42", metadata=named)
     assert grade(make_args(rm_type="f1"), sample) is None
-    assert "would take the box away" in sample.failure
+    assert "would remove the box that" in sample.failure
 
 
 def test_a_right_answer_in_a_box_is_right_wherever_the_prefix_is_allowed():
@@ -381,20 +383,23 @@ def test_scores_below_0_are_refused_for_maxrl():
         return grading.check_rewards(cfg)
 
     assert problems("acc") == []
-    assert problems("score")[0].endswith("wants rewards from 0 up. Give --reward-key acc.")
+    assert problems("score")[0].endswith("needs rewards of at least 0. Give --reward-key acc.")
 
 
 def test_a_grader_that_compares_answers_needs_a_label():
     sample = finished(r"\boxed{5}", None)
     assert grade(make_args(rm_type="math"), sample) is None
-    assert sample.failure == "grading failed: math compares with a label, and the prompt has none"
+    assert (
+        sample.failure == "grading failed: math compares with a label, and the prompt has no label"
+    )
 
     def problems(rm_type, **data):
         cfg = make_config("none", reward={"rm_type": rm_type}, data={"prompt_data": "p"} | data)
         return grading.check_rewards(cfg)
 
     assert problems("boxed_f1") == [
-        "--rm-type boxed_f1 compares answers with a label. Add --label-key FIELD, which holds it."
+        "--rm-type boxed_f1 compares answers with a label. Add --label-key FIELD: the "
+        "field with the label."
     ]
     assert problems("math", label_key="label") == problems("ifeval") == problems("random") == []
 

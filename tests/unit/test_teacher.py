@@ -179,8 +179,8 @@ def test_the_server_is_checked_before_anything_starts(config):
         assert check_teacher(cfg) == []
         teacher.tokenize, teacher.room = (lambda text: [1, 2]), 24
         assert check_teacher(cfg) == [
-            f"{name} serves big, whose tokenizer differs from the one of --hf-checkpoint {own}, so "
-            "its figures would be for other words. Serve a teacher of the policy's family.",
+            f"{name} serves big, whose tokenizer differs from the tokenizer of --hf-checkpoint "
+            f"{own}. Serve a teacher of the policy's family, so that token ids mean the same text.",
             f"{name} takes 24 tokens. A sample may have 24, and the server needs one more. Serve "
             "it with --max-model-len 25 or more, or lower --rollout-max-response-len.",
         ]

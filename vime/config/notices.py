@@ -66,7 +66,7 @@ def notices(cfg: Config) -> list[str]:
 def _of_the_algorithm(cfg: Config) -> Iterator[str]:
     """Flags of the algorithm that change nothing beside the other flags."""
     a = cfg.algorithm
-    if not a.wants_reward:
+    if not a.needs_reward:
         if ignored := a.flags_that_sft_ignores:
             yield f"--loss-type {a.loss_type} makes no use of {', '.join(ignored)}."
         return

@@ -1,4 +1,4 @@
-"""Makes a frozen `TrainBatch` of groups of samples, in which every token has its weight."""
+"""Makes a frozen `TrainBatch` from groups of samples. Every token has its weight in the batch."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def build_train_batch(
     """The training data of one rollout.
 
     Rules for special samples:
-    - A failed sample (`Status.FAILED`, or without a reward that the loss needs) has no loss and no
-      part in its group's statistics. `rollout/failed_samples` counts it.
+    - A failed sample (`Status.FAILED`, or without a reward that the loss needs) has no loss and
+      does not count in its group's statistics. `rollout/failed_samples` counts it.
     - A removed sample (`remove_sample`) counts in its group's statistics and in its step's number
       of samples. Its tokens weigh 0.
     - A sample without a response token counts in its group's statistics and has no sequence.
       `rollout/empty_samples` counts it.
-    A step is a run of consecutive samples. A step that lost all its samples is left out.
+    A step has consecutive samples. A step that lost all its samples is left out.
     `post_process` replaces the rewards and their normalisation, `weigh` replaces `token_weights`.
 
     Raises ValueError when every sample failed, when one is unfinished, or when a sample's lists do
@@ -95,7 +95,7 @@ def _newest_version(samples: Sequence[Sample], sequences: Sequence[TrainSequence
 
 
 def _less_overlong(values: Sequence[float], samples: Sequence[Sample], cfg: Config) -> list[float]:
-    """The rewards less DAPO's penalty for long responses, if the flags ask for it."""
+    """The rewards minus DAPO's penalty for long responses, if the flags ask for the penalty."""
     a, longest = cfg.algorithm, cfg.rollout.max_response_len
     if a.overlong_buffer_len is None:
         return list(values)
@@ -125,7 +125,7 @@ def _reward(sample: Sample, cfg: Config) -> float:
     if not math.isfinite(value):
         raise PluginError(
             f"sample {sample.index} has the reward {value}. Let the grader return a finite number, "
-            "or None for an answer that it cannot judge: such a sample is left out and counted."
+            "or None for an answer that it cannot judge: that sample is left out and counted."
         )
     return value
 

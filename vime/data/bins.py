@@ -1,4 +1,4 @@
-"""Packs sequences into bins of limited size. A longer sequence gets a bin of its own."""
+"""Packs sequences into bins of limited size. A sequence above the limit gets its own bin."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def fewest_bins(sizes: Sequence[int], cap: int) -> int:
 
 
 def first_fit(sizes: Sequence[int], cap: int) -> list[list[int]]:
-    """Bins of indices, at most `cap` each. The longest first, each into the first bin with room."""
+    """Bins of indices, each of at most `cap`: the longest first, into the first bin with room."""
     sizes_S = np.asarray(sizes, dtype=np.int64)
     order = np.argsort(-sizes_S, kind="stable").tolist()
     alone = [[i] for i in order if sizes_S[i] > cap]
@@ -44,7 +44,7 @@ def first_fit(sizes: Sequence[int], cap: int) -> list[list[int]]:
 
 
 def snug_fit(sizes: Sequence[int], cap: int) -> list[list[int]]:
-    """Bins of indices, at most `cap` each, one after the other. Often fewer than `first_fit`.
+    """Bins of indices, each of at most `cap`, filled one by one. Often fewer than `first_fit`'s.
 
     A bin starts with the longest sequence left. Then it takes the one, two or three sequences that
     fill its room best, and repeats this while a sequence fits: Gupta and Ho's minimum bin slack
@@ -87,7 +87,7 @@ def _best_three(sizes_S: np.ndarray, room: int, enough: int) -> list[int]:
         total, best = pair_total, pair
     for i in range(len(sizes_S) - 1, 1, -1):
         size = int(sizes_S[i])
-        if room - total <= enough or 3 * size <= total:  # the other two are not larger
+        if room - total <= enough or 3 * size <= total:  # the other two sizes are not larger
             break
         pair_total, pair = _best_pair(sizes_S[:i], room - size)
         if pair and pair_total + size > total:

@@ -55,7 +55,7 @@ def render(
             continue_final_message=continue_final_message,
             **dict(template_kwargs or {}),
         )
-    except Exception as error:  # a template may fail in any way on messages it does not expect
+    except Exception as error:  # a template may raise any error on messages that it does not expect
         raise TemplateRefusal(
             f"the chat template refuses the messages: {type(error).__name__}: {error}. Correct the "
             "messages, or use a template that takes them."
@@ -103,7 +103,7 @@ def render_prompt(
     tools: list[dict[str, Any]] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text for the engine: it begins the assistant's turn, or continues one at the end."""
+    """The text for the engine. It begins an assistant's turn, or continues the last message's."""
     begun = not isinstance(prompt, str) and bool(prompt) and prompt[-1].get("role") == "assistant"
     return render(
         tokenizer,

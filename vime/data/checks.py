@@ -37,7 +37,7 @@ def data_problems(cfg: Config) -> Iterator[str]:
 
 
 def check_chat_template(cfg: Config) -> list[str]:
-    """--apply-chat-template needs a template in one of the files that transformers reads."""
+    """--apply-chat-template needs a template, in one of the files that transformers reads."""
     folder = Path(cfg.model.hf_checkpoint)
     if not cfg.data.apply_chat_template or cfg.debug.dry_run or not folder.is_dir():
         return []

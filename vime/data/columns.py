@@ -1,14 +1,14 @@
-"""Makes a `TrainBatch` of a user's columns: a list for each column, an entry for each sample.
+"""Makes a `TrainBatch` from a user's columns: a list for each column, an entry for each sample.
 
-`vime/plugins/batch.py` checks the columns. The first three are required. A sample has N tokens, of
-which the last R are the response:
+`vime/plugins/batch.py` checks the columns. The first three are required. A sample has N tokens; the
+last R tokens are the response:
 
     tokens             [N] token ids
     response_lengths   R
     rewards            the final score: no baseline is subtracted from it
     loss_masks         [R] 0 or 1 (default: all 1)
-    rollout_log_probs  [R] of the engine (default: none)
-    teacher_log_probs  [R] of a teacher (default: none)
+    rollout_log_probs  [R] log-probabilities of the engine (default: none)
+    teacher_log_probs  [R] log-probabilities of a teacher (default: none)
     raw_reward         the reward for the metrics (default: rewards)
     sample_indices     Sample.index (default: the position)
     group_indices      Sample.group_index (default: -1)

@@ -59,7 +59,7 @@ def split_slice(path: str) -> tuple[Path, slice]:
 
 
 class PromptDataset:
-    """The `Row`s of a prompt file. Raises ConfigError with file and line on a malformed one."""
+    """The `Row`s of a prompt file. Raises ConfigError with file and line on a malformed row."""
 
     def __init__(self, path: str, keys: DataKeys) -> None:
         self.path, self.keys = path, keys
@@ -72,7 +72,7 @@ class PromptDataset:
             self._rows = JsonlRows(file)
         else:
             raise ConfigError(
-                f"{file} ends in neither .jsonl nor .parquet. Write it in one of these formats."
+                f"{file} ends in neither .jsonl nor .parquet. Use one of these formats."
             )
         self._range = range(len(self._rows))[wanted]
         if not self._range:
@@ -89,7 +89,7 @@ class PromptDataset:
         return self._to_row(self._rows[at], at)
 
     def where(self, i: int) -> str:
-        """ "file line 12", also for a row that cannot be read."""
+        """ "file line 12". Works for a row that cannot be read, too."""
         return self._rows.where(self._range[i])
 
     def __iter__(self) -> Iterator[Row]:
@@ -103,7 +103,7 @@ class PromptDataset:
                 flag = "--input-key" if key == keys.input else "--label-key"
                 raise ConfigError(
                     f"{where} has no key {key!r} ({flag}); its keys are: {', '.join(have)}. "
-                    f"Give {flag} one of these, or correct the file."
+                    f"Give one of these keys to {flag}, or correct the file."
                 )
         prompt = row[keys.input]
         if not _is_prompt(prompt):

@@ -22,7 +22,7 @@ Bin = tuple[int, ...]  # positions of the sequences of one micro-batch
 # 12 x hidden size. Only balancing uses it, so one figure is enough for all models.
 ATTENTION_EQUALS_REST = 32768
 
-SEARCH_UP_TO = 2048  # sequences, which take half a second; for more, first fit is as good
+SEARCH_UP_TO = 2048  # sequences: half a second of search; for more sequences, first fit is as good
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +31,10 @@ class PackingRules:
 
     dp           number of data-parallel ranks
     max_tokens   maximum tokens of a micro-batch; None: `micro_batch_size` sequences of any length
-    granularity  a sequence occupies a multiple of so many tokens (2 x CP under context parallelism)
-    multiple     a rank has a multiple of so many micro-batches (PP under a virtual pipeline)
+    granularity  lengths are rounded up to a multiple of this (2 x CP under context parallelism)
+    multiple     micro-batches of a rank are a multiple of this (PP under a virtual pipeline)
     balance      give the ranks equal estimated work
-    attention_equals_rest  for `sequence_cost`; under --balance-by-flops it is the model's own
+    attention_equals_rest  for `sequence_cost`; --balance-by-flops computes it from the model
     """
 
     dp: int = 1
@@ -64,7 +64,7 @@ class PackingRules:
 
 
 def plan_step(positions: Sequence[int], lengths: Sequence[int], rules: PackingRules) -> StepPlan:
-    """The micro-batches of a step, as many on every rank. Each position occurs once.
+    """The micro-batches of a step, the same number on every rank. Each position occurs once.
 
     positions  the step's sequences, as positions in the batch
     lengths    their numbers of tokens, in the same order
@@ -97,7 +97,7 @@ def repack(plans: Sequence[StepPlan], length_of: Sequence[int], rules: PackingRu
 
 
 def sequence_cost(length: int, attention_equals_rest: float = ATTENTION_EQUALS_REST) -> float:
-    """The estimated work of a sequence, in tokens of a short one. Attention grows quadratically."""
+    """The work of a sequence, estimated in tokens of a short sequence. Attention is quadratic."""
     return length * (1.0 + length / attention_equals_rest)
 
 
@@ -131,7 +131,7 @@ def balanced_partition(costs: Sequence[float], num_parts: int) -> list[list[int]
 def _fill(
     positions: Sequence[int], size_of: dict[int, int], rules: PackingRules, num_ranks: int
 ) -> list[Bin]:
-    """Micro-batches for `num_ranks` ranks. Searches longer only if that can save one per rank."""
+    """Micro-batches for `num_ranks` ranks. Searches only if that can save one on each rank."""
     if rules.max_tokens is None:
         step = rules.micro_batch_size
         return [tuple(positions[i : i + step]) for i in range(0, len(positions), step)]
@@ -146,7 +146,7 @@ def _fill(
 
 
 def _split_to(bins: list[Bin], count: int, size_of: dict[int, int]) -> list[Bin]:
-    """Exactly `count` bins: halves the largest ones, and adds empty ones if none can be halved."""
+    """Exactly `count` bins: halves the largest bins; adds empty bins if none can be halved."""
     bins = list(bins)
     while len(bins) < count:
         candidates = [i for i, b in enumerate(bins) if len(b) > 1]

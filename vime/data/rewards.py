@@ -16,9 +16,9 @@ def score_samples(
 ) -> list[float]:
     """One score per sample, in the given order.
 
-    The estimator's baseline uses the samples of one group. Removed samples belong to the group;
-    failed ones do not, so leave them out. With a group baseline, a group of one and a group with
-    equal rewards score 0.
+    The estimator's baseline uses the samples of one group. Removed samples belong to the group.
+    Failed samples do not, so leave them out. With a group baseline, the score is 0 in a group of
+    one sample and in a group with equal rewards.
 
     rewards    one number per sample. Raises ValueError if one is not finite, or if one is negative
                and the estimator needs rewards of at least 0

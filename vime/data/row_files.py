@@ -1,7 +1,7 @@
 """The rows of a JSONL or Parquet file, read on access and never held as Python objects.
 
-A JSONL file is mapped into memory and indexed with 8 bytes a line. Of a Parquet file only the
-needed columns are held, in Arrow's format.
+A JSONL file is mapped into memory and indexed with 8 bytes per line. For a Parquet file, only the
+needed columns are in memory, in Arrow's format.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class JsonlRows:
         self._starts = starts
 
     def _scan(self) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """(starts of the lines, their ends, the lines that begin with white space), in one pass."""
+        """(starts of lines, ends of lines, lines that begin with white space), in one pass."""
         newlines: list[np.ndarray] = []
         indented: list[int] = []
         num_lines, begins_line = 0, True

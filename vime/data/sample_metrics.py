@@ -10,7 +10,7 @@ from vime.types import Sample, Status
 
 
 def is_usable(sample: Sample, needs_reward: bool) -> bool:
-    """Whether a sample did not fail and has a reward, where the loss needs one."""
+    """Whether a sample did not fail and has a reward, if the loss needs rewards."""
     return sample.status is not Status.FAILED and not (needs_reward and sample.reward is None)
 
 
@@ -46,7 +46,7 @@ def of_rewards(raw: Sequence[float], scores: Sequence[float]) -> dict[str, float
 
 
 def of_groups(raw: Sequence[float], group_ids: Sequence[Hashable]) -> dict[str, float]:
-    """Groups in which every sample has the same reward, in all and by that reward."""
+    """Numbers of groups in which every sample has the same reward: total, and by that reward."""
     counts = zero_std_counts(raw, group_ids)
     metrics = {"rollout/zero_std/count": float(sum(counts.values()))}
     return metrics | {f"rollout/zero_std/count_{r:g}": float(n) for r, n in sorted(counts.items())}

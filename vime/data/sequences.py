@@ -1,4 +1,4 @@
-"""Makes a `TrainSequence` of one sample and checks the lengths of its lists."""
+"""Makes a `TrainSequence` from one sample and checks the lengths of its lists."""
 
 from __future__ import annotations
 

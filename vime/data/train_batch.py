@@ -1,4 +1,4 @@
-"""Weighs and packs sequences into a `TrainBatch`, made of samples or of a user's columns."""
+"""Gives tokens their weights and packs sequences into a `TrainBatch`."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def token_weights(
 
     Sequence mean: mask / (the sequence's mask sum x sequences in the step).
     Token mean (per_token): mask / the step's mask sum.
-    With a constant: mask / (constant x sequences in the step) for all lengths (Dr. GRPO,
+    A constant, for all lengths: mask / (constant x sequences in the step) (Dr. GRPO,
     arXiv:2503.20783).
     A sequence whose mask is all 0 weighs 0.
     """
@@ -104,7 +104,7 @@ def check_numbers(sequences: Sequence[TrainSequence], cfg: Config) -> None:
     """
     name = cfg.algorithm.needs_rollout_logp
     for s in sequences:
-        if cfg.algorithm.wants_reward:
+        if cfg.algorithm.needs_reward:
             for kind, value in (("score", s.reward), ("reward", s.raw_reward)):
                 if not np.abs(value) <= _LARGEST:
                     raise ValueError(
@@ -120,7 +120,7 @@ def check_numbers(sequences: Sequence[TrainSequence], cfg: Config) -> None:
         if name and _lacks(s.rollout_logp, s):
             raise ValueError(
                 f"sample {s.index} has no rollout_log_probs for some token of its loss, and {name} "
-                "needs them. Let the rollout keep what the engine returned, mask those tokens, or "
+                "needs them. Let the rollout keep the engine's values, mask those tokens, or "
                 f"drop {name}."
             )
         if cfg.algorithm.needs_teacher_logp and _lacks(s.teacher_logp, s):
@@ -139,7 +139,7 @@ def _lacks(logp: np.ndarray | None, sequence: TrainSequence) -> bool:
 def _packing_metrics(
     sequences: Sequence[TrainSequence], plans: Sequence[StepPlan], rules: PackingRules
 ) -> dict[str, float]:
-    """packing_efficiency is tokens / room; the room of a micro-batch is the cap or the largest."""
+    """packing_efficiency is tokens / room. A micro-batch's room is the cap or the largest size."""
     sizes = [
         sum(sequences[p].length for p in b)
         for plan in plans
@@ -155,6 +155,6 @@ def _packing_metrics(
         "rollout/total_tokens": float(sum(sizes)),
         "perf/num_micro_batches": float(sum(p.num_micro_batches for p in plans)),
         "perf/packing_efficiency": sum(sizes) / room,
-        # tokens of the busiest rank over the mean of the ranks, in the worst step
+        # tokens of the busiest rank divided by the mean of the ranks, in the worst step
         "perf/dp_imbalance": max(max(r) * len(r) / sum(r) for r in ranks),
     }

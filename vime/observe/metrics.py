@@ -21,7 +21,7 @@ class MetricsLog:
 
     run_dir     folder of metrics.jsonl; made if missing
     start_step  number of rollouts trained before this process began. 0 empties the file. A run that
-                resumes keeps the lines up to `start_step` and removes later ones, which came after
+                resumes keeps the lines up to `start_step` and removes later lines, which came after
                 its checkpoint. So no step appears twice
     trackers    get the same numbers
 
@@ -37,8 +37,8 @@ class MetricsLog:
         kept = _steps_until(self.path, start_step) if start_step else []
         if start_step and (not kept or kept[-1]["step"] < start_step):
             kept += [r for r in _read_next(self.path) if r["step"] == start_step]
-        # A run that resumes may log its first step again, with a weight sync or an evaluation. So
-        # its line is kept back, to add these metrics.
+        # A run that resumes may log its first step again, after a weight sync or an evaluation. The
+        # line of that step waits, so that these metrics can be added.
         self._resumed = kept.pop() if kept and kept[-1]["step"] == start_step else None
         write_text(self.path, _as_lines(kept))
         self._last_step = kept[-1]["step"] if kept else -1

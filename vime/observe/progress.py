@@ -18,7 +18,7 @@ from rich.text import Text
 from vime.observe.reading import LOSS, REWARD, eval_scores, phase_seconds
 
 PLAIN_INTERVAL_S = 1.0  # minimum time between plain lines, except evaluations
-ETA_WINDOW = 10  # number of steps that the time left is computed from
+ETA_WINDOW = 10  # the time left is computed from this number of steps
 
 
 class Progress:
@@ -77,7 +77,7 @@ class Progress:
             self._live.update(self._render())
 
     def update(self, num_trained: int, metrics: Mapping[str, Any]) -> None:
-        """Shows the metrics of a finished step. `num_trained` rollouts are trained after it."""
+        """Shows the metrics of a finished step, after which `num_trained` rollouts are trained."""
         now = self._clock()
         if num_trained <= self._done:  # an evaluation before training; the clock starts after it
             self._ends[-1] = now
@@ -106,7 +106,7 @@ class Progress:
         return clock_time(per_step * (self._num_rollouts - self._done))
 
     def _render(self) -> Group:
-        """The most important values are on the left: a narrow terminal cuts off the right."""
+        """The most important values are on the left: a narrow terminal cuts off the right end."""
         running = self._phase not in ("done", "stopped")
         bar = ProgressBar(total=max(1, self._num_rollouts), completed=self._done, width=12)
         cells: list[Any] = [

@@ -13,7 +13,7 @@ from vime.observe.trackers import make_trackers
 
 
 class LogSettings(Protocol):
-    """The flags for logging, as in the configuration's section `log`."""
+    """The flags for logging, with the names of the configuration's section `log`."""
 
     run_dir: str | None
     use_tensorboard: bool
@@ -79,7 +79,7 @@ class RunLog:
             self._progress.phase(name)
 
     def keep(self, num_trained: int, metrics: Mapping[str, Any]) -> None:
-        """Call it before a checkpoint commits a step. Its metrics then survive a kill."""
+        """Saves a step's metrics before a checkpoint commits the step, in case of a kill."""
         if self._metrics is not None:
             self._metrics.keep(num_trained, metrics)
 

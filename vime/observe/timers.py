@@ -14,7 +14,7 @@ class Timers:
             ...
         metrics = timers.take()  # {"perf/save_time": seconds}
 
-    Durations of one name add up over a step, also those of a block that raises an error.
+    Durations of one name add up over a step. A block that raises an error counts, too.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, which get the metrics if the flags say so."""
+"""TensorBoard and Weights & Biases: they get the metrics if the flags ask for it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run. `step` is an axis of its own: wandb's counter must start at 0."""
+    """A Weights & Biases run. It logs `step` as its own axis: wandb's counter must start at 0."""
 
     def __init__(
         self,

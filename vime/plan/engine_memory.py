@@ -11,7 +11,7 @@ from vime.plan.tokens import longest_sample, responses_per_engine
 def engine_parts(cfg: Config, shape: Shape, num_bytes: int) -> list[Part]:
     """Parts of one engine GPU: weights, and the KV cache of all responses at full length.
 
-    num_bytes  of one weight or cached value
+    num_bytes  bytes of one weight or cached value
     """
     tp = cfg.cluster.gpus_per_engine
     running, length = responses_per_engine(cfg), longest_sample(cfg)

@@ -23,8 +23,8 @@ FULL = {
 def trainer_remedy(cfg: Config, num_bytes: int, *, longest: int, limit: float | None = None) -> str:
     """The flags that would help, each with its estimated peak.
 
-    num_bytes  of one weight
-    longest    tokens of the longest sequence on one GPU; it may exceed --max-tokens-per-gpu
+    num_bytes  bytes of one weight
+    longest    tokens of the longest sequence on one GPU; they may exceed --max-tokens-per-gpu
     limit      bytes that the trainer could use; None when unknown
     """
     shape = shape_of(cfg)

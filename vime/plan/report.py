@@ -16,7 +16,7 @@ from vime.platform import CUDA, Platform, current
 
 
 def batch(cfg: Config) -> Iterator[str]:
-    """Samples of a rollout, an optimizer step, a rank and a micro-batch."""
+    """Numbers of samples in a rollout, an optimizer step, a rank and a micro-batch."""
     b, steps, dp = cfg.batch, cfg.batch.steps_per_rollout, cfg.dp
     per_step = b.samples // steps
     yield (f"{b.prompts} prompts x {b.samples_per_prompt} samples = {b.samples} samples a rollout")

@@ -25,7 +25,7 @@ class Latent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Sizes are channels, counts are parameters. The layers without experts are `dense_layers`."""
+    """A decoder. Sizes are in channels; counts are in parameters; dense layers have no experts."""
 
     hidden: int
     layers: int
@@ -113,7 +113,7 @@ class Shape:
 
     @property
     def _met(self) -> float:
-        """The weights that a token meets, including the output matrix."""
+        """The number of weights that a token is multiplied with, including the output matrix."""
         routed = (self.layers - self.dense_layers) * self.routed
         rest = self.parameters - (0 if self.tied else self.matrix) - routed
         return rest + (routed * self.top_k / self.experts if self.experts else 0)
@@ -127,7 +127,7 @@ class Shape:
 
     @classmethod
     def of(cls, args: dict[str, Any]) -> Shape:
-        """From an architecture under Megatron's flag names (see `hf.registry.architecture`)."""
+        """The shape of an architecture in Megatron's flags (see `hf.registry.architecture`)."""
         heads = args["num_attention_heads"]
         latent = None
         if args["multi_latent_attention"]:

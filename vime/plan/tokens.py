@@ -6,7 +6,7 @@ from vime.config import Config
 
 
 def tokens_per_micro_batch(cfg: Config) -> int:
-    """Tokens of a training micro-batch on one GPU; a longer sample is a pack alone."""
+    """Tokens of a training micro-batch on one GPU. A longer sample has its own micro-batch."""
     if cfg.batch.dynamic and cfg.batch.max_tokens_per_gpu is not None:
         return cfg.batch.max_tokens_per_gpu
     return -(-cfg.batch.micro_batch_size * longest_sample(cfg) // cfg.parallel.cp)

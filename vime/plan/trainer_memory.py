@@ -22,9 +22,10 @@ ROUND = 256  # a suggested number of tokens is a multiple of it
 
 @dataclass(frozen=True, slots=True)
 class TrainerMemory:
-    """
-    held    parts that are there all the time
-    phases  {name: parts that this phase adds}; the phases follow each other
+    """The parts of a GPU's memory.
+
+    held    parts that are always there
+    phases  {name: parts that only this phase needs}
     """
 
     held: list[Part]
@@ -47,10 +48,10 @@ class TrainerMemory:
 def trainer_memory(
     cfg: Config, shape: Shape, num_bytes: int, tokens: int | None = None
 ) -> TrainerMemory:
-    """Of one trainer GPU, on the pipeline stage that needs the most.
+    """The memory of one trainer GPU, on the pipeline stage that needs the most.
 
-    num_bytes  of one weight
-    tokens     of a micro-batch on one GPU (default: as many as the flags allow)
+    num_bytes  bytes of one weight
+    tokens     tokens of a micro-batch on one GPU (default: as many as the flags allow)
     """
     stages = range(cfg.parallel.pp)
     found = [_Stage(cfg, shape, num_bytes, stage, tokens).memory() for stage in stages]
@@ -71,7 +72,8 @@ class _Stage:
         self.is_first, self.is_last = stage == 0, stage == self.p.pp - 1
         self.s = self.p.tp if self.p.sequence_parallel else 1
         ahead, vpp = self.p.pp - 1 - stage, self.p.vpp
-        # 1F1B schedule: forward passes that wait for their backward, in units of a stage's layers
+        # 1F1B schedule: number of forward passes that wait for their backward passes, in units of
+        # a stage's layers
         self.in_flight = 1 + ahead
         if vpp is not None:
             self.in_flight = (2 * ahead + (vpp - 1) * self.p.pp + 1) / vpp

@@ -1,4 +1,4 @@
-"""Users' functions: loaded from a dotted path, called in one way, their answers checked.
+"""Loads users' functions from dotted paths, calls them, and checks what they return.
 
 A `Hook` says how vime calls a function and what the function may return; the other files of this
 folder declare all hooks. A flag states its hook (`flag("--custom-rm-path", hook=REWARD)`), and a
@@ -20,8 +20,8 @@ import numpy as np
 from vime.errors import PluginError, ReturnError
 from vime.plugins.threads import in_thread
 
-# (what the function returned, *what it was called with) -> what is wrong with it ("returned None"),
-# or None. Where the hook remembers something, that comes as the keyword `before`.
+# (returned value, *arguments of the call) -> the problem of the value ("returned None"), or None.
+# If the hook has `remember`, the check gets its result as the keyword `before`.
 Check = Callable[..., str | None]
 
 
@@ -34,9 +34,9 @@ class Hook:
     positional  number of positional arguments
     keywords    keyword arguments that the function must take
     optional    keyword arguments that are passed only to a function that takes them
-    methods     of a class: {method: (returns, check)}; each must exist
-    check       judges what the function returned
-    remember    is called with the same arguments before the function, for a check of what changed
+    methods     for a class: {method: (returns, check)}; each method must exist
+    check       judges the value that the function returned
+    remember    is called before the function with the same arguments, for a check of changes
     may_await   whether the function may be asynchronous
     in_thread   whether a plain function runs in a thread, because it may block
     """
@@ -57,7 +57,7 @@ class Hook:
 class Plugin:
     """The user's function for a hook.
 
-    named_by  where its path stands, for errors: "--custom-rm-path"
+    named_by  the flag that holds its path, for errors: "--custom-rm-path"
     path      "package.module.function"
     """
 
@@ -82,13 +82,13 @@ class Plugin:
         return None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the function returns, checked. Raises PluginError, ReturnError of the value."""
+        """The function's checked answer. Raises PluginError; ReturnError if the answer is wrong."""
         function, before = self.function, self._before(args, kwargs)
         made = function(*args, **self._taken(function, kwargs))
         return self._checked(made, before, args, kwargs)
 
     async def call(self, *args: Any, **kwargs: Any) -> Any:
-        """The same for plain and asynchronous functions, which the hook must allow."""
+        """The checked answer of a plain or asynchronous function, for a hook that may await."""
         assert self.hook.may_await, self.named_by
         function, before = self.function, self._before(args, kwargs)
         taken = self._taken(function, kwargs)
@@ -101,7 +101,7 @@ class Plugin:
         return self._checked(made, before, args, kwargs)
 
     def call_method(self, instance: Any, name: str, *args: Any) -> Any:
-        """What a method of an object of this class returns, checked. Raises PluginError."""
+        """The checked answer of a method of an object of this class. Raises PluginError."""
         returns, check = (self.hook.methods or {})[name]
         made = getattr(instance, name)(*args)
         came = _came(made, check, None, args, {})
@@ -110,7 +110,7 @@ class Plugin:
         return made
 
     def refusal(self, came: str, returns: str | None = None) -> ReturnError:
-        """The error of a function that broke its contract. `came` is "returned None", say."""
+        """The error for a function that broke its contract. Example of `came`: "returned None"."""
         due = self.hook.returns if returns is None else returns
         return ReturnError(f"{self.named_by} {self.path} {came}. It must return {due}.")
 
@@ -136,7 +136,7 @@ def _came(
     args: tuple,
     kwargs: dict[str, Any],
 ) -> str | None:
-    """What is wrong with a returned value, as a predicate."""
+    """The problem of a returned value, as a predicate: "returned None"."""
     if inspect.isawaitable(made):
         if inspect.iscoroutine(made):
             made.close()  # Python would warn that nobody awaited it
@@ -166,7 +166,7 @@ def is_finite(values: Any) -> bool:
 
 
 def is_asynchronous(function: Any) -> bool:
-    """Whether calling it gives something to await; a class is called to make an object."""
+    """Whether a call must be awaited. A call of a class makes an object, so it need not be."""
     if inspect.isclass(function):
         return False
     return any(map(inspect.iscoroutinefunction, (function, function.__call__)))
@@ -180,7 +180,7 @@ def load(path: str) -> Any:
         raise PluginError(f"{path!r} is not a dotted path; write package.module.function.")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module does when it is imported
+    except Exception as error:  # the user's module may raise any error when it is imported
         raise PluginError(
             f"{path}: importing {module_name} failed: {type(error).__name__}: {error}. "
             "Is its folder on PYTHONPATH?"
@@ -198,7 +198,7 @@ def load(path: str) -> Any:
 
 @cache
 def _fitting(path: str, hook: Hook) -> Any:
-    """`load`, where the hook's call fits the function. Raises PluginError."""
+    """Loads a function and checks that it fits the hook. Raises PluginError."""
     function = load(path)
     _check_signature(path, function, hook)
     called = {path: function}
@@ -219,7 +219,7 @@ def _fitting(path: str, hook: Hook) -> Any:
 def _check_signature(path: str, function: Callable, hook: Hook) -> None:
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some builtins have none
+    except (TypeError, ValueError):  # some builtins have no signature
         return
     try:
         signature.bind(*[None] * hook.positional, **dict.fromkeys(hook.keywords))

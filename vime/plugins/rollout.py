@@ -1,4 +1,4 @@
-"""The hooks of a rollout, from prompts to graded groups: each with the check of its answer."""
+"""The hooks of a rollout, from prompts to graded groups, each with the check of its answer."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def _taken_groups(
     if problem := None if made == [] else _groups_problem(made):
         return problem
     if len(made) > num_samples:
-        return f"returned {len(made)} groups where at most {num_samples} were asked for"
+        return f"returned {len(made)} groups, but at most {num_samples} were asked for"
     ids = _ids(made)
     if not before.issuperset(ids):
         return "returned samples that were not in the buffer"
     if len(set(ids)) < len(ids):
         return "returned one sample twice"
-    return None if set(ids).isdisjoint(_ids(buffer)) else "left what it returned in the buffer"
+    return None if set(ids).isdisjoint(_ids(buffer)) else "left the returned groups in the buffer"
 
 
 BUFFER_FILTER = Hook(
@@ -101,7 +101,7 @@ ROLLOUT = Hook(
 
 
 def _sample_problem(made: Any, given: Sample) -> str | None:
-    """A Sample that takes the place of the given one stays in its group and fits together."""
+    """A new Sample must stay in the group of the given Sample, and its lists must fit together."""
     if not isinstance(made, Sample):
         return f"returned {described(made)}"
     if made.index is None and given.index is not None:
@@ -196,7 +196,7 @@ SAMPLE_HOOK = Hook(
 
 
 def _is_yes_or_no(value: Any) -> bool:
-    """A bool, a number, or one of NumPy's or torch's."""
+    """A bool or a number, of Python, NumPy or torch."""
     if isinstance(value, bool | int | float):
         return not math.isnan(value)
     has_one = hasattr(value, "item") and math.prod(np.shape(value)) == 1

@@ -53,7 +53,7 @@ ADVANTAGE = Hook(
 
 
 def _loss_and_stats(made: Any, like_T: Any) -> str | None:
-    """The optimizer step judges whether the loss is finite: here, that would wait for the GPU."""
+    """Does not check that the loss is finite: that would wait for the GPU. The step checks it."""
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], Mapping)):
         return f"returned {described(made)}"
     loss_T, stats = made
@@ -62,7 +62,7 @@ def _loss_and_stats(made: Any, like_T: Any) -> str | None:
             return f"returned {described(value_T)} for {name}"
         if value_T.shape != like_T.shape:
             shape, wanted = tuple(value_T.shape), tuple(like_T.shape)
-            return f"returned the shape {shape} for {name}, where the tokens have {wanted}"
+            return f"returned the shape {shape} for {name}, but the tokens have {wanted}"
     has_gradient = loss_T.requires_grad or not like_T.requires_grad
     return None if has_gradient else "returned a loss without a gradient"
 
@@ -72,7 +72,7 @@ def _token_loss(made: Any, args: Any, logp_T: Any, **known: Any) -> str | None:
     return _loss_and_stats((made.value_T, made.stats) if is_object else made, logp_T)
 
 
-_PER_TOKEN = "one value per token, nothing reduced: the batch's weights do that"
+_PER_TOKEN = "one value per token, not reduced, because the batch's weights reduce them"
 
 LOSS = Hook(
     shape="f(args, logp_T, *, old_logp_T, adv_T, entropy_T, ref_logp_T, rollout_logp_T, "

@@ -46,7 +46,7 @@ def save_ahead(cfg: Config, rollout_id: int, latest: Ahead | None) -> None:
     """
     path = ahead_path(str(cfg.checkpoint.save), rollout_id)
     if latest is None or latest.rollout_id <= rollout_id:
-        path.unlink(missing_ok=True)  # left by an earlier attempt
+        path.unlink(missing_ok=True)  # an earlier attempt may have left it
         return
     content = {
         "rollout_id": latest.rollout_id,
@@ -75,7 +75,7 @@ def load_ahead(cfg: Config, rollout_id: int) -> Ahead | None:
         groups = [[Sample.from_dict(sample) for sample in group] for group in content["groups"]]
     except Exception as error:
         raise CheckpointError(
-            f"{path} is damaged: {error}. Delete it, and the rollout is generated again."
+            f"{path} is damaged: {error}. Delete it; the run then generates the rollout again."
         ) from error
     then, now = content["asked_for"], _asked_for(cfg)
     if changed := sorted(name for name in then.keys() | now if then.get(name) != now.get(name)):

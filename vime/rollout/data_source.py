@@ -1,4 +1,4 @@
-"""The data source: groups from the buffer of unfinished ones, then prompts from the data set."""
+"""The data source: first the unfinished groups of the buffer, then prompts from the data set."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STATE_VERSION = 1
 
 
 class RolloutDataSourceWithBuffer:
-    """Groups of --n-samples-per-prompt samples. The seed alone decides their order.
+    """Groups of --n-samples-per-prompt samples. Only the seed determines their order.
 
     A source that is restored from `state_dict` continues with the same groups, buffer included.
     Under --loss-type sft_loss prompts stay messages, and the source does not tokenise them.
@@ -37,7 +37,7 @@ class RolloutDataSourceWithBuffer:
         self.dataset: PromptDataset | None = None
         if data.global_dataset and not data.prompt_data:
             raise ConfigError(
-                "--prompt-data is not set, and the data source reads its prompts from there."
+                "--prompt-data is not set, and the data source needs it for its prompts."
             )
         self.keys = DataKeys(
             input=data.input_key,
@@ -91,10 +91,12 @@ class RolloutDataSourceWithBuffer:
 
     def _from_dataset(self, count: int) -> list[Group]:
         groups: list[Group] = []
-        if self.dataset is None:  # under --disable-rollout-global-dataset generation finds prompts
+        if (
+            self.dataset is None
+        ):  # with --disable-rollout-global-dataset the generation function makes prompts
             row = Row("", None, {}, None, "no dataset")
             return [self._to_group(row, "", []) for _ in range(count)]
-        num_skipped = 0  # prompts dropped since the last one that was taken
+        num_skipped = 0  # prompts dropped since the last prompt that was taken
         while len(groups) < count:
             rows = [self._next_row() for _ in range(count - len(groups))]
             rendered = self._render(rows)
@@ -139,7 +141,7 @@ class RolloutDataSourceWithBuffer:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Metrics of the prompts that were left out since the run began, by reason."""
+        """Metrics: the number of prompts left out since the run began, by reason."""
         return {
             "rollout/data/long_prompts": self.num_long_prompts,
             "rollout/data/refused_rows": self.num_refused_rows,
@@ -223,7 +225,7 @@ class RolloutDataSourceWithBuffer:
             torch.save(state, partial)
 
     def load(self, rollout_id: int) -> None:
-        """Continues after `rollout_id`; -1: from the start. Raises CheckpointError."""
+        """Continues after `rollout_id`; -1 starts from the beginning. Raises CheckpointError."""
         if rollout_id < 0:
             return
         root = self.cfg.checkpoint.load or self.cfg.checkpoint.save

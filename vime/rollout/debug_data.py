@@ -1,7 +1,7 @@
 """Rollouts as files, for --save-debug-rollout-data and --load-debug-rollout-data.
 
 A path contains `{rollout_id}`. A file holds {"rollout_id", "groups": [[Sample.to_dict(), ..]],
-"metrics"}. Reading it runs no code from it.
+"metrics"}. Reading a file never runs code from it.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ RUNTIME = (
 
 
 async def evaluate(args: Any, rollout_id: int) -> RolloutFnEvalOutput:
-    """Scores every data set. Raises EngineError when none of a set's samples was graded."""
+    """Scores every data set. Raises EngineError when no sample of a data set was graded."""
     datasets = eval_datasets(args.config)
     async with make_client(args) as client:
         results = await asyncio.gather(
@@ -72,7 +72,7 @@ async def _evaluate_dataset(
 
 
 def make_groups(dataset: EvalDataset) -> list[Group]:
-    """New samples of every prompt, with the same indices, and so seeds, in every evaluation."""
+    """New samples of every prompt. Their indices, and so their seeds, never change."""
     count = dataset.cfg.eval.samples_per_prompt
     rendered, num_long = _rendered(_Once(dataset))
     if not rendered and not num_long:
@@ -86,9 +86,7 @@ def make_groups(dataset: EvalDataset) -> list[Group]:
             f"{dataset.cfg.rollout.max_prompt_len} drops every prompt of {dataset.path}. Raise it."
         )
     if num_long:
-        logger.warning(
-            "%d prompts of %s are longer than the limit and left out", num_long, dataset.path
-        )
+        logger.warning("%d prompts of %s are left out: they are too long", num_long, dataset.path)
     groups = []
     for i, (row, prompt, ids) in enumerate(rendered):
         group = [
@@ -101,7 +99,7 @@ def make_groups(dataset: EvalDataset) -> list[Group]:
 
 
 class _Once:
-    """A cache key for a data set: only the settings that decide its prompts are compared."""
+    """A cache key for a data set. It compares only the settings that determine the prompts."""
 
     def __init__(self, dataset: EvalDataset) -> None:
         cfg = dataset.cfg
@@ -120,7 +118,7 @@ class _Once:
 
 @lru_cache(maxsize=32)
 def _rendered(once: _Once) -> tuple[list[Rendered], int]:
-    """(prompts that fit, number of longer ones), read and tokenised once per process."""
+    """(prompts that fit, number of prompts that are too long), read once per process."""
     data, cap = once.cfg.data, once.cap
     keys = DataKeys(
         input=data.input_key, label=data.label_key, metadata=data.metadata_key, tools=data.tool_key

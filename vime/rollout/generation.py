@@ -1,4 +1,4 @@
-"""One sample: its generation by an engine and, with its group, its reward.
+"""Generates one sample with an engine, and grades it together with its group.
 
 A custom generation function calls `generate` to get tokens and `append_observation` to add a tool's
 answer.
@@ -35,7 +35,7 @@ ABORT_GRACE_S = 30.0  # a generation function gets so long for its tools after a
 
 @dataclass(slots=True)
 class Rollout:
-    """All that the samples of one rollout share, or of one evaluation data set."""
+    """The things that all samples of one rollout, or of one evaluation data set, share."""
 
     args: Any
     rollout_id: int
@@ -44,7 +44,7 @@ class Rollout:
     evaluation: bool = False
     min_new_tokens: int | None = None
     teacher: TeacherClient | None = None
-    reward_s: float = 0.0  # time in which at least one group was being graded
+    reward_s: float = 0.0  # seconds in which at least one group was being graded
     num_grading: int = 0
     grading_since: float = 0.0
     stopped: asyncio.Event = field(default_factory=asyncio.Event)  # set once an abort has drained
@@ -73,7 +73,7 @@ class Rollout:
 
     @contextmanager
     def grading_timed(self) -> Iterator[None]:
-        """Adds to `reward_s`. Groups are graded at the same time, so durations overlap."""
+        """Adds the time to `reward_s`. Time in which several groups are graded counts once."""
         if self.num_grading == 0:
             self.grading_since = time.perf_counter()
         self.num_grading += 1
@@ -89,14 +89,14 @@ _current: contextvars.ContextVar[Rollout] = contextvars.ContextVar("vime_rollout
 
 
 def current_rollout() -> Rollout:
-    """The rollout that the calling coroutine works for. Raises PluginError outside of one."""
+    """The rollout of the calling coroutine. Raises PluginError outside a rollout."""
     try:
         return _current.get()
     except LookupError:
         raise PluginError(
             "generate and append_observation work inside a rollout only. Call them from the "
             "function of --custom-generate-function-path, in the coroutine that vime awaits or in "
-            "a task that it starts; a thread of your own does not know the rollout."
+            "a task that it starts; a thread that you start does not know the rollout."
         ) from None
 
 
@@ -211,8 +211,8 @@ def _copy(sample: Sample) -> Sample:
 def sampling_params(rollout: Rollout, sample: Sample) -> dict[str, Any]:
     """The --rollout-* sampling flags under the engine's names.
 
-    Requests have a seed only under --vllm-enable-deterministic-inference: an engine samples
-    requests with a seed one by one.
+    Requests have a seed only under --vllm-enable-deterministic-inference, because an engine samples
+    requests with seeds one by one.
     """
     cfg = rollout.cfg.rollout
     return {
@@ -230,10 +230,10 @@ def sampling_params(rollout: Rollout, sample: Sample) -> dict[str, Any]:
 
 
 async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any]) -> Sample:
-    """Lets the engine continue `sample` from the tokens that it has. The new tokens carry loss.
+    """Lets the engine continue `sample` after its present tokens. The new tokens carry loss.
 
-    `sampling_params["max_tokens"]` bounds the whole response, earlier parts included;
-    "max_context_len" bounds prompt and response together. Sets the sample's tokens,
+    `sampling_params["max_tokens"]` limits the whole response, including earlier parts;
+    "max_context_len" limits prompt and response together. Sets the sample's tokens,
     log-probabilities, weight versions, text and status. Raises RequestFailed, and PluginError
     outside a rollout.
     """
@@ -265,7 +265,7 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any]) -
 
 
 def _prompt_tokens(rollout: Rollout, sample: Sample) -> list[int]:
-    """Tokenises a prompt that the data source did not: text, or messages for the template."""
+    """Tokenises a prompt (text or messages) that the data source has not tokenised."""
     text = sample.prompt
     if not isinstance(text, str):
         kwargs = sample.apply_chat_template_kwargs or rollout.cfg.data.apply_chat_template_kwargs

@@ -112,7 +112,7 @@ async def _by_registry(args: Any, sample: Sample, rm_type: str) -> float | dict[
         response = last_boxed(response) or ""
         sample = replace(sample, response=response)
     if grader.needs_label and sample.label is None:
-        raise GradingFailed(f"{name} compares with a label, and the prompt has none")
+        raise GradingFailed(f"{name} compares with a label, and the prompt has no label")
     if grader.takes_sample:
         return await grader.grade(args, sample)
     quick = grader.quick and grader.quick(response, sample.label, sample.metadata)
@@ -217,7 +217,7 @@ def check_rewards(cfg: Config) -> list[str]:
 def _problems_of(
     name: str, rm_type: str | None, reward_key: str | None, rm_url: str | None
 ) -> list[str]:
-    """Problems of a grader's settings, and the package that this machine lacks for it."""
+    """Problems of a grader's settings, and of a package that it needs and this machine lacks."""
     problems = problems_of(name, rm_type, reward_key, rm_url)
     grader = grader_of(rm_type or "")
     package = grader and grader.needs_package
@@ -249,7 +249,7 @@ def _too_low(cfg: Config) -> list[str]:
     fit = [f"--reward-key {k}" for k in grader.reward_keys if grader.lowest(k) >= 0]
     return [
         f"--rm-type {rm_type} scores a wrong answer {grader.lowest(key):g}, and "
-        f"--advantage-estimator {cfg.algorithm.advantage_estimator} wants rewards from 0 up. "
+        f"--advantage-estimator {cfg.algorithm.advantage_estimator} needs rewards of at least 0. "
         f"Give {(fit or ['another --rm-type'])[0]}."
     ]
 
@@ -258,7 +258,10 @@ def _no_label(name: str, rm_type: str | None, key: str | None, where: str) -> li
     grader = grader_of(rm_type or "")
     if key is not None or grader is None or not grader.needs_label:
         return []
-    return [f"{name} {rm_type} compares answers with a label. Add {where} FIELD, which holds it."]
+    return [
+        f"{name} {rm_type} compares answers with a label. Add {where} FIELD: "
+        "the field with the label."
+    ]
 
 
 def _takes_labels_from_rows(cfg: Config) -> bool:

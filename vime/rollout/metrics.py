@@ -17,7 +17,9 @@ from vime.rollout.sampling import Sampled
 from vime.rollout.wire import UNKNOWN_VERSION
 from vime.types import Group, Sample, Status
 
-REPETITION_CHARACTERS = 2000  # at a response's end; prose of this length compresses twofold
+REPETITION_CHARACTERS = (
+    2000  # the end of a response that is checked; zlib compresses prose of this length twofold
+)
 
 
 def of_rollout(args: Any, sampled: Sampled, seconds: float) -> dict[str, float]:
@@ -75,11 +77,11 @@ def _versions(sample: Sample) -> set[int]:
 def of_evaluation(name: str, groups: Sequence[Group], rewards: Sequence[Sequence[float]]) -> dict:
     """eval/{name}: mean reward, truncation, pass@k for k = 1, 2, 4, ..
 
-    `-ci95` is half the width of the mean's 95% confidence interval. The prompts are the random
-    draw, so the interval comes from the differences between prompts; one prompt gives none.
+    `-ci95` is half the width of the mean's 95% confidence interval. The interval comes from the
+    differences between prompts, because the prompts are a random sample. One prompt gives none.
 
-    groups   all samples, failed ones included
-    rewards  of the graded samples, by group; an empty group is left out
+    groups   all samples, including failed samples
+    rewards  rewards of the graded samples, by group; an empty group is left out
     """
     samples = [s for group in groups for s in group]
     values: dict[str, float] = {

@@ -1,4 +1,4 @@
-"""HTTP POST with retries: errors that can pass are tried again, within two limits."""
+"""HTTP POST with retries: after a temporary error the request is repeated, within two limits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RETRY_WINDOW_S = 60.0  # a server may be away for so long before its requests fa
 CONNECT_TIMEOUT_S = 10.0
 FIRST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 2.0
-HANDSHAKES, HANDSHAKES_S = 32, 0.01  # new connections per time; vllm-router queues 128
+HANDSHAKES, HANDSHAKES_S = 32, 0.01  # at most 32 new connections in 10 ms; vllm-router queues 128
 
 
 class RequestFailed(Exception):
@@ -103,7 +103,7 @@ class Endpoint:
 
 
 def few_handshakes(limit: int, each_s: float) -> aiohttp.TraceConfig:
-    """Lets a session start at most `limit` connections in `each_s` seconds. Any number stay open.
+    """Lets a session start at most `limit` connections in `each_s` seconds; all may stay open.
 
     All requests of a rollout start at once. When the listener's queue is full the kernel drops
     handshakes, and their clients try again after 1 s and after 2 s more. The client cannot see the

@@ -1,4 +1,4 @@
-"""Prompts of a file, rendered for the engine, as pending samples."""
+"""Renders the prompts of a file for the engine and makes pending samples of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vime.types import Sample
 
 logger = logging.getLogger(__name__)
 
-Rendered = tuple[Row, Any, list[int]]  # a row, its prompt as text or messages, token ids
+Rendered = tuple[Row, Any, list[int]]  # a row, its prompt as text or messages, its token ids
 
 
 def render_rows(cfg: Config, rows: list[Row]) -> list[Rendered]:

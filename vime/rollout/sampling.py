@@ -1,6 +1,6 @@
 """The sampling loop: submits groups, judges each finished one, stops exactly at the target.
 
-It is plain asyncio. Generation, judgement and abort are arguments.
+The loop uses asyncio only. It gets the functions that generate, judge and abort as arguments.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DROPS_PER_KEPT = 100  # a filter with more drops per wanted group ends the run
 
 @dataclass(slots=True)
 class Sampled:
-    """The groups of a sampling loop, by their fate.
+    """The groups of a sampling loop, by outcome.
 
     kept        the target number of groups, ordered by the index of their first sample
     surplus     groups that finished after the target was met

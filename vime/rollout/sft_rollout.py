@@ -1,7 +1,7 @@
 """The rollout function of --loss-type sft_loss: demonstrations instead of generated samples.
 
-A demonstration is a list of messages that ends with the assistant's, or a prompt whose label is the
-answer. Only the assistant's turns carry loss.
+A demonstration is a list of messages that ends with an assistant's message, or a prompt whose label
+is the answer. Only the assistant's turns carry loss.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def generate_rollout(
     args: Any, rollout_id: int, data_source: Any, evaluation: bool = False
 ) -> RolloutFnTrainOutput:
-    """--rollout-batch-size demonstrations. Skips those longer than --rollout-max-context-len.
+    """--rollout-batch-size demonstrations, none longer than --rollout-max-context-len.
 
     Raises ConfigError when a demonstration has no answer, or when every demonstration is too long.
     """
@@ -115,7 +115,7 @@ def _conversation(sample: Sample) -> chat.Messages:
 def _answer(sample: Sample) -> str:
     if not sample.label:
         raise ConfigError(
-            f"demonstration {sample.index} has no answer. End its messages with the assistant's, "
-            "or name the field of the answer with --label-key."
+            f"demonstration {sample.index} has no answer. End its messages with an assistant's "
+            "message, or name the field of the answer with --label-key."
         )
     return sample.label

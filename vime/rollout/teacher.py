@@ -24,9 +24,9 @@ PROBE = "In 2048, naïve Ångström   wrote\n\tx_1 = [3.14159, {'k': -70}]; // �
 
 
 class TeacherClient:
-    """Sends at most --vllm-server-concurrency requests at once to --opd-teacher-url.
+    """A client of --opd-teacher-url with at most --vllm-server-concurrency requests at once.
 
-    Enter it with `async with`.
+    Use it in an `async with` block.
     """
 
     def __init__(self, address: str, cfg: Config) -> None:
@@ -44,8 +44,8 @@ class TeacherClient:
     async def judge(self, group: Group) -> None:
         """Gives each finished sample its `teacher_log_probs`, or fails it with the reason.
 
-        Samples that have them keep them. Once `stopped` is set, the open requests are cancelled
-        and their samples stay without.
+        A sample that already has them keeps them. Once `stopped` is set, open requests are
+        cancelled, and their samples get none.
         """
         todo = [
             s
@@ -79,7 +79,7 @@ class TeacherClient:
                 fail(sample, Failure.TEACHER, error)
 
     def _log_probs_in(self, answer: bytes, sample: Sample) -> list[float]:
-        """[R], one for each response token. Raises RequestFailed."""
+        """[R], a log-probability for each response token. Raises RequestFailed."""
         try:
             entries = json.loads(answer)["choices"][0]["prompt_logprobs"]
             pairs = list(zip(entries, sample.tokens, strict=True))[sample.prompt_length :]
@@ -91,7 +91,7 @@ class TeacherClient:
 
 
 def teacher_of(cfg: Config) -> AbstractAsyncContextManager[TeacherClient | None]:
-    """The client of the teacher's server; None where the run asks no server."""
+    """The client of the teacher's server; None if the run uses no server."""
     address = _address(cfg)
     return nullcontext() if address is None else TeacherClient(address, cfg)
 
@@ -119,9 +119,9 @@ def check_teacher(cfg: Config) -> list[str]:
     problems = []
     if found != chat.encode(chat.load_tokenizer(cfg.model.hf_checkpoint), [PROBE])[0]:
         problems.append(
-            f"{name} serves {served['id']}, whose tokenizer differs from the one of "
-            f"--hf-checkpoint {cfg.model.hf_checkpoint}, so its figures would be for other words. "
-            "Serve a teacher of the policy's family."
+            f"{name} serves {served['id']}, whose tokenizer differs from the tokenizer "
+            f"of --hf-checkpoint {cfg.model.hf_checkpoint}. Serve a teacher of the policy's "
+            "family, so that token ids mean the same text."
         )
     longest = rollout.max_context_len or (rollout.max_prompt_len or 1) + rollout.max_response_len
     room = served.get("max_model_len")

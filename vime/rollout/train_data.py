@@ -1,4 +1,4 @@
-"""The way from a rollout's groups to batch and metrics, through the user's hooks."""
+"""Turns a rollout's groups into the batch and the metrics, and calls the user's hooks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from vime.types import Group, RolloutFnEvalOutput, TrainBatch
 
 
 def make_train_batch(args: Any, groups: list[Group], rollout_id: int) -> TrainBatch:
-    """The groups as a batch. Three hooks may take part.
+    """Makes a batch of the groups. Three hooks can change it.
 
     --custom-convert-samples-to-train-data-path replaces the whole conversion, and
     --custom-reward-post-process-path the normalisation of rewards. --rollout-data-postprocess-path
-    may change the finished batch. Raises PluginError on a hook that breaks its contract.
+    may change the finished batch. Raises PluginError when a hook breaks its contract.
     """
     cfg = args.config
     weigh = _with_args(cfg.algorithm.plugin("custom_reducer_path"), args)
@@ -47,7 +47,8 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """The metrics of a rollout to log.
 
-    --custom-rollout-log-function-path may change `metrics` in place. It returns True to log none.
+    --custom-rollout-log-function-path may change `metrics` in place. If it returns True, nothing is
+    logged.
     """
     log = args.config.rollout.plugin("log_path")
     if log is None:

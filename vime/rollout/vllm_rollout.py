@@ -31,10 +31,10 @@ from vime.types import (
 def generate_rollout(
     args: Any, rollout_id: int, data_source: Any, evaluation: bool = False
 ) -> RolloutFnTrainOutput | RolloutFnEvalOutput:
-    """One rollout of --rollout-batch-size groups, or one evaluation of every --eval-prompt-data.
+    """One rollout of --rollout-batch-size groups, or one evaluation of all data sets.
 
     args    the rollout manager's view: `args.config`, the router's address, the engines' URLs
-    Raises EngineError when engines stay away, PluginError when a hook is at fault.
+    Raises EngineError when engines do not answer, and PluginError when a hook breaks its contract.
     """
     if evaluation:
         return run(evaluate(args, rollout_id))
@@ -84,7 +84,7 @@ async def _generate_rollout(args: Any, rollout_id: int, data_source: Any) -> Rol
 async def judge(args: Any, group: Group) -> DynamicFilterOutput:
     """Whether to train on a group. A group without any reward is dropped.
 
-    --dynamic-sampling-filter-path decides on the others; it sees the samples that have a reward.
+    --dynamic-sampling-filter-path judges the other groups; it gets the samples with a reward.
     """
     usable = [s for s in group if s.status is not Status.FAILED and s.reward is not None]
     if not usable:
@@ -118,10 +118,10 @@ async def _answer(hook: Plugin, args: Any, *subjects: Any) -> Any:
 
 
 def _return_leftovers(rollout: Rollout, data_source: Any, sampled: Sampled) -> int:
-    """Under --partial-rollout, puts unfinished and surplus groups into the buffer. Their number.
+    """Under --partial-rollout, puts unfinished and surplus groups into the buffer.
 
-    Under --mask-offpolicy-in-partial-rollout surplus groups are left out: all their tokens would
-    be without loss.
+    Returns the number of these groups. Under --mask-offpolicy-in-partial-rollout, surplus groups
+    are dropped, because none of their tokens would have loss.
     """
     cfg = rollout.cfg.rollout
     if not cfg.partial:

@@ -1,9 +1,9 @@
 """The format of `POST /inference/v1/generate`: token ids in, token ids and log-probabilities out.
 
 Only this file knows how the answers of engine versions differ. vLLM 0.32 reports the weight version
-of each token. 0.25 does not, and its tokens get UNKNOWN_VERSION. Engines that vime started answer a
-request with the header `PACKED` with arrays (`vime.backends.vllm.plugin_route`). Others do not know
-the header and answer as vLLM does.
+of each token. vLLM 0.25 does not, so its tokens get UNKNOWN_VERSION. Engines that vime starts
+answer with arrays if a request has the header `PACKED` (`vime.backends.vllm.plugin_route`). Other
+engines ignore the header and answer as vLLM does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ except ImportError:
 
 
 PATH = "/inference/v1/generate"
-PACKED = "x-vime-packed"  # a header, in lower case because ASGI gives it so
+PACKED = "x-vime-packed"  # a header; ASGI passes headers in lower case
 UNKNOWN_VERSION = -1
 LEAST_LOG_PROB = -9999.0  # the engine sends this in place of NaN and -inf
 
@@ -37,7 +37,7 @@ STATUS_OF = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Stat
 
 
 class WireError(ValueError):
-    """An answer without everything that training needs."""
+    """An answer lacks something that training needs."""
 
 
 @dataclass(slots=True)
@@ -51,7 +51,7 @@ class Generation:
 
 
 def build_request(token_ids: list[int], sampling_params: dict[str, Any]) -> bytes:
-    """The body of a request. The engine makes text only where stop strings need it."""
+    """The body of a request. The engine decodes text only if stop strings need it."""
     params = {k: v for k, v in sampling_params.items() if v is not None}
     params |= {"logprobs": 0, "detokenize": bool(params.get("stop")), "n": 1}
     return dumps({"token_ids": token_ids, "sampling_params": params})
@@ -93,7 +93,7 @@ def _packed(answer: dict) -> tuple[list[int], list[float], list[dict] | None, st
 
 
 def _versions(spans: list[dict] | None, count: int, known_version: int | None) -> list[int]:
-    """One version per token, from spans [start, end). A label that is no number is unknown."""
+    """One version per token, from spans [start, end). A label that is not a number is unknown."""
     default = UNKNOWN_VERSION if known_version is None else known_version
     versions = [default] * count
     for span in spans or ():

@@ -1,4 +1,4 @@
-"""Final answers as text: find, normalise and compare them, as far as that needs no algebra."""
+"""Finds, normalises and compares final answers as text, without algebra."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    """One spelling for answers that can be written in several: spaces, units, short fractions."""
+    """The answer in one spelling: without spaces and units, short fractions written out."""
     text = answer.strip().rstrip(".").replace("\n", "")
     text = text.replace("tfrac", "frac").replace("dfrac", "frac")
     text = _DROPPED.sub("", text)
@@ -63,7 +63,7 @@ def decimal(text: str) -> Fraction | None:
         return None
     try:
         return Fraction(text.replace(",", ""))
-    except ValueError:  # a lone sign
+    except ValueError:  # the text is only a sign
         return None
 
 

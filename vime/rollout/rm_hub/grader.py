@@ -8,7 +8,7 @@ from typing import Any
 
 
 class GradingFailed(Exception):
-    """Why an answer has no reward. Its sample fails, which differs from a wrong answer."""
+    """The reason why an answer has no reward. Its sample fails; it does not count as wrong."""
 
 
 class GradingTimeout(GradingFailed):
@@ -26,14 +26,14 @@ class Grader:
             workers
 
     gives          the reward in words, for the table in docs/data-generation.md
-    lowest_reward  the lowest number that it gives; {key: lowest number} where it gives a dict, the
-                   key to train on first
+    lowest_reward  the lowest reward; for a dict of rewards {key: lowest number}, with the key to
+                   train on first
     needs_label    a sample without a label fails
-    takes_box      it looks for a box itself, so `boxed_` in front is refused
+    takes_box      the grader looks for a box itself, so `boxed_` in front is refused
     marks          a response that contains none of these texts gets 0
     takes_sample   `grade` is `async f(args, sample)` and runs in the rollout's process
-    needs_url      it asks the server at --rm-url
-    needs_package  the package that it imports; workers import it before their first answer
+    needs_url      the grader asks the server at --rm-url
+    needs_package  a package that the grader imports; workers import it before their first answer
     """
 
     grade: Callable[..., Any]
@@ -50,7 +50,7 @@ class Grader:
 
     @property
     def reward_keys(self) -> tuple[str, ...]:
-        """The keys of the dict that it gives; empty for a number."""
+        """The keys of the dict that `grade` returns; empty if it returns a number."""
         return tuple(self.lowest_reward) if isinstance(self.lowest_reward, Mapping) else ()
 
     def lowest(self, reward_key: str | None) -> float:

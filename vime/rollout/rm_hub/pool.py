@@ -1,4 +1,4 @@
-"""Worker processes that grade under a deadline. One that hangs is ended and replaced."""
+"""Worker processes that grade under a deadline. A process that hangs is ended and replaced."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from vime.rollout.rm_hub.grader import GradingFailed, GradingTimeout
 
-START_TIMEOUT_S = 120.0  # importing sympy on a busy machine
+START_TIMEOUT_S = 120.0  # importing sympy takes long on a busy machine
 
 
 class GraderPool:
@@ -126,7 +126,7 @@ class _Worker:
 
 @cache
 def shared_pool(num_workers: int, timeout_s: float) -> GraderPool:
-    """The pool with these settings that this process shares. It closes at exit."""
+    """The one pool of this process with these settings. It closes at exit."""
     pool = GraderPool(num_workers, timeout_s)
     atexit.register(pool.close)
     return pool

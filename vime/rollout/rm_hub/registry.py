@@ -27,12 +27,12 @@ def refusal(rm_type: str) -> str | None:
     grader = grader_of(rm_type)
     if grader is None:
         return (
-            f"is unknown. Choose one of {', '.join(GRADERS)}, with {BOXED} in front where only the "
-            "boxed part counts, or write a --custom-rm-path."
+            f"is unknown. Choose one of {', '.join(GRADERS)}, with {BOXED} in front to grade only "
+            "the boxed part, or write a --custom-rm-path."
         )
     if grader.takes_box and rm_type.startswith(BOXED):
         name = rm_type.removeprefix(BOXED)
-        return f"would take the box away before {name} looks for it. Use {name}."
+        return f"would remove the box that {name} looks for. Use {name}."
     return None
 
 

@@ -24,7 +24,7 @@ _SAFE = re.compile(r"(?:[a-zA-Z+\-*/^()!= ]|\d+(?:\.\d+)?)*")
 
 
 def equal(a: str, b: str) -> bool:
-    """Whether two normalised answers are equal in mathematics. Unreadable answers are not."""
+    """Whether two normalised answers are mathematically equal. Unreadable answers never are."""
     parts_a, parts_b = _split(a), _split(b)
     if len(parts_a) != len(parts_b) or _brackets(a) != _brackets(b):
         return False
@@ -69,7 +69,7 @@ def _parse(text: str):
         return parse_expr(plain, transformations=(*rules, convert_xor))
     except (SyntaxError, TypeError, ValueError, AttributeError, RecursionError, ArithmeticError):
         return None
-    except Exception as error:  # sympy raises tokenizer errors as types of its own
+    except Exception as error:  # sympy's tokenizer raises its own types of errors
         if isinstance(error, MemoryError):
             raise
         return None

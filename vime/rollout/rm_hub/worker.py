@@ -28,7 +28,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # a grader's prints must not mix with the answers
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns about its missing deadline
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no deadline
     for package in {grader.needs_package for grader in GRADERS.values()} - {None}:
         if importlib.util.find_spec(package):
             importlib.import_module(package)

@@ -29,7 +29,7 @@ from vime.rollout.teacher import TeacherClient
 from vime.rollout.wire import UNKNOWN_VERSION
 from vime.types import Group, Sample, Status
 
-_SEED_STRIDE = 1_000_003  # the continuation of a sample gets another seed than its first part
+_SEED_STRIDE = 1_000_003  # a sample that is continued gets a new seed for the new part
 ABORT_GRACE_S = 30.0  # a generation function gets so long for its tools after an abort
 
 
@@ -143,7 +143,7 @@ async def _graded(rollout: Rollout, group: Group) -> bool:
 
 
 async def _run_sample_hooks(rollout: Rollout, sample: Sample) -> Sample:
-    """Calls every --rollout-sample-hook-path in the order given; each may replace the sample."""
+    """Calls every --rollout-sample-hook-path in order; each may replace the sample."""
     limit_s = rollout.cfg.rollout.generate_timeout_s
     for hook in rollout.cfg.rollout.plugins("sample_hook_paths"):
         with failing([sample], Failure.HOOK, f"{hook.named_by} {hook.path}"):

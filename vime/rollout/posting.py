@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 
-RETRY_WINDOW_S = 60.0  # a server may be away for so long before its requests fail
+RETRY_WINDOW_S = 60.0  # requests fail when the server has been away for this long
 CONNECT_TIMEOUT_S = 10.0
 FIRST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 2.0

@@ -19,7 +19,7 @@ async def grade(args: Any, sample: Sample) -> float | dict[str, Any]:
 
     Raises GradingFailed.
     """
-    import aiohttp  # the command line reads the registry and needs no HTTP
+    import aiohttp  # imported here, because the command line reads the registry and needs no HTTP
 
     reward = args.config.reward
     payload = {"prompt": sample.prompt, "response": sample.response, "label": sample.label}

@@ -117,13 +117,13 @@ def check_numbers(sequences: Sequence[TrainSequence], cfg: Config) -> None:
                 f"sample {s.index} has a loss_mask with {wrong[0]}. Give 0 or 1 for each response "
                 "token."
             )
-        if name and _lacks(s.rollout_logp, s):
+        if name and lacks_logp(s.rollout_logp, s):
             raise ValueError(
                 f"sample {s.index} has no rollout_log_probs for some token of its loss, and {name} "
                 "needs them. Let the rollout keep the engine's values, mask those tokens, or "
                 f"drop {name}."
             )
-        if cfg.algorithm.needs_teacher_logp and _lacks(s.teacher_logp, s):
+        if cfg.algorithm.needs_teacher_logp and lacks_logp(s.teacher_logp, s):
             raise ValueError(
                 f"sample {s.index} has no teacher_log_probs for some token of its loss, and "
                 "--opd-type vllm needs them. Add --opd-teacher-url, let your function set them, or "
@@ -131,7 +131,8 @@ def check_numbers(sequences: Sequence[TrainSequence], cfg: Config) -> None:
             )
 
 
-def _lacks(logp: np.ndarray | None, sequence: TrainSequence) -> bool:
+def lacks_logp(logp: np.ndarray | None, sequence: TrainSequence) -> bool:
+    """Whether a token with loss has no finite log-probability."""
     needed = sequence.loss_mask > 0
     return bool(needed.any()) and (logp is None or not np.isfinite(logp[needed]).all())
 

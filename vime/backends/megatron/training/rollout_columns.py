@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vime.backends.megatron.training.token_table import MicroBatch, lay_out, token_table
 from vime.config import Config
+from vime.data.train_batch import lacks_logp
 from vime.types import StepPlan, TrainBatch
 
 
@@ -92,10 +93,12 @@ class RolloutColumns:
         return self.old_logp_N if self.own_logp_N is None else self.own_logp_N
 
     def lacking_logp(self) -> list[int]:
-        """Indices of this rank's samples that lack the engine's figure at a token with loss."""
-        lacking_N = ~self.table.rollout_logp_N.isfinite() & (self.table.mask_N > 0)
-        rows = self.table.responses.items()
-        return [self.batch.sequences[p].index for p, r in rows if bool(lacking_N[r].any())]
+        """Indices of all ranks' samples that lack the engine's figure at a token with loss.
+
+        Every rank finds the same samples. If some ranks raised an error, the others would wait.
+        """
+        sequences = self.batch.sequences
+        return [s.index for s in sequences if lacks_logp(s.rollout_logp, s)]
 
     def whole(self, column_N: Tensor) -> Tensor:
         """The column at all tokens of this rank's sequences, on the last pipeline stage."""

@@ -4,7 +4,7 @@
 #   PYTHON=python3.12 scripts/install.sh     use another interpreter (CPU: 3.11 or 3.12; GPU: 3.12)
 #   VENV=/elsewhere/venv scripts/install.sh  install to another place
 #   scripts/install.sh --gpu                 install the CUDA stack on any machine (--cpu: the CPU stack)
-#   scripts/install.sh --force               install again, although the stamp says that it is done
+#   scripts/install.sh --force               install again, even if the stamp says that it is done
 #   scripts/install.sh --check               only check that every package of the lock can be downloaded
 set -euo pipefail
 

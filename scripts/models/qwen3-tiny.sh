@@ -1,4 +1,4 @@
-# The quickstart's Qwen3 of 0.6 million parameters, in Megatron's flags.
+# The quickstart's Qwen3 of 0.7 million parameters, in Megatron's flags.
 MODEL_ARGS=(
    --num-layers 3
    --hidden-size 128

@@ -9,7 +9,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from vime.backends.megatron.kernels import many_tensors, reference, weight_gradient
 from vime.backends.megatron.kernels.choice import VARIABLE, chosen
 from vime.backends.megatron.model.pack import bounds_of, make_pack, positions_of
-from vime.backends.megatron.model.recompute import forget, remakeable
+from vime.backends.megatron.model.recompute import free_until_backward, recomputable
 from vime.backends.megatron.model.zigzag import seen_by, zigzag_order
 from vime.errors import ConfigError
 
@@ -66,9 +66,9 @@ def test_a_recomputed_activation_is_not_kept_and_gives_the_same_gradient() -> No
     def gradients(again: bool) -> tuple[torch.Tensor, ...]:
         active = reference.swiglu(x)
         if again:
-            remakeable(active, make)
+            recomputable(active, make)
         out = torch.nn.functional.linear(active, weight)
-        forget(active, out)
+        free_until_backward(active, out)
         assert active.numel() == (0 if again else 24)
         return torch.autograd.grad(out.square().sum(), (x, weight))
 

@@ -92,7 +92,7 @@ def test_a_file_that_is_cut_off_missing_or_lacks_a_tensor_is_named(tmp_path: Pat
     second.unlink()
     assert f"{second} is missing, but model.safetensors.index.json names it" in refused()
     save_file({"c": torch.zeros(64)}, second)
-    assert f"{second} lacks tensor b, which model.safetensors.index.json promises" in refused()
+    assert f"{second} lacks tensor b, which model.safetensors.index.json lists" in refused()
     index.write_text("{}")
     assert f"{index} is damaged" in refused()
 

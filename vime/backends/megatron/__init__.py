@@ -9,5 +9,5 @@ warnings.filterwarnings("ignore", message=r"full scope is deprecated.*")  # vime
 # megatron-core 0.19 warns about parts that vime does not use.
 warnings.filterwarnings("ignore", message=r"Mimo\w+ is experimental.*")
 warnings.filterwarnings("ignore", category=SyntaxWarning, module=r".*megatron.*")
-# Its only warning, in 0.19, names the successor of GPTModel.
+# The only warning of this module, in 0.19, names the successor of GPTModel.
 logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)

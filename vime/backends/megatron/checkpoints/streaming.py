@@ -68,7 +68,7 @@ class Conversion:
             self.seen.add(memory)
             self.done(self.sizes[memory])
         self.source.fill(name, whole)
-        self.source.files.forget()
+        self.source.files.unmap()
         self.latest = memory
 
     def _free_latest(self) -> None:

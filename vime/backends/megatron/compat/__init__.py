@@ -1,4 +1,4 @@
-"""Every change that vime makes to torch or megatron-core: a `Patch` with its reason and its end.
+"""Every change that vime makes to torch or megatron-core: a `Patch`, why, and until when.
 
 A trainer process calls `apply()` before it imports Megatron; no other process does. `CPU_PATCHES`
 replace CUDA calls that megatron-core makes on any machine, and apply only without CUDA. `PATCHES`

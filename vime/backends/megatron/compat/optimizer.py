@@ -52,7 +52,7 @@ def _bucket_padding() -> None:
 
 
 def _spread(tensors: dict[str, Any], buffer: Any) -> None:
-    """Moves each bucket from where it stands without padding to its offset in the buffer."""
+    """Moves each bucket from its position without padding to its offset in the buffer."""
     for key, packed in tensors.items():
         if torch.is_tensor(packed):
             tensors[key] = packed.new_zeros(buffer.numel)
@@ -94,13 +94,13 @@ def _float32_beside_bfloat16() -> None:
     Float16OptimizerWithFloat16Params.load_state_dict = load
 
 
-def _learning_rates_name_no_group() -> None:
+def _match_groups_without_learning_rates() -> None:
     from megatron.core.optimizer import distrib_optimizer, optimizer
 
     for module in (optimizer, distrib_optimizer):
         known = module.param_group_identifier_keys
-        of_a_flag = ("max_lr", "min_lr", "start_wd", "end_wd")
-        module.param_group_identifier_keys = tuple(key for key in known if key not in of_a_flag)
+        set_by_flags = ("max_lr", "min_lr", "start_wd", "end_wd")
+        module.param_group_identifier_keys = tuple(key for key in known if key not in set_by_flags)
 
 
 _HALF = "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params"
@@ -140,7 +140,7 @@ OPTIMIZER_PATCHES = (
         _float32_beside_bfloat16,
     ),
     Patch(
-        "learning rates name no group",
+        "groups without learning rates",
         "a checkpoint's parameter groups are matched by their learning rate too, so a run cannot "
         "resume with another --lr (0.19)",
         "groups are matched only by values that no flag sets",
@@ -148,6 +148,6 @@ OPTIMIZER_PATCHES = (
             "megatron.core.optimizer.optimizer.param_group_identifier_keys",
             "megatron.core.optimizer.distrib_optimizer.param_group_identifier_keys",
         ),
-        _learning_rates_name_no_group,
+        _match_groups_without_learning_rates,
     ),
 )

@@ -1,4 +1,4 @@
-"""Facts about model families: their architecture, and the names of their weights on either side.
+"""Facts about model families: architecture, and names of weights in Megatron and Hugging Face.
 
 Importing this package needs neither torch nor Megatron: the driver's checks and the plan read it.
 `weights/` moves the tensors.

@@ -34,8 +34,10 @@ def check_model_args(cfg: Config) -> list[str]:
 
 
 def check_training(cfg: Config) -> list[str]:
-    """`check_model_args`, and settings that Megatron refuses only in the first forward pass or
-    ignores without a word."""
+    """The problems of `check_model_args`, and those that Megatron would find late or not at all.
+
+    Megatron refuses some settings only in the first forward pass, and silently ignores others.
+    """
     if not hf_config(cfg):
         return []  # `checkpoint_is_there` reports it
     if problems := check_model_args(cfg):

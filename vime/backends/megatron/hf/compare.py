@@ -46,7 +46,11 @@ def check_hf_fits(cfg: Config, hf_dir: Path) -> None:
 
 
 def check_architecture_fits(cfg: Config, found: dict[str, Any], own: dict[str, Any]) -> None:
-    """The same for an architecture under Megatron's flag names. Raises CheckpointError."""
+    """Like `check_hf_fits`, for architectures under Megatron's flag names. Raises CheckpointError.
+
+    found  the architecture of the weights
+    own    the architecture of --hf-checkpoint
+    """
     # max_position_embeddings is a bound and shapes no weight
     shared = (found.keys() & own.keys()) - {"max_position_embeddings"}
     others = [n for n in own if n in shared and not _same(n, found[n], own)]

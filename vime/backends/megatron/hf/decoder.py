@@ -17,7 +17,7 @@ def decoder_args(config: dict[str, Any], *, rope_types: tuple[str, ...] = ()) ->
     """The architecture of a plain decoder, under Megatron's flag names.
 
     rope_types  the kinds of rope scaling that the family reads from `rope_parameters(config)`
-    Raises ConfigError if config.json has a feature that would be left out without a word.
+    Raises ConfigError if config.json has a feature that vime would silently leave out.
     """
     _refuse_unknown(config, ("default", *rope_types))
     heads = config["num_attention_heads"]
@@ -148,7 +148,10 @@ def qkv_rules() -> tuple[Rule, ...]:
 
 
 def glu_rules(mcore: str, hf: str) -> tuple[Rule, ...]:
-    """Gate, up and down of a SwiGLU; its places within a layer, on either side."""
+    """Gate, up and down of a SwiGLU.
+
+    mcore, hf  the prefixes of its names within a layer, in Megatron and Hugging Face
+    """
     m, h = LAYER + mcore, HF_LAYER + hf
     return (
         Rule(m + "linear_fc1.weight", (h + "gate_proj.weight", h + "up_proj.weight"), Kind.GLU),

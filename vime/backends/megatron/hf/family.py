@@ -1,4 +1,4 @@
-"""The parts of a model family: its architecture, and the names of its weights on either side.
+"""The parts of a model family: architecture, and names of weights in Megatron and Hugging Face.
 
 A family is one file of `families/`: a table of `Rule`s and a function that reads `config.json`.
 """
@@ -32,8 +32,8 @@ class Kind(Enum):
 class Rule:
     """One Megatron weight and the HF tensors that it is made of.
 
-    In a name, {l} is the layer's number in the whole model and {e} the expert's. A rule applies to
-    the architectures (see `Family.megatron_args`) for which `when` is true.
+    In a name, {l} is the layer's number in the whole model and {e} is the expert's number. A rule
+    applies to the architectures (see `Family.megatron_args`) for which `when` is true.
     """
 
     mcore: str
@@ -59,7 +59,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A rule applied to one layer, and to one expert if the weight is an expert's."""
+    """A rule applied to one layer, and to one expert if the weight belongs to an expert."""
 
     mcore: str
     hf: tuple[str, ...]
@@ -78,7 +78,7 @@ class Family:
     tiny           {name: changes to a tiny config.json}. Tests compare each with Hugging Face
     tied           HF name of the output weight, which is absent if embeddings are tied
     ignored        HF names (patterns) of tensors that are not loaded
-    extra_layers   layers that may follow the last and are not trained (multi-token prediction)
+    extra_layers   layers that may follow the last layer and do not train (multi-token prediction)
     """
 
     model_type: str
@@ -131,7 +131,7 @@ def moe_layers(args: dict[str, Any]) -> set[int]:
 def layer_pattern(freq: int | str | list[int], num_layers: int) -> list[int]:
     """--moe-layer-freq spelled out: 1 for a layer with experts. "([0]*1+[1]*3)" is [0, 1, 1, 1].
 
-    Raises ValueError if a text is no such pattern.
+    Raises ValueError if a text is not a pattern of this form.
     """
     if isinstance(freq, int):
         return [int(i % freq == 0) for i in range(num_layers)]

@@ -31,8 +31,8 @@ def family_for(hf_config: dict[str, Any]) -> Family:
     model_type = hf_config.get("model_type")
     if model_type not in FAMILIES:
         raise ConfigError(
-            f"--hf-checkpoint: model_type {model_type!r} in config.json is not one of "
-            f"{sorted(FAMILIES)}, which vime can train."
+            f"--hf-checkpoint: vime cannot train model_type {model_type!r} of config.json. It can "
+            f"train {', '.join(sorted(FAMILIES))}."
         )
     return FAMILIES[model_type]
 
@@ -51,15 +51,15 @@ def architecture(hf_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def described_by(hf_dir: str) -> dict[str, Any]:
-    """The same from a folder. Raises CheckpointError too, if there is no config.json."""
+    """`architecture` of a folder. Also raises CheckpointError if there is no config.json."""
     return architecture(read_config(hf_dir))
 
 
 def model_args(cfg: Config) -> dict[str, Any]:
     """The architecture to build, under Megatron's flag names.
 
-    config.json decides. MODEL_ARGS add what it does not say; under --override-model-config they
-    replace what it says.
+    config.json decides. MODEL_ARGS add values that it lacks. Under --override-model-config they
+    replace its values.
     """
     found = described_by(cfg.model.hf_checkpoint)
     args = found | cfg.model.args if cfg.model.override else cfg.model.args | found

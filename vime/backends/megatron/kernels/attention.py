@@ -2,9 +2,9 @@
 
 fa3     FlashAttention 3, if `flash_attn_interface` is installed; Hopper
 fa4     FlashAttention 4, its own package or vLLM's copy with the CuTe DSL; Hopper and later
-cudnn   cuDNN, one call for each run of sequences of one length: for few, long sequences. Packs
-        of many lengths, and queries with more keys than queries, go to `varlen`
-varlen  torch's, FlashAttention 2
+cudnn   cuDNN, one call for each run of sequences of equal length: good for few, long sequences.
+        Packs with many lengths, or with more keys than queries, use `varlen`
+varlen  torch's varlen_attn, which is FlashAttention 2
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vime.backends.megatron.kernels.spans import Spans
 def attend(
     name: str, q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, scale: float | None
 ) -> Tensor:
-    """[Q, H, Dv]: q [Q, H, D] on k [K, G, D] and v [K, G, Dv], causal within each sequence.
+    """[Q, H, Dv]: q [Q, H, D] attends to k [K, G, D], v [K, G, Dv], causal within each sequence.
 
     If a sequence has more keys than queries, the queries are its last positions.
     """
@@ -93,7 +93,7 @@ def _varlen(
 
 @cache
 def _varlen_options() -> dict[str, Any]:
-    """torch 2.10 calls it `is_causal`, later versions `window_size`; 2.11 has no `enable_gqa`."""
+    """torch 2.10 has `is_causal`, later versions have `window_size`. 2.11 has no `enable_gqa`."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters

@@ -1,4 +1,4 @@
-"""Which attention libraries work here. A library that is installed computes a small pack first."""
+"""Which attention libraries work here. An installed library must first compute a small pack."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from vime.backends.megatron.kernels.attention import attend, fa4
 from vime.backends.megatron.kernels.spans import Spans
 
-TRIAL_TOLERANCE = 0.02  # relative, of bfloat16 results
+TRIAL_TOLERANCE = 0.02  # relative error of bfloat16 results
 
 
 @cache
@@ -33,7 +33,7 @@ def missing(name: str) -> str | None:
 
 
 def _trial(name: str) -> str | None:
-    """The problem with forward and backward of a small pack; None if both are right."""
+    """The problem with the forward or backward pass of a small pack; None if both are right."""
     spans = Spans.of([0, 300, 340, 468], "cuda")
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(spans.bounds[-1], heads, 128) for heads in (4, 2, 2, 4)]

@@ -40,7 +40,7 @@ class Kernels:
 
 @cache
 def chosen() -> Kernels:
-    """Raises ConfigError if VIME_KERNELS asks for a kernel that cannot run here."""
+    """The kernels to use. Raises ConfigError if VIME_KERNELS names one that cannot run here."""
     wish = os.environ.get(VARIABLE, "")
     plain = wish == "plain"
     asked = wish.removeprefix("attention=") if wish.startswith("attention=") else None

@@ -1,9 +1,9 @@
 """cuDNN's attention, through PyTorch, for packs of long sequences.
 
-cuDNN builds a plan for every shape it meets. If every sequence has its own length, that costs more
-than it saves. So a sequence is computed up to the end of a bucket: the rows that follow it in the
-pack serve as padding. Causal attention keeps them out of the sequence's own rows, and a gradient of
-zero at those rows keeps them out of the gradients.
+cuDNN builds a plan for every new shape. If every sequence has its own length, the plans cost more
+time than cuDNN saves. So a sequence is computed up to the end of a bucket: the rows that follow it
+in the pack serve as padding. Causal attention keeps the padding out of the sequence's own rows, and
+a gradient of zero at the padding keeps it out of the gradients.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int], scale: float 
 
 
 def runs_of(bounds: Sequence[int]) -> list[tuple[int, int]]:
-    """(length, how many) of consecutive sequences of one length."""
+    """(length, count) of each run of consecutive sequences of equal length."""
     lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
     return [(length, len(list(same))) for length, same in groupby(lengths)]
 
@@ -78,7 +78,7 @@ class _Cudnn(torch.autograd.Function):
 
 
 def _batch(t: Tensor, first: int, length: int, count: int) -> Tensor:
-    """[count, H, S, D]: rows of `count` sequences; of a single one, up to its bucket's end."""
+    """[count, H, S, D]: the rows of `count` sequences. A single sequence fills its bucket."""
     if count > 1:
         return t[first : first + length * count].unflatten(0, (count, length)).transpose(1, 2)
     size = -(-length // BUCKET) * BUCKET

@@ -1,4 +1,4 @@
-"""RMSNorm in one Triton kernel each way. The arithmetic is in float32 and is rounded once."""
+"""RMSNorm: one Triton kernel for each pass. The arithmetic is in float32 and is rounded once."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Several per multiprocessor. Each sums the weight's gradient over its rows.
+# Several programs per multiprocessor. Each sums the weight's gradient over its rows.
 BACKWARD_PROGRAMS = 8 * 132
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last axis, any leading shape; what `F.rms_norm` computes."""
+    """x / rms(x) * weight over the last axis, any leading shape, like `F.rms_norm`."""
     return _RMSNorm.apply(x, weight, eps)
 
 

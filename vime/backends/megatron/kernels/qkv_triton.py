@@ -1,4 +1,4 @@
-"""The Triton kernels of `qkv.py`: one program per block of tokens, and per head in the forward."""
+"""The Triton kernels of `qkv.py`: one program per block of tokens, in the forward also per head."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def backward(
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One block of tokens, every head. Partial sums of the norm weights' gradients go along."""
+    """One block of tokens, every head. Also writes partial sums of the norm weights' gradients."""
     block = tl.program_id(0)
     token = (block * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
     channel = tl.arange(0, WIDTH)[None, :]

@@ -20,5 +20,5 @@ def wgrad_gemm_accum_fp32(inputs: Tensor, grad_output: Tensor, main_grad: Tensor
 
 
 def wgrad_gemm_accum_fp16(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
-    """The same for a buffer that has the gradients' type."""
+    """The same sum for a buffer that has the gradients' type."""
     main_grad.addmm_(grad_output.t(), inputs)

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (arXiv:2412.19437) with the gradient of all its heads."""
+"""Multi-head latent attention (arXiv:2412.19437) with the gradients of all its heads."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class LatentAttention(MLASelfAttention):
     """Megatron's latent attention, with a correct gradient of the keys' rotated part.
 
     All heads share that part. Its projection is split over tensor ranks and gathered. The backward
-    of Megatron's gather keeps a rank's share of that rank's own gradient, so the other ranks' heads
-    would not count (0.16 to 0.19).
+    pass of Megatron's gather gives each rank only its share of its own heads' gradient, so the
+    other ranks' heads would not count (0.16 to 0.19).
     """
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
-        """The layers that the spec names. 0.19 calls this; its own norms uncompressed queries."""
+        """The layers that the spec names. The method of 0.19 would norm uncompressed queries."""
         names = "linear_q_proj linear_q_up_proj linear_kv_up_proj q_layernorm kv_layernorm"
         return {name: getattr(submodules, name) for name in names.split()}
 
@@ -34,7 +34,7 @@ class LatentAttention(MLASelfAttention):
 class _SharedTail(torch.autograd.Function):
     """The identity on keys [T, H, D] whose last `width` channels every head of every rank shares.
 
-    The backward pass adds the gradient of the other ranks' heads to these channels.
+    The backward pass adds the gradients of the other ranks' heads to these channels.
     """
 
     @staticmethod

@@ -58,8 +58,8 @@ def decoder_spec(
 def _gated(mlp: Any) -> Any:
     """The spec of a dense layer with GatedMLP in it. The spec of an expert layer is unchanged.
 
-    megatron-core 0.16 has a ModuleSpec, and warns of every module that it does not know in one.
-    megatron-core 0.19 has a partial of the MLP's constructor for specs.
+    megatron-core 0.16 uses a ModuleSpec here, and warns about a ModuleSpec with an unknown module.
+    megatron-core 0.19 uses a partial of the MLP's constructor for specs.
     """
     if isinstance(mlp, ModuleSpec) and mlp.module is MLP:
         return SimpleNamespace(module=GatedMLP, params=mlp.params, submodules=mlp.submodules)

@@ -1,4 +1,4 @@
-"""Marks on weights, by which Megatron knows over which ranks a gradient and a norm add up."""
+"""Marks on weights, which tell Megatron over which ranks to sum gradients and norms."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _SPLIT: dict[type[nn.Module], int] = {
 def mark_shards(chunk: nn.Module) -> None:
     """Marks the weights that are shards.
 
-    Megatron does so while it initialises weights, and vime skips that. Without the marks the
-    gradient norm would count only the shards of tensor rank 0.
+    Megatron sets these marks when it initialises weights, and vime skips initialisation. Without
+    the marks the gradient norm would count only the shards of tensor rank 0.
     """
     for module in chunk.modules():
         weight = getattr(module, "weight", None)
@@ -27,9 +27,9 @@ def mark_shards(chunk: nn.Module) -> None:
 
 
 def mark_experts(chunk: nn.Module) -> None:
-    """Marks experts: they see other tokens than the dense layers of their tensor rank.
+    """Marks experts, which do not see the same tokens as the dense layers of their tensor rank.
 
-    Megatron marks them under expert parallelism only. Without it, and with tensor parallel sizes
+    Megatron marks experts under expert parallelism only. Without it, and with tensor parallel sizes
     that differ, an expert's gradient would lack the tokens of the other tensor ranks. With the same
     mark in every layout the optimizer's state has one shape, so that it can be resharded.
     """

@@ -35,7 +35,7 @@ def transformer_config(cfg: Config, args: dict[str, Any]) -> TransformerConfig:
         values |= {"activation_func": F.silu, "gated_linear_unit": True}
     values["add_bias_linear"] = not args.get("disable_bias_linear", False)
     config = kind(**values | _layout(cfg) | _numerics(cfg) | _modules())
-    recompute.note(config, cfg.parallel.recompute_modules)
+    recompute.set_switches(config, cfg.parallel.recompute_modules)
     return config
 
 
@@ -55,7 +55,7 @@ def _layout(cfg: Config) -> dict[str, Any]:
         "recompute_num_layers": p.recompute_num_layers,
         "recompute_modules": [m for m in again if m not in recompute.OURS] if again else None,
         "variable_seq_lengths": True,  # packs differ in length
-        "moe_token_dispatcher_type": "alltoall",  # required by the line above, dense or not
+        "moe_token_dispatcher_type": "alltoall",  # the line above requires it, also without experts
     }
     if p.vpp:
         values |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
@@ -78,7 +78,7 @@ def _numerics(cfg: Config) -> dict[str, Any]:
 
 
 def _modules() -> dict[str, Any]:
-    """Which of Megatron's fused operations run. vime has kernels of its own for most."""
+    """The switches of Megatron's fused operations. For most of them vime has its own kernels."""
     is_cuda, plain = platform.current().is_cuda, chosen().plain
     return {
         "gradient_accumulation_fusion": is_cuda and not plain,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vime import platform
 from vime.backends.megatron.kernels.dispatch import rms_norm
-from vime.backends.megatron.model.recompute import remakeable
+from vime.backends.megatron.model.recompute import recomputable
 
 
 class RMSNorm(nn.Module):
@@ -33,12 +33,12 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor | None) -> Tensor:
-        """None returns the weight, for a kernel that does the norm among other things."""
+        """The norm of x. If x is None: the weight, for a kernel that also computes the norm."""
         if x is None:
             return self.weight
         y = rms_norm(x, self.weight, self.eps)
         if self.again and torch.is_grad_enabled():
-            remakeable(y, partial(rms_norm, x, self.weight, self.eps))
+            recomputable(y, partial(rms_norm, x, self.weight, self.eps))
         return y
 
 

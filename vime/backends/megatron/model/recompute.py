@@ -17,27 +17,27 @@ from torch import Tensor
 OURS = ("layernorm", "mlp_act")  # the others are Megatron's
 
 
-def note(config: Any, modules: Sequence[str] | None) -> None:
-    """Notes on the config which of OURS are asked for."""
+def set_switches(config: Any, modules: Sequence[str] | None) -> None:
+    """Sets a switch on the config for each of OURS: whether `modules` contains it."""
     config.recompute_norms = "layernorm" in (modules or ())
     config.recompute_mlp_act = "mlp_act" in (modules or ())
 
 
-def remakeable(output: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """`output`, with a note for `forget`. `make` must return the same values."""
-    output.remake = make  # type: ignore[attr-defined]
+def recomputable(output: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    """Lets `free_until_backward` free `output`. `make` must return the same values again."""
+    output.recompute = make  # type: ignore[attr-defined]
     return output
 
 
-def forget(used: Tensor, result: Tensor) -> None:
-    """Frees `used`, if it is remakeable, until the gradient of `result` is known.
+def free_until_backward(used: Tensor, result: Tensor) -> None:
+    """Frees `used`, if it is recomputable, until the gradient of `result` is known.
 
     result  the only tensor that was computed from `used`
 
-    The tensor is emptied and filled in place. Hooks on the tensors that autograd saves would hand
-    back weights without the attributes by which Megatron finds their gradient buffers.
+    The tensor is emptied and filled in place. Autograd's hooks on saved tensors would not do: they
+    return weights without the attributes by which Megatron finds their gradient buffers.
     """
-    make = getattr(used, "remake", None)
+    make = getattr(used, "recompute", None)
     if make is None or not result.requires_grad:
         return
 

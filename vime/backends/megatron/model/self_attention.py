@@ -15,7 +15,7 @@ from torch import Tensor
 from vime.backends.megatron.kernels.dispatch import split_qkv
 from vime.backends.megatron.model.norm import RMSNorm
 from vime.backends.megatron.model.pack import positions_of, remembered
-from vime.backends.megatron.model.recompute import forget
+from vime.backends.megatron.model.recompute import free_until_backward
 
 
 class PackedSelfAttention(SelfAttention):
@@ -41,7 +41,7 @@ class PackedSelfAttention(SelfAttention):
                 **kwargs,
             )
         mixed, _ = self.linear_qkv(hidden_states)
-        forget(hidden_states, mixed)
+        free_until_backward(hidden_states, mixed)
         query, key, value = self._split(mixed.squeeze(1), rotary_pos_emb, packed_seq_params)
         attend = self.core_attention
         if self.checkpoint_core_attention and self.training:
@@ -65,7 +65,7 @@ class PackedSelfAttention(SelfAttention):
         cos, sin = remembered(pack, "rotary", lambda: _tables(frequencies, interleaved, mixed))
         groups = self.num_query_groups_per_partition
         norms = self.q_layernorm, self.k_layernorm
-        # called as modules, for the hooks that wait until a parameter is used
+        # The norms are called as modules, because hooks on modules wait for the weights.
         weights = [norm(None) if isinstance(norm, RMSNorm) else None for norm in norms]
         return split_qkv(
             mixed,
@@ -83,7 +83,7 @@ class PackedSelfAttention(SelfAttention):
 def _tables(frequencies: Tensor, interleaved: bool, like: Tensor) -> tuple[Tensor, Tensor]:
     """cos, sin [P, R / 2] of Megatron's [P, 1, 1, R], which holds each angle twice.
 
-    In the model's dtype, as in Hugging Face and vLLM.
+    Their dtype is the model's, as in Hugging Face and vLLM.
     """
     angles = frequencies[:, 0, 0]
     angles = angles[:, ::2] if interleaved else angles[:, : angles.shape[-1] // 2]

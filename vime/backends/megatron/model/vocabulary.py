@@ -1,4 +1,4 @@
-"""The padded vocabulary: its size, and padding that never gets a probability."""
+"""The padded vocabulary: its size, and probability 0 for the padding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def padded_vocab_size(args: dict[str, Any], tp: int) -> int:
-    """Rows of the embedding: the vocabulary, filled up so that every tensor rank has as many.
+    """Rows of the embedding: the vocabulary, padded so that all tensor ranks have equally many.
 
     Each rank's rows are a multiple of --make-vocab-size-divisible-by. Megatron's default is 128;
     here it is 1, because padding costs logits.

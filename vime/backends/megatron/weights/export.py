@@ -56,7 +56,7 @@ def _any_expert(name: str) -> str:
 def _homes(
     mine: dict[str, Tensor], pipeline: Place
 ) -> dict[str, tuple[int, tuple[int, ...], torch.dtype]]:
-    """{weight: (first pipeline stage that holds it, a shard's shape, dtype)}; experts share one."""
+    """{weight: (first stage that holds it, shape of a shard, dtype)}. Experts share an entry."""
     local = {_any_expert(name): (tuple(t.shape), t.dtype) for name, t in mine.items()}
     by_stage: list = [local]
     if pipeline.size > 1:
@@ -85,7 +85,7 @@ def _broadcast(
     source: int,
     axis: Place,
 ) -> list[Tensor]:
-    """The tensors `full` of rank `source` of an axis, on every rank of the axis."""
+    """Sends the tensors `full` from rank `source` of an axis to every rank of the axis."""
     if axis.size == 1:
         assert full is not None
         return [t.contiguous() for t in full]

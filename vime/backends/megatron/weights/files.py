@@ -19,7 +19,7 @@ INDEX = "model.safetensors.index.json"
 class HFFiles:
     """The tensors of an HF folder by name, read one at a time.
 
-    framework  safetensors' name of it; "np" names tensors and shapes without importing torch
+    framework  for safetensors: "pt", or "np", which gives names and shapes without importing torch
     """
 
     def __init__(self, hf_dir: str | Path, framework: str = "pt") -> None:
@@ -29,22 +29,22 @@ class HFFiles:
         index = self.folder / INDEX
         if index.is_file():
             try:
-                promised: dict[str, str] = json.loads(index.read_text())["weight_map"]
+                listed: dict[str, str] = json.loads(index.read_text())["weight_map"]
             except (json.JSONDecodeError, KeyError) as error:
                 raise CheckpointError(f"{index} is damaged ({error!r}).") from None
-            names = list(dict.fromkeys(promised.values()))
+            names = list(dict.fromkeys(listed.values()))
         else:
-            promised, names = {}, sorted(p.name for p in self.folder.glob("*.safetensors"))
+            listed, names = {}, sorted(p.name for p in self.folder.glob("*.safetensors"))
         if not names:
             raise CheckpointError(
                 f"{self.folder} holds no *.safetensors file. Download the weights too."
             )
         for name in names:
             self.file_of |= dict.fromkeys(self._file(name).keys(), name)
-        for tensor, name in promised.items():
+        for tensor, name in listed.items():
             if self.file_of.get(tensor) != name:
                 raise CheckpointError(
-                    f"{self.folder / name} lacks tensor {tensor}, which {INDEX} promises. "
+                    f"{self.folder / name} lacks tensor {tensor}, which {INDEX} lists. "
                     "Download the file again."
                 )
 
@@ -70,13 +70,13 @@ class HFFiles:
         return tuple(self._file(self.file_of[tensor]).get_slice(tensor).get_shape())
 
     def dtype(self, tensor: str) -> str:
-        """Its dtype under safetensors' name: "F32", "BF16", ..."""
+        """The tensor's dtype as safetensors spells it: "F32", "BF16", ..."""
         return self._file(self.file_of[tensor]).get_slice(tensor).get_dtype()
 
     def metadata(self, name: str) -> dict[str, str] | None:
         return self._file(name).metadata()
 
-    def forget(self) -> None:
+    def unmap(self) -> None:
         """Unmaps the files, so that they no longer count as this process's memory."""
         self._open.clear()
 

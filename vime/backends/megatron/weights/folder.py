@@ -33,9 +33,9 @@ def save_hf(
 ) -> None:
     """Writes the weights, and --hf-checkpoint's config, tokenizer and other small files.
 
-    A collective. Names, dtypes, files and metadata are those of --hf-checkpoint, so unchanged
+    A collective. Names, dtypes, files and metadata are the same as in --hf-checkpoint, so unchanged
     weights are written with the same bytes. Rank 0 writes each tensor as it arrives; config.json
-    appears last. If the disk refuses, every rank raises CheckpointError.
+    appears last. If writing fails, every rank raises CheckpointError.
 
     done  gets the number of bytes of each tensor
     read  see `export_hf`
@@ -50,10 +50,10 @@ def save_hf(
         attempt(writer.finish)
     finally:
         writer.abandon()
-    verdict = [writer.problem]
-    dist.broadcast_object_list(verdict, src=0)
-    if verdict[0]:
-        raise CheckpointError(verdict[0])
+    problem = [writer.problem]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise CheckpointError(problem[0])
 
 
 def _names(cfg: Config) -> set[str]:
@@ -66,7 +66,7 @@ class _Writer:
 
     def __init__(self, source: Path, target: Path, names: Set[str]) -> None:
         self.source, self.target, self.names = source, target, names
-        self.files: HFFiles | None = None  # the source's, whose layout to copy
+        self.files: HFFiles | None = None  # of the source: their layout is copied
         self.held: dict[str, Tensor] = {}  # all tensors, if the source has no weights
         self.open: dict[str, TensorFile] = {}
         self.written: dict[str, str] = {}
@@ -84,7 +84,7 @@ class _Writer:
             step(*args)
         except (OSError, SafetensorError) as error:
             self.problem = (
-                f"{self.target}: cannot write the HF folder ({error}). It is incomplete. "
+                f"{self.target}: cannot write the HF folder ({error}). The folder is incomplete. "
                 "Free the disk or choose another folder."
             )
         except CheckpointError as error:
@@ -104,7 +104,7 @@ class _Writer:
         self.target.mkdir(parents=True, exist_ok=True)
         # without it the folder counts as incomplete
         (self.target / "config.json").unlink(missing_ok=True)
-        for abandoned in self.target.glob(".*.partial"):  # by an export that was killed
+        for abandoned in self.target.glob(".*.partial"):  # left by a killed export
             abandoned.unlink()
 
     def add(self, name: str, tensor: Tensor) -> None:

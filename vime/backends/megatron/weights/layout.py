@@ -37,7 +37,7 @@ class Dims:
 def hf_shapes(
     kind: Kind, shard: Sequence[int], num_ranks: int, dims: Dims
 ) -> list[tuple[int, ...]]:
-    """The shapes of the HF tensors of which one rank holds a shard of shape `shard`."""
+    """The shapes of the full HF tensors, from the shape `shard` of one rank's shard."""
     rows, rest = shard[0], tuple(shard[1:])
     match kind:
         case Kind.REPLICATED:
@@ -60,7 +60,7 @@ def hf_shapes(
 def shard(
     kind: Kind, tensors: Sequence[Tensor], rank: int, num_ranks: int, dims: Dims, rows: int
 ) -> Tensor:
-    """One rank's shard of full HF tensors. It has `rows` rows, a vocabulary's padding included."""
+    """One rank's shard of full HF tensors. It has `rows` rows, including vocabulary padding."""
     first = tensors[0]
     match kind:
         case Kind.REPLICATED:

@@ -35,7 +35,10 @@ class HFWeights:
         self.ranks, self.dims = Ranks.current(), Dims.of(args)
 
     def check(self, name: str, parameter: Tensor) -> tuple[Weight, Place]:
-        """The weight that `parameter` is, and the ranks that share it. Checks the files' shapes."""
+        """The weight with that Megatron name, and the ranks that share it.
+
+        Raises CheckpointError if the files have other shapes.
+        """
         weight = self.weights.get(name) or _tied(name, self.weights)
         part = self.ranks.expert_tensor if weight.expert is not None else self.ranks.tensor
         wanted = hf_shapes(weight.kind, parameter.shape, part.size, self.dims)

@@ -20,10 +20,10 @@ _METADATA = "__metadata__"
 
 
 class TensorFile:
-    """A file with the layout of the file `like`, and those of its tensors that are in `names`.
+    """A file with the tensors of the file `like` whose names are in `names`.
 
-    Order, dtypes, shapes and metadata are those of `like`. If `names` has all its tensors, the
-    header has the same bytes. The file appears under its own name in `close`.
+    Order, dtypes, shapes and metadata come from `like`. If `names` has all tensors of `like`, the
+    header has the same bytes. `close` gives the file its final name.
     """
 
     def __init__(self, path: Path, like: Path, names: Set[str]) -> None:
@@ -41,7 +41,7 @@ class TensorFile:
         dtype = DTYPES.get(entry["dtype"])
         if dtype is None or list(tensor.shape) != entry["shape"]:
             raise CheckpointError(
-                f"tensor {name} is {list(tensor.shape)} in {tensor.dtype}, yet {self.like} has "
+                f"tensor {name} is {list(tensor.shape)} in {tensor.dtype}, but {self.like} has "
                 f"{entry['shape']} in {entry['dtype']}. Give the folder of the model that was "
                 "trained, in bfloat16, float16 or float32."
             )

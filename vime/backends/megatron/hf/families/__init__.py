@@ -1,1 +1,1 @@
-"""One file a family, each with a `FAMILY`. The registry finds every file of this folder."""
+"""One file per family, each with a `FAMILY`. The registry finds every file in this folder."""

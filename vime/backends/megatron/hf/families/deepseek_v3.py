@@ -1,8 +1,8 @@
 """DeepSeek-V3 (arXiv:2412.19437) and Moonlight (arXiv:2502.16982).
 
 The first layers are dense. The others have shared experts and a sigmoid router, which corrects its
-choice by a bias for each expert. The bias is no parameter and stays as loaded, because nothing in
-RL balances the experts. The norms inside the latent attention use rms_norm_eps, as the engines do.
+choice by a bias for each expert. The bias is not a parameter and stays as loaded, because nothing
+in RL balances the experts. The norms inside latent attention use rms_norm_eps, as the engines do.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 _REMEDIES = {
-    name: f' A model in the published form has {name} "{value}": add it where it was lost.'
+    name: f' A published model has {name} "{value}": add it if a conversion has lost it.'
     for name, value in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"))
 }
 
@@ -84,7 +84,7 @@ def _refuse_other_routing(config: dict[str, Any]) -> None:
         "topk_method": config.get("topk_method") == "noaux_tc",
         "norm_topk_prob": bool(config.get("norm_topk_prob", True)),
         "rope_interleave": bool(config.get("rope_interleave", True)),
-        # Megatron ranks groups by their best topk / topk_group experts, the model by its best two.
+        # Megatron ranks a group by its best topk / topk_group experts, the model by its best two.
         "topk_group": not grouped or config["num_experts_per_tok"] // topk_group == 2,
         "mscale_all_dim": rope["rope_type"] != "yarn" or bool(rope.get("mscale_all_dim")),
         "moe_layer_freq": config.get("moe_layer_freq", 1) == 1,

@@ -1,5 +1,8 @@
-"""GLM-4-0414 (arXiv:2406.12793). Half of each head is rotated, in interleaved pairs. Attention and
-MLP have a norm on either side. `gate_up_proj` is one weight in the HF folder too."""
+"""GLM-4-0414 (arXiv:2406.12793).
+
+Half of each head is rotated, in interleaved pairs. Attention and MLP have a norm before and after
+them. `gate_up_proj` is one weight in the HF folder too.
+"""
 
 from __future__ import annotations
 

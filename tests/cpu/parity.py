@@ -107,6 +107,7 @@ CASES: dict[int, list[Case]] = {
         Case("TP2+SP, recompute norms", "packs of 60", {"tp": 2} | SP | MEMORY, PACKED),
         Case("PP2", "packs of 60, balanced", {"pp": 2}, BALANCED),
         Case("PP2, VPP2", "packs of 60", {"pp": 2, "vpp": 2}, PACKED),
+        Case("PP2 of 3+1 layers", "packs of 60", {"pp": 2, "first_stage_layers": 3}, PACKED),
         Case("CP2", "packs of 60", {"cp": 2}, PACKED),
         Case("CP2", "one by one", {"cp": 2}, ONE_BY_ONE),
         Case("CP2", "one sequence in all", {"cp": 2}, ALONE),

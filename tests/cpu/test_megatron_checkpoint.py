@@ -22,6 +22,7 @@ from vime.errors import CheckpointError
 TP2 = {"tp": 2, "sequence_parallel": True}
 PP2 = {"pp": 2}
 VPP2 = {"pp": 2, "vpp": 2}
+UNEVEN_PP2 = {"pp": 2, "last_stage_layers": 3}
 
 
 @pytest.fixture(scope="module")
@@ -162,11 +163,13 @@ def test_a_checkpoint_loads_into_any_layout_and_updates_the_same(
         ("adam", TP2, PP2),
         ("adam", PP2, {}),
         ("adam", VPP2, TP2),
+        ("adam", UNEVEN_PP2, PP2),
         ("sgd", {}, TP2),
         ("adam", dist, dist | TP2),
         ("adam", dist | TP2, dist | PP2),
         ("adam", dist | VPP2, dist),
         ("adam", dist | PP2, dist | TP2),
+        ("adam", dist | TP2, dist | UNEVEN_PP2),
     ]
     ranks = run_ranks(save_and_load, 2, folder=folder, out=str(tmp_path), trips=trips)
     for result in ranks[0] + ranks[1]:

@@ -24,6 +24,7 @@ LAYOUTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("untied", {"tp": 2, "sequence_parallel": True, "recompute_granularity": "full"}),
         ("untied", {"pp": 2}),
         ("tied", {"pp": 2}),
+        ("untied", {"pp": 2, "first_stage_layers": 1}),
         ("untied", {"pp": 2, "vpp": 2}),
         ("untied", {"cp": 2}),
         ("untied", {}),

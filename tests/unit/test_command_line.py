@@ -11,6 +11,7 @@ from vime.algorithms.advantages import ESTIMATORS
 from vime.cli import parse_config, parse_convert_config
 from vime.cli.absent_flags import ABSENT
 from vime.cli.flags import all_flags
+from vime.cli.megatron_flags import _names, is_megatrons
 from vime.config.sections.algorithm import AlgorithmConfig
 
 
@@ -114,6 +115,42 @@ def test_bf16_sets_the_dtype(tmp_path):
     assert parse_config([*words(tmp_path, {}), "--bf16"]).model.dtype == "bfloat16"
 
 
+def test_a_flag_that_changes_nothing_here_passes_with_a_notice(capsys, tmp_path):
+    parse_config([*words(tmp_path, {}), *["--no-rope-fusion", "--seq-length", "4096"]])
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "note: --no-rope-fusion changes nothing: vime chooses its kernels itself.",
+        "note: --seq-length 4096 changes nothing: packs differ in length.",
+    ]
+
+
+def test_the_listed_names_of_megatron_are_flags():
+    assert len(_names()) > 1000
+    assert all(re.fullmatch(r"--[a-z0-9][A-Za-z0-9_-]+", name) for name in _names())
+    assert all(map(is_megatrons, ("--tensor-model-parallel-size", "--fp8-param-gather")))
+
+
+def test_both_spellings_of_virtual_stages_are_one_flag(tmp_path):
+    flags = {"--pipeline-model-parallel-size": "2", "--num-virtual-stages-per-pipeline-rank": "2"}
+    assert parse_config(words(tmp_path, flags)).parallel.vpp == 2
+
+
+@pytest.mark.parametrize(("layers", "parts"), [("1", 3), ("3", None)])
+def test_virtual_stages_follow_from_the_layers_of_one(tmp_path, layers, parts):
+    flags = {
+        "--pipeline-model-parallel-size": "2",
+        "--num-layers-per-virtual-pipeline-stage": layers,
+    }
+    argv = words(tmp_path, flags)
+    write_checkpoint(tmp_path / "hf", num_hidden_layers=6)
+    assert parse_config(argv).parallel.vpp == parts
+
+
+def test_braces_that_belong_to_a_name_are_doubled(tmp_path):
+    template = "out/{{run}}/{rollout_id:03d}"
+    argv = words(tmp_path, {"--save-hf": template, "--save-interval": "1"})
+    assert parse_config(argv).checkpoint.save_hf.format(rollout_id=7) == "out/{run}/007"
+
+
 def test_megatron_flags_that_match_vimes_behaviour_are_accepted(tmp_path):
     argv = "--attention-dropout 0.0 --hidden-dropout 0 --attention-backend flash --no-rope-fusion"
     assert parse_config([*words(tmp_path, {}), *argv.split()]).batch.prompts == 32
@@ -152,7 +189,42 @@ def test_megatron_flags_that_match_vimes_behaviour_are_accepted(tmp_path):
         ),
         (
             {"--apply-chat-template-kwargs": "{"},
-            "--apply-chat-template-kwargs { is not JSON. Give JSON, such as '{\"key\": true}'.",
+            "--apply-chat-template-kwargs { is not a JSON object. Give a JSON object, such as "
+            "'{\"key\": true}'.",
+        ),
+        (
+            {"--apply-chat-template-kwargs": "3"},
+            "--apply-chat-template-kwargs 3 is not a JSON object. Give a JSON object, such as "
+            "'{\"key\": true}'.",
+        ),
+        (
+            {"--pipeline-model-parallel-layout": "Et*3|tL"},
+            "--pipeline-model-parallel-layout Et*3|tL is a flag of Megatron's that vime does not "
+            "support. Leave it out.",
+        ),
+        (
+            {"--fp8-param-gather": None},
+            "--fp8-param-gather is a flag of Megatron's that vime does not support. Leave it out.",
+        ),
+        (
+            {"--moe-token-dispatcher-type": "flex"},
+            "--moe-token-dispatcher-type flex is not possible: packs differ in length, which "
+            "Megatron allows with alltoall only. Give alltoall, or leave it out.",
+        ),
+        (
+            {"--rotary-seq-len-interpolation-factor": "2"},
+            "--rotary-seq-len-interpolation-factor 2 is not possible: positions are scaled as "
+            "config.json of --hf-checkpoint says. Give 1 or 1.0, or leave it out.",
+        ),
+        (
+            {"--moe-grouped-gemm": None},
+            "--moe-grouped-gemm: vime has no such flag; each expert multiplies its own tokens, "
+            "without the fused kernels of TransformerEngine. Leave it out.",
+        ),
+        (
+            {"--moe-permute-fusion": None},
+            "--moe-permute-fusion: vime has no such flag; each expert multiplies its own tokens, "
+            "without the fused kernels of TransformerEngine. Leave it out.",
         ),
         ({"--lr": None}, "--lr has no value. Write --lr VALUE, or leave it out."),
         (

@@ -186,7 +186,56 @@ REFUSED = {
     ),
     "one export folder for all": (
         {"--save-hf": "out/hf"},
-        "--save-hf out/hf would write every export to one folder. Put {rollout_id} into the name.",
+        "--save-hf out/hf names one place for all rollouts. Put {rollout_id} into it.",
+    ),
+    "another name in the braces of an export": (
+        {"--save-hf": "out/{user}/{rollout_id}"},
+        "--save-hf out/{user}/{rollout_id}: only {rollout_id} can stand in braces. Correct it, or "
+        "write {{ and }} for braces that belong to the name.",
+    ),
+    "no name in the braces of saved rollouts": (
+        {"--save-debug-rollout-data": "out/{}/{rollout_id}.pt"},
+        "--save-debug-rollout-data out/{}/{rollout_id}.pt: only {rollout_id} can stand in braces. "
+        "Correct it, or write {{ and }} for braces that belong to the name.",
+    ),
+    "a brace that stays open in loaded rollouts": (
+        {"--load-debug-rollout-data": "out/{rollout_id"},
+        "--load-debug-rollout-data out/{rollout_id: only {rollout_id} can stand in braces. Correct "
+        "it, or write {{ and }} for braces that belong to the name.",
+    ),
+    "a format of numbers, where evaluations have names": (
+        {"--save-debug-rollout-data": "out/{rollout_id:04d}.pt"},
+        "--save-debug-rollout-data out/{rollout_id:04d}.pt: only {rollout_id} can stand in braces. "
+        "Correct it, or write {{ and }} for braces that belong to the name.",
+    ),
+    "a first stage without a pipeline": (
+        {"--decoder-first-pipeline-num-layers": "2"},
+        "--decoder-first-pipeline-num-layers 2: there is one pipeline stage only. Raise "
+        "--pipeline-model-parallel-size, or leave it out.",
+    ),
+    "virtual stages without a pipeline, by layers": (
+        {"--num-layers-per-virtual-pipeline-stage": "1"},
+        "--num-layers-per-virtual-pipeline-stage 1 needs a pipeline, and "
+        "--pipeline-model-parallel-size is 1. Raise the second, or leave the first out.",
+    ),
+    "virtual stages asked for twice": (
+        {
+            "--pipeline-model-parallel-size": "2",
+            "--num-virtual-stages-per-pipeline-rank": "2",
+            "--num-layers-per-virtual-pipeline-stage": "1",
+        },
+        "--num-layers-per-virtual-pipeline-stage 1 and --virtual-pipeline-model-parallel-size 2 "
+        "both divide the pipeline ranks. Give one.",
+    ),
+    "virtual stages by layers where stages differ": (
+        {
+            "--pipeline-model-parallel-size": "2",
+            "--decoder-last-pipeline-num-layers": "1",
+            "--num-layers-per-virtual-pipeline-stage": "1",
+        },
+        "--num-layers-per-virtual-pipeline-stage 1 is for stages of equal size, and "
+        "--decoder-last-pipeline-num-layers 1 makes them differ. Give "
+        "--virtual-pipeline-model-parallel-size in place of the first.",
     ),
     "a step of no checkpoint": (
         {"--ckpt-step": "20"},

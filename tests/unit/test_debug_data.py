@@ -136,8 +136,8 @@ def test_debug_flags_decide_whether_engines_and_trainer_are_needed(tmp_path, cap
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--save-debug-rollout-data all.pt", "names one file for all rollouts"),
-        ("--load-debug-rollout-data all.pt", "names one file for all rollouts"),
+        ("--save-debug-rollout-data all.pt", "names one place for all rollouts"),
+        ("--load-debug-rollout-data all.pt", "names one place for all rollouts"),
         ("--debug-rollout-only --load-debug-rollout-data d/{rollout_id}.pt", "does not train"),
         ("--debug-rollout-only --debug-train-only", "leave nothing to run"),
         ("--debug-rollout-only --save d --save-interval 1", "has no trainer"),

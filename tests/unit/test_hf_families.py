@@ -99,6 +99,86 @@ def test_a_layout_that_does_not_divide_the_model_is_refused(tmp_path: Path) -> N
         assert part in text
 
 
+@pytest.mark.parametrize(
+    ("layout", "problem"),
+    [
+        ({"pp": 6}, ""),
+        ({"pp": 5, "first_stage_layers": 4}, ""),
+        ({"pp": 5, "first_stage_layers": 7, "last_stage_layers": 5}, ""),
+        ({"pp": 2, "first_stage_layers": 20, "last_stage_layers": 16}, ""),
+        ({"pp": 4, "vpp": 3}, ""),
+        ({"pp": 5, "first_stage_layers": 4, "vpp": 4}, ""),
+        (
+            {"pp": 5},
+            "--pipeline-model-parallel-size 5 does not divide the model's 36 layers. Choose a "
+            "divisor of 36, or give --decoder-first-pipeline-num-layers or "
+            "--decoder-last-pipeline-num-layers of its own.",
+        ),
+        (
+            {"pp": 5, "last_stage_layers": 5},
+            "--decoder-last-pipeline-num-layers 5: the 31 layers that are left do not divide among "
+            "4 other pipeline stages. Change the numbers of layers.",
+        ),
+        (
+            {"pp": 2, "first_stage_layers": 36},
+            "--decoder-first-pipeline-num-layers 36: of the model's 36 layers, 0 are left for 1 "
+            "other pipeline stages. Change the numbers of layers.",
+        ),
+        (
+            {"pp": 2, "first_stage_layers": 20, "last_stage_layers": 15},
+            "--decoder-first-pipeline-num-layers 20 and --decoder-last-pipeline-num-layers 15: of "
+            "the model's 36 layers, 1 are left for 0 other pipeline stages. Change the numbers of "
+            "layers.",
+        ),
+        (
+            {"pp": 4, "vpp": 2},
+            "--virtual-pipeline-model-parallel-size 2 does not divide the 9 layers of a pipeline "
+            "stage. Choose a divisor of 9.",
+        ),
+        (
+            {"pp": 4, "layers_per_virtual_stage": 2},
+            "--num-layers-per-virtual-pipeline-stage 2 does not divide the 9 layers of a pipeline "
+            "stage. Choose a divisor of 9.",
+        ),
+    ],
+)
+def test_the_layers_fit_the_pipeline(layout: dict, problem: str, tmp_path: Path) -> None:
+    found = check_model_args(config_of(tmp_path, QWEN3_4B, parallel=layout))
+    assert found == ([problem] if problem else [])
+
+
+def test_stages_that_are_not_given_share_the_other_layers(tmp_path: Path) -> None:
+    def stages(layers: int, **layout: int) -> list[int]:
+        return config_of(tmp_path, QWEN3_4B, parallel=layout).parallel.stage_layers(layers)
+
+    assert stages(36, pp=4) == [9, 9, 9, 9]
+    assert stages(61, pp=4, last_stage_layers=13) == [16, 16, 16, 13]
+    assert stages(94, pp=4, first_stage_layers=23, last_stage_layers=23) == [23, 24, 24, 23]
+    assert stages(5, pp=2, first_stage_layers=3, last_stage_layers=2) == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("args", "override", "problem"),
+    [
+        ({"moe_router_dtype": "fp32"}, False, "--moe-router-dtype fp32 describes a part that"),
+        ({"q_lora_rank": 8}, True, "--q-lora-rank 8 describes a part that"),
+        ({"num_experts": 8}, False, "--num-experts 8 describes a part that"),
+        ({"rope_scaling_factor": 4.0}, False, "--rope-scaling-factor 4.0 describes a part that"),
+        ({"beta_fast": 32.0}, True, "--beta-fast 32.0 describes a part that"),
+        ({"normalization": "LayerNorm"}, True, "--normalization LayerNorm: vime builds RMSNorm"),
+        ({"position_embedding_type": "none"}, True, "none: vime builds rope only. Leave it out."),
+        ({"make_vocab_size_divisible_by": 128}, False, ""),
+        ({"moe_router_topk_scaling_factor": 1.0}, False, ""),
+    ],
+)
+def test_model_args_that_would_change_nothing_or_another_model_are_refused(
+    args: dict[str, Any], override: bool, problem: str, tmp_path: Path
+) -> None:
+    model = {"args": args, "override": override}
+    found = check_model_args(config_of(tmp_path, QWEN3_4B, model=model))
+    assert [p for p in found if problem in p] if problem else not found, found
+
+
 def test_settings_that_megatron_refuses_late_or_ignores_are_refused_at_the_start(
     tmp_path: Path,
 ) -> None:

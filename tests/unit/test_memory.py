@@ -216,6 +216,19 @@ def test_recomputed_layers_can_be_the_peak(tmp_path):
     assert found["recomputed"] > none["activations"]
 
 
+def test_the_fullest_stage_decides(tmp_path):
+    """Of 36 layers, the first stage has 15; each of four equal stages would have 9."""
+    even = bytes_of(tmp_path, tokens=16384, pipeline_model_parallel_size="4")
+    uneven = bytes_of(
+        tmp_path,
+        tokens=16384,
+        pipeline_model_parallel_size="4",
+        decoder_first_pipeline_num_layers="15",
+        decoder_last_pipeline_num_layers="3",
+    )
+    assert uneven["activations"] == pytest.approx(even["activations"] * 15 / 9)
+
+
 def test_an_early_stage_holds_more_micro_batches(tmp_path):
     one = bytes_of(tmp_path, tokens=16384)
     four = bytes_of(tmp_path, tokens=16384, pipeline_model_parallel_size="4")

@@ -10,6 +10,7 @@ from vime.cli.command_line import read
 from vime.cli.draft import Check, checked
 from vime.cli.router_flags import check_router_flags
 from vime.config import Config
+from vime.config.hf_config import num_layers
 from vime.config.notices import notices
 from vime.config.rules import CONVERT_RULES, RULES
 from vime.data.checks import data_problems
@@ -24,10 +25,11 @@ def parse_config(argv: Sequence[str] | None = None, checks: Iterable[Check] = ()
     Prints notices to stderr. Prints all problems together and exits with code 2 if there are any.
     `--help` and `--dry-run` print and exit with code 0.
     """
-    cfg = checked(read(argv), [*RULES, data_problems, check_router_flags, *checks])
-    for notice in notices(cfg):
+    given = read(argv)
+    cfg = checked(given, [*RULES, data_problems, check_router_flags, *checks])
+    for notice in [*given.notices, *notices(cfg)]:
         print(f"note: {notice}", file=sys.stderr)
-    cfg = _as_noted(cfg)
+    cfg = _settled(cfg)
     if cfg.debug.dry_run:
         from vime.cli.dry_run import report  # imports torch
 
@@ -40,11 +42,15 @@ def parse_convert_config(argv: Sequence[str] | None = None, checks: Iterable[Che
     """The configuration of a checkpoint converter, which needs model, layout and `--save`."""
     given = read(argv)
     given.values["batch"].setdefault("prompts", 1)
-    return _as_noted(checked(given, [*CONVERT_RULES, *checks]))
+    return _settled(checked(given, [*CONVERT_RULES, *checks]))
 
 
-def _as_noted(cfg: Config) -> Config:
-    """The configuration without the settings that a notice says are off."""
-    if cfg.parallel.sequence_parallel and cfg.parallel.tp == 1:
-        return replace(cfg, parallel=replace(cfg.parallel, sequence_parallel=False))
-    return cfg
+def _settled(cfg: Config) -> Config:
+    """Counts virtual stages whose layers are given, and turns off what a notice says is off."""
+    p = cfg.parallel
+    if p.layers_per_virtual_stage is not None:
+        chunks = num_layers(cfg) // p.pp // p.layers_per_virtual_stage
+        p = replace(p, vpp=chunks if chunks > 1 else None, layers_per_virtual_stage=None)
+    if p.sequence_parallel and p.tp == 1:
+        p = replace(p, sequence_parallel=False)
+    return replace(cfg, parallel=p)

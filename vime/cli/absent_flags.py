@@ -6,6 +6,7 @@ A recipe for another program gets these answers instead of a hint at the nearest
 from __future__ import annotations
 
 _NO_REPLAY = "the trainer routes tokens to experts itself"
+_EXPERTS = "each expert multiplies its own tokens, without the fused kernels of TransformerEngine"
 _NO_MTP = "vime does not train multi-token prediction"
 _ONE_KIND = "all engines have the same flags and serve the same policy"
 _OWN_ENGINES = "every run starts and stops its own engines"
@@ -19,6 +20,9 @@ _ON_FAILURE = "--use-fault-tolerance checks the engines when a rollout or an upd
 ABSENT: dict[str, str] = {
     "--use-routing-replay": _NO_REPLAY,
     "--use-rollout-routing-replay": _NO_REPLAY,
+    "--moe-grouped-gemm": _EXPERTS,
+    "--moe-permute-fusion": _EXPERTS,
+    "--moe-token-drop-policy": "no token is dropped",
     "--mtp-num-layers": _NO_MTP,
     "--enable-mtp-training": _NO_MTP,
     "--mtp-loss-scaling-factor": _NO_MTP,

@@ -16,7 +16,7 @@ from typing import Any
 from vime.cli.absent_flags import ABSENT
 from vime.cli.flags import STATED_FLAGS, Entry, all_flags
 from vime.cli.help import HelpFormatter, describe, help_of
-from vime.cli.megatron_flags import BF16, STATED
+from vime.cli.megatron_flags import BF16, IDLE, STATED, is_megatrons
 from vime.config.spelling import as_key, did_you_mean, nearest
 from vime.errors import ConfigError
 
@@ -42,6 +42,7 @@ class Given:
     vllm_args: dict[str, Any] = field(default_factory=dict)
     router_args: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
 
 def read(argv: Sequence[str] | None, prog: str | None = None) -> Given:
@@ -82,6 +83,9 @@ def add(given: Given, entry: Entry, words: list[str]) -> None:
         given.broken[entry.owner].add(entry.field)
     elif entry.name == BF16:
         given.values["model"]["dtype"] = "bfloat16"
+    elif entry.name in IDLE:
+        said = " ".join([entry.name, *words])
+        given.notices.append(f"{said} changes nothing: {IDLE[entry.name].because}.")
     elif entry.owner == STATED_FLAGS:
         given.problems += _contradiction(entry.name, words)
     elif entry.is_switch:
@@ -133,7 +137,7 @@ def _finite(value: Any) -> Any:
 
 
 def _unreadable(entry: Entry, words: list[str]) -> str:
-    kind = {int: "a whole number", float: "a number"}.get(entry.parse, "JSON")
+    kind = {int: "a whole number", float: "a number"}.get(entry.parse, "a JSON object")
     example = {int: "8", float: "0.1"}.get(entry.parse, """'{"key": true}'""")
     return f"{entry.name} {' '.join(words)} is not {kind}. Give {kind}, such as {example}."
 
@@ -161,6 +165,11 @@ def _take_unknown(given: Given, words: list[str]) -> None:
             taken = given.vllm_args if prefix == VLLM else given.router_args
             key = as_key(name.removeprefix(prefix))
             taken[key] = True if not values else values[0] if len(values) == 1 else values
+        elif is_megatrons(name):
+            said = " ".join([name, *values])
+            given.problems.append(
+                f"{said} is a flag of Megatron's that vime does not support. Leave it out."
+            )
         elif name.startswith("-"):
             known = [slip] if slip else all_flags()
             hint = did_you_mean(name, known, otherwise="--help lists every flag.")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
-from vime.cli.megatron_flags import BF16, MODEL_FLAGS, STATED, SWITCH
+from vime.cli.megatron_flags import BF16, IDLE, MODEL_FLAGS, STATED, SWITCH
 from vime.config import Config
 from vime.config.fields import Flag, flags_in
 from vime.config.spelling import as_key
@@ -59,6 +59,9 @@ def all_flags() -> dict[str, Entry]:
     ]
     entries += [Entry(n, MODEL_ARGS, as_key(n), parse) for n, parse in MODEL_FLAGS.items()]
     entries += [Entry(n, STATED_FLAGS, n, str if s.values else SWITCH) for n, s in STATED.items()]
+    entries += [
+        Entry(n, STATED_FLAGS, n, str if i.takes_value else SWITCH) for n, i in IDLE.items()
+    ]
     entries.append(Entry(BF16, STATED_FLAGS, BF16, SWITCH))
     return {entry.name: entry for entry in entries}
 
@@ -66,6 +69,9 @@ def all_flags() -> dict[str, Entry]:
 def _entries(owner: str, field: str, spec: Flag, hint: Any) -> list[Entry]:
     parse = spec.type or _parser_of(hint)
     entries = [Entry(spec.name, owner, field, parse, spec.nargs, True, spec)]
+    if spec.also:
+        other = replace(spec, name=spec.also, also=None)
+        entries.append(Entry(spec.also, owner, field, parse, spec.nargs, True, other))
     if spec.negated:
         entries.append(Entry(spec.negated, owner, field, SWITCH, None, False, spec))
     return entries

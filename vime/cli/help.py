@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from vime.cli.flags import MODEL_ARGS, STATED_FLAGS, Entry, all_flags, section_types
-from vime.cli.megatron_flags import BF16, STATED
+from vime.cli.megatron_flags import BF16, IDLE, STATED
 from vime.config.fields import default_of
 
 TITLES = {
@@ -38,8 +38,10 @@ def describe(owner: str) -> tuple[str, str]:
             "that contradicts config.json is refused.",
         )
     if owner == STATED_FLAGS:
-        return "Also accepted", "Flags with only one value, which vime uses anyway: " + ", ".join(
-            _stated()
+        return (
+            "Also accepted",
+            f"Flags with only one value, which vime uses anyway: {', '.join(_stated())}; "
+            f"and flags that change nothing here: {', '.join(IDLE)}",
         )
     if owner == "engine":
         return TITLES[owner], "All other --vllm-* and --router-* flags go to vLLM and its router."

@@ -2,13 +2,16 @@
 
 `MODEL_FLAGS` describe an architecture; they are compared with `config.json`. `STATED` are flags of
 common launch scripts that ask for the only behaviour that vime has. This value is accepted, and all
-other values are refused.
+other values are refused. `IDLE` flags change nothing here: they pass with a notice.
+`is_megatrons` knows the names of all other flags of Megatron.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 
 def _one_or_more(text: str) -> int | str:
@@ -27,13 +30,10 @@ MODEL_FLAGS: dict[str, Callable[[str], object]] = {
     "--num-query-groups": int,
     "--kv-channels": int,
     "--max-position-embeddings": int,
-    "--seq-length": int,
     "--position-embedding-type": str,
-    "--use-rotary-position-embeddings": SWITCH,
     "--rotary-base": float,
     "--rotary-percent": float,
     "--rotary-interleaved": SWITCH,
-    "--rotary-seq-len-interpolation-factor": float,
     "--use-rope-scaling": SWITCH,
     "--rope-scaling-factor": float,
     "--normalization": str,
@@ -76,10 +76,6 @@ MODEL_FLAGS: dict[str, Callable[[str], object]] = {
     "--moe-router-load-balancing-type": str,
     "--moe-router-topk-scaling-factor": float,
     "--moe-aux-loss-coeff": float,
-    "--moe-token-dispatcher-type": str,
-    "--moe-token-drop-policy": str,
-    "--moe-grouped-gemm": SWITCH,
-    "--moe-permute-fusion": SWITCH,
 }
 
 
@@ -91,12 +87,27 @@ class Stated:
     because: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Why a flag changes nothing here."""
+
+    because: str
+    takes_value: bool = False
+
+
 STATED: dict[str, Stated] = {
     "--attention-dropout": Stated(("0", "0.0"), "neither training nor generation uses dropout"),
     "--hidden-dropout": Stated(("0", "0.0"), "neither training nor generation uses dropout"),
     "--attention-softmax-in-fp32": Stated(),
     "--attention-backend": Stated(("auto", "flash"), "vime has its own attention"),
     "--use-mcore-models": Stated(),
+    "--use-rotary-position-embeddings": Stated(),
+    "--rotary-seq-len-interpolation-factor": Stated(
+        ("1", "1.0"), "positions are scaled as config.json of --hf-checkpoint says"
+    ),
+    "--moe-token-dispatcher-type": Stated(
+        ("alltoall",), "packs differ in length, which Megatron allows with alltoall only"
+    ),
     "--train-backend": Stated(("megatron",), "Megatron-core is the trainer"),
     "--qkv-format": Stated(("thd",), "sequences are always packed"),
     "--megatron-to-hf-mode": Stated(("raw",), "weights are named by vime's own rules"),
@@ -109,11 +120,45 @@ STATED: dict[str, Stated] = {
     "--disable-rollout-trim-samples": Stated(),
     "--use-dynamic-global-batch-size": Stated(),
     "--ckpt-format": Stated(("torch_dist",), "checkpoints have the format torch_dist"),
-    "--no-rope-fusion": Stated(),
-    "--no-masked-softmax-fusion": Stated(),
-    "--no-bias-dropout-fusion": Stated(),
-    "--no-bias-swiglu-fusion": Stated(),
-    "--no-gradient-accumulation-fusion": Stated(),
+}
+
+_KERNELS = "vime chooses its kernels itself"
+_MASKS = "attention over packs needs no mask"
+_LENGTHS = "packs differ in length"
+_TOKENIZER = "the tokenizer is that of --hf-checkpoint"
+_LOG = "metrics are logged after every step, and timings with them"
+_FORMAT = "the format of a checkpoint is recognised"
+
+IDLE: dict[str, Idle] = {
+    "--no-rope-fusion": Idle(_KERNELS),
+    "--no-masked-softmax-fusion": Idle(_KERNELS),
+    "--no-bias-dropout-fusion": Idle(_KERNELS),
+    "--no-bias-gelu-fusion": Idle(_KERNELS),
+    "--no-bias-swiglu-fusion": Idle(_KERNELS),
+    "--no-gradient-accumulation-fusion": Idle(_KERNELS),
+    "--no-persist-layer-norm": Idle(_KERNELS),
+    "--cross-entropy-loss-fusion": Idle(_KERNELS),
+    "--cross-entropy-fusion-impl": Idle(_KERNELS, takes_value=True),
+    "--use-flash-attn": Idle(_KERNELS),
+    "--transformer-impl": Idle(_KERNELS, takes_value=True),
+    "--no-create-attention-mask-in-dataloader": Idle(_MASKS),
+    "--seq-length": Idle(_LENGTHS, takes_value=True),
+    "--tokenizer-type": Idle(_TOKENIZER, takes_value=True),
+    "--tokenizer-model": Idle(_TOKENIZER, takes_value=True),
+    "--log-interval": Idle(_LOG, takes_value=True),
+    "--log-throughput": Idle(_LOG),
+    "--auto-detect-ckpt-format": Idle(_FORMAT),
+    "--use-dist-ckpt": Idle(_FORMAT),
 }
 
 BF16 = "--bf16"  # another spelling of --dtype bfloat16
+
+
+@cache
+def _names() -> frozenset[str]:
+    """The flags of Megatron, from the list that tools/list_megatron_flags.py writes."""
+    return frozenset(Path(__file__).with_name("megatron_flag_names.txt").read_text().split())
+
+
+def is_megatrons(name: str) -> bool:
+    return name in _names()

@@ -39,6 +39,7 @@ def add_roles(given: Given) -> None:
         return
     for role, overrides in roles.items():
         said = _read(overrides, f"{name}: {role}", given.problems, of_critic=role == "critic")
+        given.notices += [f"{name}: {role}: {notice}" for notice in said.notices]
         if role == "critic":
             _merge_critic(given, said.values["optimizer"], name)
         else:

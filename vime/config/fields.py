@@ -20,6 +20,7 @@ class Flag:
     """A field's flag.
 
     name       "--rollout-batch-size"
+    also       another spelling of the same flag
     help       one sentence for --help
     choices    the allowed values; empty: any
     nargs      "+" for a list
@@ -30,12 +31,14 @@ class Flag:
     only_with  flags of the same section that this flag needs to have an effect: "--opd-type vllm"
     inherits   the flag whose value is used if this one is unset
     per_dataset  whether a data set of --eval-config may set it
+    fills      for a path template: values that {rollout_id} takes, for example (0, 1)
     hook       how vime calls the function whose dotted path is the value
     hook_if    {field: another hook}, which applies while that field of the section is true
     """
 
     name: str
     help: str = ""
+    also: str | None = None
     choices: tuple[Any, ...] = ()
     nargs: str | None = None
     repeats: bool = False
@@ -47,6 +50,7 @@ class Flag:
     only_with: str = ""
     inherits: str | None = None
     per_dataset: bool = False
+    fills: tuple[Any, ...] = ()
     hook: Hook | None = None
     hook_if: dict[str, Hook] | None = None
 
@@ -72,6 +76,20 @@ class Flag:
             return f"{self.name} {value} is too small. Give more than {self.above}."
         if self.at_most is not None and value > self.at_most:
             return f"{self.name} {value} is too large. Give {self.at_most} or less."
+        return self._problem_of_template(value) if self.fills else None
+
+    def _problem_of_template(self, value: str) -> str | None:
+        try:
+            paths = {value.format(rollout_id=fill) for fill in self.fills}
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError):
+            return (
+                f"{self.name} {value}: only {{rollout_id}} can stand in braces. Correct it, or "
+                "write {{ and }} for braces that belong to the name."
+            )
+        if len(paths) < len(self.fills):
+            return (
+                f"{self.name} {value} names one place for all rollouts. Put {{rollout_id}} into it."
+            )
         return None
 
 

@@ -38,3 +38,9 @@ def hf_config(cfg: Config) -> dict[str, Any]:
         return read_config(cfg.model.hf_checkpoint)
     except (CheckpointError, OSError):
         return {}
+
+
+def num_layers(cfg: Config) -> int:
+    """Layers of the model; 0 if config.json cannot be read."""
+    found = hf_config(cfg).get("num_hidden_layers", 0)
+    return cfg.model.args.get("num_layers", found) if cfg.model.override else found

@@ -84,6 +84,8 @@ def resolved(cfg: Config) -> dict[str, Any]:
         section = getattr(cfg, name)
         for field, spec in flags_in(type(section)).items():
             value = values[spec.dest] = getattr(section, field)
+            if spec.also:
+                values[as_key(spec.also)] = value
             if spec.negated:
                 values[as_key(spec.negated)] = not value
             if spec.inherits and value is None:

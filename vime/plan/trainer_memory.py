@@ -66,8 +66,8 @@ class _Stage:
     ) -> None:
         self.cfg, self.shape, self.b, self.p = cfg, shape, num_bytes, cfg.parallel
         self.T = tokens or tokens_per_micro_batch(cfg)
-        self.layers = -(-shape.layers // self.p.pp)
-        first = stage * self.layers
+        stages = self.p.stage_layers(shape.layers)
+        self.layers, first = stages[stage], sum(stages[:stage])
         self.dense = max(0, min(shape.dense_layers - first, self.layers))
         self.is_first, self.is_last = stage == 0, stage == self.p.pp - 1
         self.s = self.p.tp if self.p.sequence_parallel else 1

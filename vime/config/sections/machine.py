@@ -144,11 +144,30 @@ class ParallelConfig(Section):
     etp: int = flag(
         "--expert-tensor-parallel-size", "GPUs that share each expert", default=1, at_least=1
     )
+    first_stage_layers: int | None = flag(
+        "--decoder-first-pipeline-num-layers",
+        "layers of the first pipeline stage (default: all stages have equally many)",
+        default=None,
+        at_least=1,
+    )
+    last_stage_layers: int | None = flag(
+        "--decoder-last-pipeline-num-layers",
+        "layers of the last pipeline stage",
+        default=None,
+        at_least=1,
+    )
     vpp: int | None = flag(
         "--virtual-pipeline-model-parallel-size",
         "model chunks per pipeline rank",
+        also="--num-virtual-stages-per-pipeline-rank",
         default=None,
         at_least=2,
+    )
+    layers_per_virtual_stage: int | None = flag(
+        "--num-layers-per-virtual-pipeline-stage",
+        "layers per model chunk, in place of the number of chunks",
+        default=None,
+        at_least=1,
     )
     sequence_parallel: bool = flag(
         "--sequence-parallel", "divide tokens among tensor-parallel ranks", default=False
@@ -197,12 +216,55 @@ class ParallelConfig(Section):
     def data_parallel_size(self, world: int) -> int:
         return world // (self.tp * self.pp * self.cp)
 
+    @property
+    def end_stages(self) -> dict[str, int]:
+        """{flag: layers} of the first and last pipeline stage, where they are given."""
+        given = {
+            "--decoder-first-pipeline-num-layers": self.first_stage_layers,
+            "--decoder-last-pipeline-num-layers": self.last_stage_layers,
+        }
+        return {name: layers for name, layers in given.items() if layers is not None}
+
+    def stage_layers(self, num_layers: int) -> list[int]:
+        """Layers of each pipeline stage. The stages that are not given share the others."""
+        others = self.pp - len(self.end_stages)
+        rest = num_layers - sum(self.end_stages.values())
+        stages = [-(-rest // others)] * self.pp if others else [0] * self.pp
+        if self.first_stage_layers is not None:
+            stages[0] = self.first_stage_layers
+        if self.last_stage_layers is not None:
+            stages[-1] = self.last_stage_layers
+        return stages
+
     def problems(self) -> Iterator[str]:
         if self.vpp is not None and self.pp == 1:
             yield (
                 f"--virtual-pipeline-model-parallel-size {self.vpp} needs a pipeline, and "
                 "--pipeline-model-parallel-size is 1. Raise the second, or leave the first out."
             )
+        given = " and ".join(f"{name} {layers}" for name, layers in self.end_stages.items())
+        if given and self.pp == 1:
+            yield (
+                f"{given}: there is one pipeline stage only. Raise --pipeline-model-parallel-size, "
+                "or leave it out."
+            )
+        if self.layers_per_virtual_stage is not None:
+            name = f"--num-layers-per-virtual-pipeline-stage {self.layers_per_virtual_stage}"
+            if self.pp == 1:
+                yield (
+                    f"{name} needs a pipeline, and --pipeline-model-parallel-size is 1. Raise the "
+                    "second, or leave the first out."
+                )
+            elif self.vpp is not None:
+                yield (
+                    f"{name} and --virtual-pipeline-model-parallel-size {self.vpp} both divide the "
+                    "pipeline ranks. Give one."
+                )
+            elif given:
+                yield (
+                    f"{name} is for stages of equal size, and {given} makes them differ. Give "
+                    "--virtual-pipeline-model-parallel-size in place of the first."
+                )
         if self.recompute_granularity == "full" and self.recompute_method is None:
             yield (
                 "--recompute-granularity full needs a method. Add --recompute-method uniform "
@@ -324,11 +386,13 @@ class DebugConfig(Section):
         "--save-debug-rollout-data",
         "write each rollout to a file: 'dir/{rollout_id}.pt'",
         default=None,
+        fills=(0, 1, "eval_0"),
     )
     load_rollout_data: Path | None = flag(
         "--load-debug-rollout-data",
         "start no engines; train on the files of --save-debug-rollout-data",
         default=None,
+        fills=(0, 1),
     )
     dry_run: bool = flag(
         "--dry-run",
@@ -351,15 +415,6 @@ class DebugConfig(Section):
                 f"--load-debug-rollout-data {self.load_rollout_data} is for training, and "
                 "--debug-rollout-only does not train. Drop one of the two."
             )
-        for name, path in (
-            ("--save-debug-rollout-data", self.save_rollout_data),
-            ("--load-debug-rollout-data", self.load_rollout_data),
-        ):
-            if path is not None and "{rollout_id}" not in path:
-                yield (
-                    f"{name} {path} names one file for all rollouts. Put {{rollout_id}} into it, "
-                    "as in 'debug/{rollout_id}.pt'."
-                )
 
     @property
     def begins_anywhere(self) -> bool:

@@ -51,7 +51,7 @@ class CheckpointConfig(Section):
         "--save-interval", "save after every N rollouts", default=None, at_least=1
     )
     save_hf: str | None = flag(
-        "--save-hf", "also export HF folders: 'dir/{rollout_id}'", default=None
+        "--save-hf", "also export HF folders: 'dir/{rollout_id}'", default=None, fills=(0, 1)
     )
     keep_last: int | None = flag(
         "--keep-last",
@@ -88,11 +88,6 @@ class CheckpointConfig(Section):
     def problems(self) -> Iterator[str]:
         if self.save_interval is not None and self.save is None and self.save_hf is None:
             yield f"--save-interval {self.save_interval} needs a folder to save to. Add --save FOLDER."
-        if self.save_hf is not None and "{rollout_id}" not in self.save_hf:
-            yield (
-                f"--save-hf {self.save_hf} would write every export to one folder. Put "
-                "{rollout_id} into the name."
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from vime.backends.megatron.hf.compare import contradictions
+from vime.backends.megatron.hf.compare import contradictions, fixed, strangers
 from vime.backends.megatron.hf.registry import described_by, model_args
 from vime.config import Config
 from vime.config.hf_config import hf_config
+from vime.config.sections.machine import ParallelConfig
 from vime.errors import CheckpointError, ConfigError
 
 
@@ -26,7 +28,9 @@ def check_model_args(cfg: Config) -> list[str]:
         return list(error.problems)
     except KeyError as error:
         return [f"--hf-checkpoint {cfg.model.hf_checkpoint}: config.json lacks {error}."]
-    problems = [] if cfg.model.override else contradictions(cfg.model.args, expected)
+    given = cfg.model.args
+    differing = fixed if cfg.model.override else contradictions
+    problems = [*differing(given, expected), *strangers(given, expected)]
     try:
         return problems + _layout_problems(cfg, model_args(cfg))
     except ValueError as error:
@@ -71,6 +75,37 @@ def check_training(cfg: Config) -> list[str]:
 _BALANCING = ("none", "aux_loss", "seq_aux_loss", "global_aux_loss")
 
 
+def _pipeline_problems(p: ParallelConfig, layers: int) -> Iterator[str]:
+    given = " and ".join(f"{name} {number}" for name, number in p.end_stages.items())
+    others, rest = p.pp - len(p.end_stages), layers - sum(p.end_stages.values())
+    if rest < others or (rest and not others):
+        yield (
+            f"{given or f'--pipeline-model-parallel-size {p.pp}'}: of the model's {layers} layers, "
+            f"{rest} are left for {others} other pipeline stages. Change the numbers of layers."
+        )
+    elif others and rest % others:
+        yield (
+            f"--pipeline-model-parallel-size {p.pp} does not divide the model's {layers} layers. "
+            f"Choose a divisor of {layers}, or give --decoder-first-pipeline-num-layers or "
+            "--decoder-last-pipeline-num-layers of its own."
+            if not given
+            else f"{given}: the {rest} layers that are left do not divide among {others} other "
+            "pipeline stages. Change the numbers of layers."
+        )
+    else:
+        of_each = (
+            ("--virtual-pipeline-model-parallel-size", p.vpp),
+            ("--num-layers-per-virtual-pipeline-stage", p.layers_per_virtual_stage),
+        )
+        for stage in dict.fromkeys(p.stage_layers(layers)):
+            for name, size in of_each:
+                if size and stage % size:
+                    yield (
+                        f"{name} {size} does not divide the {stage} layers of a pipeline stage. "
+                        f"Choose a divisor of {stage}."
+                    )
+
+
 def _layout_problems(cfg: Config, args: dict[str, Any]) -> list[str]:
     p = cfg.parallel
     groups = args["num_query_groups"] if args.get("group_query_attention") else None
@@ -79,7 +114,6 @@ def _layout_problems(cfg: Config, args: dict[str, Any]) -> list[str]:
         ("--tensor-model-parallel-size", p.tp, "attention heads", args["num_attention_heads"]),
         ("--tensor-model-parallel-size", p.tp, "key/value heads", groups),
         ("--tensor-model-parallel-size", p.tp, "MLP channels", args["ffn_hidden_size"]),
-        ("--pipeline-model-parallel-size", p.pp * (p.vpp or 1), "layers", args["num_layers"]),
         ("--expert-model-parallel-size", p.ep, "experts", experts),
         (
             "--expert-tensor-parallel-size",
@@ -99,6 +133,7 @@ def _layout_problems(cfg: Config, args: dict[str, Any]) -> list[str]:
         for flag, size, what, count in shares
         if count and count % size
     ]
+    problems += _pipeline_problems(p, args["num_layers"])
     if p.ep > 1 and not experts:
         problems.append(
             f"--expert-model-parallel-size {p.ep}: the model has no experts. Set it to 1."

@@ -10,17 +10,65 @@ from vime.backends.megatron.hf.family import layer_pattern
 from vime.backends.megatron.hf.registry import described_by
 from vime.config import Config
 from vime.config.hf_config import read_config
+from vime.config.spelling import as_flag
 from vime.errors import CheckpointError, ConfigError
 
 
 def contradictions(given: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     """One sentence for each of the MODEL_ARGS `given` that differs from config.json."""
     return [
-        f"--{name.replace('_', '-')} {given[name]} contradicts {expected[name]} in config.json of "
+        f"{as_flag(name)} {given[name]} contradicts {expected[name]} in config.json of "
         "--hf-checkpoint. Drop the flag, or add --override-model-config to make it win."
         for name in given.keys() & expected.keys()
         if not _same(name, given[name], expected)
     ]
+
+
+# What a run may choose for itself, because config.json does not say it.
+CHOSEN = ("make_vocab_size_divisible_by",)
+CHOSEN_OF_EXPERTS = (
+    "moe_router_bias_update_rate",
+    "moe_router_dtype",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+)
+# Values that leave a part out, or that its other settings make idle.
+_WITHOUT = {
+    "moe_router_num_groups": 1,
+    "moe_router_group_topk": 1,
+    "moe_router_topk_scaling_factor": 1.0,
+    "moe_shared_expert_intermediate_size": 0,
+    "rotary_scaling_factor": 1.0,
+}
+
+
+def strangers(given: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """One sentence for each of the MODEL_ARGS `given` that the model has no part for.
+
+    Megatron would ignore it, or build another model than the engines serve.
+    """
+    known = {*expected, *CHOSEN, *(CHOSEN_OF_EXPERTS if expected.get("num_experts") else ())}
+    if expected.get("moe_router_score_function") == "sigmoid":
+        known.add("moe_router_pre_softmax")  # has a meaning with softmax only
+    return [
+        f"{_said(name, value)} describes a part that the model of --hf-checkpoint does not have. "
+        "Leave it out."
+        for name, value in given.items()
+        if name not in known and _WITHOUT.get(name) != value
+    ]
+
+
+def fixed(given: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """One sentence for each of the MODEL_ARGS `given` that not even an override can change."""
+    return [
+        f"{_said(name, given[name])}: vime builds {expected[name]} only. Leave it out."
+        for name in ("normalization", "position_embedding_type", "apply_layernorm_1p")
+        if name in given and given[name] != expected[name]
+    ]
+
+
+def _said(name: str, value: Any) -> str:
+    return as_flag(name) if value is True else f"{as_flag(name)} {value}"
 
 
 def check_hf_fits(cfg: Config, hf_dir: Path) -> None:

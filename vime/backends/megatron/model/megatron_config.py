@@ -45,6 +45,8 @@ def _layout(cfg: Config) -> dict[str, Any]:
     values = {
         "tensor_model_parallel_size": p.tp,
         "pipeline_model_parallel_size": p.pp,
+        "num_layers_in_first_pipeline_stage": p.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": p.last_stage_layers,
         "virtual_pipeline_model_parallel_size": p.vpp,
         "context_parallel_size": p.cp,
         "expert_model_parallel_size": p.ep,

@@ -60,7 +60,7 @@ def advantage_of(estimator: Estimator) -> str:
     if estimator.sequence_ratio:
         parts.append("with the sequence's ratio `w = exp(mean_t log(p_t / q_t))`")
     if estimator.policy_loss is not clipped_policy_loss:
-        parts.append("with a policy loss of its own, below")
+        parts.append("with its own policy loss, below")
     if estimator.constant_weight:
         parts.append("with weights that divide by a constant, below")
     return ", ".join(parts)

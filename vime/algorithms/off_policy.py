@@ -53,7 +53,7 @@ MODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"clip": clip, "mask": ma
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mismatch:
-    """Importance weights: the old policy's probability over that of the engine that sampled.
+    """Importance weights: the trainer's old probability of a token over the engine's.
 
     low, high  bounds of a weight
     level      a key of `LEVELS`: the ratio that is a token's weight

@@ -80,7 +80,7 @@ class TrainerGroup:
             for rank, bundle in enumerate(placement.trainer_bundles)
         ]
         for rank in self.ranks:
-            rank.prepare.remote()  # nobody waits for it: `start` raises an error here again
+            rank.prepare.remote()  # not awaited: an error here occurs again in `start`
 
     def start(self) -> int:
         """Start every rank. Returns the first rollout to train on."""

@@ -59,7 +59,7 @@ class CudaIpc(Transport):
             super().flush()
         finally:
             if was_open:
-                self._gather(None)  # nobody frees a buffer before the engines have read it
+                self._gather(None)  # no rank frees a buffer before the engines have read it
                 self.slots.clear()
 
     def _gather(

@@ -79,7 +79,7 @@ class SharedMemory(Transport):
     """Colocated, on CPU: buckets are files in shared memory, which the engines map."""
 
     def send(self, bucket: list[wire.Named]) -> int:
-        """Each bucket has a file of its own: an engine may keep views after it has answered."""
+        """Each bucket has its own file, because an engine may keep views after it has answered."""
         entries = wire.entries_of(bucket)
         size = wire.size_of(entries)
         path = self._reserved(size)

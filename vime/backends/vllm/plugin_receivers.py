@@ -119,5 +119,5 @@ class CudaIpcReceiver(ReloadingReceiver):
         self.load(packed if self.in_place else packed.clone(), update_info.entries)
 
     def finish_weight_update(self) -> None:
-        self.slots = {}  # the trainer's buffers are freed when nobody maps them
+        self.slots = {}  # the trainer's buffers are freed when no process maps them
         super().finish_weight_update()

@@ -21,7 +21,7 @@ WRITE_TIMEOUT_S = 7200.0
 class BackgroundSaves:
     """Writes one checkpoint at a time, in a thread. All ranks build theirs together.
 
-    The threads have their own gloo group, so their collectives never mix with those of training.
+    The threads have their own gloo group, so their collectives never mix with training's.
     The commit comes last, after every rank has written.
     """
 

@@ -59,7 +59,7 @@ def resolve(
     if load and ckpt_step is not None:
         raise CheckpointError(
             f"--load {load} holds no checkpoint, but --ckpt-step asks for iteration {ckpt_step}. "
-            "Drop one of them."
+            "Leave one of them out."
         )
     if ref_load:
         return _weights_in(Path(ref_load), "--ref-load", ckpt_step)
@@ -139,7 +139,8 @@ def _weights_in(folder: Path, flag: str, step: int | None = None) -> Start:
     if start is None:
         raise CheckpointError(
             f"{flag} {folder} holds neither a checkpoint ({TRACKER}) nor an HF model "
-            "(config.json). Make one with tools/convert_hf_to_torch_dist.py, or drop the flag."
+            "(config.json). Make a checkpoint with tools/convert_hf_to_torch_dist.py, or leave the "
+            "flag out."
         )
     return start
 

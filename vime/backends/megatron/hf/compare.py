@@ -18,7 +18,7 @@ def contradictions(given: dict[str, Any], expected: dict[str, Any]) -> list[str]
     """One sentence for each of the MODEL_ARGS `given` that differs from config.json."""
     return [
         f"{as_flag(name)} {given[name]} contradicts {expected[name]} in config.json of "
-        "--hf-checkpoint. Drop the flag, or add --override-model-config to make it win."
+        "--hf-checkpoint. Leave the flag out, or add --override-model-config to make it win."
         for name in given.keys() & expected.keys()
         if not _same(name, given[name], expected)
     ]

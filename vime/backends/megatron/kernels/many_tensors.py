@@ -1,4 +1,4 @@
-"""Operations on lists of tensors in a few kernels: torch's, in place of apex's."""
+"""Operations on lists of tensors in a few kernels. torch's functions replace those of apex."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def l2_norm(
 ) -> tuple[Tensor, None]:
     """([1] float32, None): the norm of all elements of all tensors. Does not wait for the device.
 
-    The arguments are those of apex's `multi_tensor_l2norm`.
+    The arguments are the same as in apex's `multi_tensor_l2norm`.
     """
     assert not per_tensor
     norms = torch._foreach_norm([t for tensors in lists for t in tensors])

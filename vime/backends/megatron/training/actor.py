@@ -216,5 +216,5 @@ class Actor:
 
 
 def forward_plans(batch: TrainBatch, first_step: int = 0) -> list[StepPlan]:
-    """The packs of a forward-only pass: the batch's own if it has them, else those of its steps."""
+    """The packs of a forward-only pass: `batch.forward` if there is one, else the steps' packs."""
     return [batch.forward] if batch.forward is not None else list(batch.steps[first_step:])

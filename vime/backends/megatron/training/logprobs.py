@@ -42,7 +42,7 @@ def token_logprobs(
     chunk_tokens  number of tokens whose float32 logits PyTorch holds at a time, as in
                  --log-probs-chunk-size; None: as many as fit in 64 MiB. The GPU's kernel makes no
                  float32 copy
-    owned        nobody else reads the logits: the backward pass may write over them, once
+    owned        no other code reads the logits: the backward pass may overwrite them, once
     """
     rows, columns = logits_TV.shape
     chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // max(columns, 1))

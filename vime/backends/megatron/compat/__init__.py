@@ -12,9 +12,10 @@ import torch
 from vime.backends.megatron.compat.cpu import CPU_PATCHES
 from vime.backends.megatron.compat.extensions import EXTENSION_PATCHES
 from vime.backends.megatron.compat.optimizer import OPTIMIZER_PATCHES
+from vime.backends.megatron.compat.router import ROUTER_PATCHES
 from vime.patches import apply_once
 
-PATCHES = (*EXTENSION_PATCHES, *OPTIMIZER_PATCHES)
+PATCHES = (*EXTENSION_PATCHES, *OPTIMIZER_PATCHES, *ROUTER_PATCHES)
 
 
 def apply() -> None:

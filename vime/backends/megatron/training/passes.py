@@ -10,6 +10,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from vime.backends.megatron.chunks import unwrap
 from vime.backends.megatron.training.logprobs import TokenLogProbs, token_logprobs
 from vime.backends.megatron.training.token_table import MicroBatch, TokenTable
 from vime.backends.megatron.training.totals import Sums, on_last_stage
@@ -67,7 +68,8 @@ def run_chunks(
 
     def forward_step(batches: Any, chunk: nn.Module) -> tuple[Tensor, Callable]:
         batch = next(batches)
-        out = chunk(batch.tokens, batch.positions, None, packed_seq_params=batch.pack)
+        masks = _masks_of_routers(chunk, batch)
+        out = chunk(batch.tokens, batch.positions, None, packed_seq_params=batch.pack, **masks)
 
         def loss_of(output: Tensor) -> tuple[Tensor, Tensor, Sums]:
             loss, sums = judge(batch, output)
@@ -92,3 +94,19 @@ def run_chunks(
         for name, value in sums.items():
             total[name] = total[name] + value if name in total else value
     return total
+
+
+def _masks_of_routers(chunk: nn.Module, batch: MicroBatch) -> dict[str, Tensor]:
+    """The padding that routers leave out of their biases and losses; {} for a dense model.
+
+    True marks padding, although Megatron's docstrings say the opposite. Under sequence parallelism
+    Megatron divides the mask among the ranks on the first pipeline stage only.
+    """
+    model = unwrap(chunk)
+    if not model.config.num_moe_experts:
+        return {}
+    mask = batch.padding
+    if model.config.sequence_parallel and not model.pre_process:
+        ranks = mpu.get_tensor_model_parallel_world_size()
+        mask = mask.chunk(ranks, dim=1)[mpu.get_tensor_model_parallel_rank()]
+    return {"padding_mask": mask}

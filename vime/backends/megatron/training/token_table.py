@@ -86,6 +86,7 @@ class MicroBatch:
     rows_T: Tensor  # int64, into the table
     tokens: Tensor  # [1, T] int64
     positions: Tensor  # [1, T] int64, unused: rotary embeddings of packs count positions themselves
+    padding: Tensor  # [1, T] bool
     pack: PackedSeqParams
     kept_T: Tensor  # int64, indices of tokens with weight; found early, because it waits for a GPU
 
@@ -130,5 +131,7 @@ def lay_out(
     device = table.tokens_N.device
     rows_T = rows_T.to(device)
     tokens = table.tokens_N[rows_T][None]
+    padding = (rows_T == table.padding)[None]
     kept_T = table.weight_N[rows_T].nonzero()[:, 0]
-    return MicroBatch(rows_T, tokens, torch.zeros_like(tokens), make_pack(bounds, device), kept_T)
+    pack = make_pack(bounds, device)
+    return MicroBatch(rows_T, tokens, torch.zeros_like(tokens), padding, pack, kept_T)

@@ -12,7 +12,7 @@ from vime.errors import CheckpointError
 
 @pytest.fixture
 def saves(monkeypatch):
-    """Saves of one rank, whose collective does as `ranks.gather` says."""
+    """Background saves of one rank. `ranks.gather` replaces the collective operation."""
     ranks = SimpleNamespace(
         gather=lambda into, mine, group: into.__setitem__(slice(None), [mine]),
     )
@@ -48,7 +48,7 @@ def test_a_save_that_succeeds_is_over_without_an_error(saves):
 
 @pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("x"), KeyboardInterrupt()])
 @pytest.mark.parametrize("part", ["write", "commit"])
-def test_a_save_whose_work_fails_is_told_by_the_next(saves, part, error):
+def test_a_save_whose_work_fails_is_reported_by_the_next(saves, part, error):
     background, _ = saves
     work = {"write": nothing, "commit": nothing, part: failing(error)}
     background.begin(work["write"], work["commit"], "cannot write")
@@ -58,7 +58,7 @@ def test_a_save_whose_work_fails_is_told_by_the_next(saves, part, error):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("connection closed by peer"), SystemExit(1)])
-def test_a_save_whose_agreement_fails_is_told_by_the_next(saves, error):
+def test_a_save_whose_agreement_fails_is_reported_by_the_next(saves, error):
     background, ranks = saves
     ranks.gather = failing(error)
     background.begin(nothing, nothing, "cannot write")

@@ -93,6 +93,6 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_flags_of_a_critic_that_cannot_work(case, capsys, tmp_path):
+def test_flags_of_a_critic_that_cannot_work_are_refused(case, capsys, tmp_path):
     changes, problem = REFUSED[case]
     assert refused(capsys, tmp_path, changes) == [problem]

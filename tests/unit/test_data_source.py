@@ -106,7 +106,7 @@ def test_the_buffer_comes_first_and_its_filter_gets_the_real_rollout_id(hf, tmp_
     assert source.buffer == [old]
 
 
-def test_pop_first_works_as_in_the_document():
+def test_pop_first_takes_the_oldest_groups():
     from vime.rollout.buffer import pop_first
 
     buffer = [["a"], ["b"], ["c"]]

@@ -1,4 +1,4 @@
-"""Work of the user's own ends by its deadline, or is left behind."""
+"""The user's code ends by its deadline, or vime stops waiting for it."""
 
 import asyncio
 
@@ -30,7 +30,7 @@ def test_work_that_overruns_is_cancelled_and_nobody_waits_for_its_cleaning_up():
     asyncio.run(main())
 
 
-def test_a_stop_comes_after_its_grace_and_work_that_ends_within_it_counts():
+def test_a_stop_waits_for_its_grace_and_accepts_work_that_ends_before():
     async def main(work_s, grace_s):
         stopped = asyncio.Event()
         stopped.set()

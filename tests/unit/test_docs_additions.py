@@ -1,4 +1,4 @@
-"""The examples of docs/architecture.md, "How to add", work as they stand there."""
+"""The examples under "How to add" in docs/architecture.md work unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--dry-run` explains a configuration and starts nothing. A reader can redo its figures."""
+"""`--dry-run` explains a configuration and starts nothing. A reader can recompute its figures."""
 
 from pathlib import Path
 

@@ -113,7 +113,7 @@ def test_a_flag_with_a_twin_is_a_key_of_a_data_set_without_another_declaration()
             assert (place.spec.at_least, place.spec.above) == (spec.at_least, spec.above)
 
 
-def test_what_fits_the_rollouts_but_not_an_evaluation_is_refused_at_the_start(tmp_path, capsys):
+def test_values_that_fit_rollouts_but_not_an_evaluation_are_refused_at_the_start(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
     prompts = write_prompts(tmp_path / "q.jsonl", 2)
     text = (
@@ -149,7 +149,7 @@ def test_the_command_line_reports_all_problems_of_a_file_together(tmp_path, caps
 
 
 def answer(prompt, params):
-    """The prompt's digits, boxed, are right for `write_prompts`. Prompts with "c" get "B"."""
+    """The prompt's digits in a box, which `write_prompts` labels as right; "B" for prompts with c."""
     if prompt[0] == ids_of("c")[0]:
         return [*ids_of("B"), 2], 0.001
     return [*ids_of("\\boxed{" + chr(28 + prompt[1]) + "}"), 2], 0.001

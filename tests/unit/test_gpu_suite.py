@@ -78,7 +78,7 @@ def test_when_the_time_is_up_a_job_ends_with_its_children(
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs. A zombie does not."""
+    """Whether the process runs. A zombie does not count as running."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:

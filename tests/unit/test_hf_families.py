@@ -38,7 +38,7 @@ def test_the_plan_counts_the_parameters_that_hugging_face_has(name: str) -> None
     assert counted == sum(p.numel() for p in model.parameters())
 
 
-def test_the_file_of_a_family_bears_its_model_type() -> None:
+def test_the_file_of_a_family_is_named_after_its_model_type() -> None:
     for name, family in FAMILIES.items():
         assert family.megatron_args.__module__.endswith(f".families.{name}")
 
@@ -79,7 +79,7 @@ def test_model_args_that_contradict_the_config_are_named_with_both_values(tmp_pa
     assert model_args(cfg)["rotary_base"] == 10000.0
 
 
-def test_a_pattern_of_expert_layers_that_nobody_can_read_is_refused(tmp_path: Path) -> None:
+def test_an_unreadable_pattern_of_expert_layers_is_refused(tmp_path: Path) -> None:
     moe = TINY_MODELS["Qwen3-MoE"]
     model = {"args": {"moe_layer_freq": "every second"}, "override": True}
     (problem,) = check_model_args(config_of(tmp_path, moe, model=model))

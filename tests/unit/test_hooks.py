@@ -60,7 +60,7 @@ def test_each_example_is_accepted_by_its_flag(where, name):
 
 
 def test_every_flag_of_a_hook_has_an_example():
-    """`test_training_hooks.py` has those of the trainer."""
+    """`test_training_hooks.py` has the examples for the trainer's hooks."""
     named = {
         (section.name, name)
         for section in dataclasses.fields(Config)

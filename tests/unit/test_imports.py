@@ -1,4 +1,4 @@
-"""Commands that only speak import no library that takes seconds."""
+"""Commands that only print import no library that takes seconds to import."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ PLAN = "runpy.run_module('vime', run_name='__main__')"
 
 
 def imported_by(call: str, words: list[str]) -> tuple[int, str, list[str]]:
-    """(exit code, what was said, slow libraries that were imported) of a program."""
+    """(exit code, output, slow libraries that were imported) of a program."""
     code = SPEAK.format(how=f"sys.argv = {['x', *words]!r}\n" + RUN.format(call=call))
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -59,7 +59,7 @@ def test_help_imports_nothing_slow(call, words):
 
 
 def test_the_refusal_of_a_flag_imports_nothing_slow(tmp_path):
-    """Even where all the rest is right and is checked: model, weights, prompts, filter, engines."""
+    """Even if everything else is right: model, weights, prompts, filter and engines are checked."""
     config = (ROOT / "tests/unit/hf_configs/qwen3-4B.json").read_text()
     (tmp_path / "config.json").write_text(config)
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "x"}')

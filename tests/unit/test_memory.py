@@ -42,7 +42,7 @@ def config_of(name: str) -> dict:
 
 
 def planned(folder, name="qwen3-4B", tokens=1024, **changes):
-    """(config, shape) of a run of 8 GPUs; `changes` as flags with underscores."""
+    """(config, shape) of a run on 8 GPUs. `changes` are flags, with underscores for dashes."""
     flags = {f"--{k.replace('_', '-')}": v for k, v in changes.items()}
     checkpoint = write_checkpoint(folder / name, **config_of(name))
     fixed = {
@@ -249,12 +249,12 @@ def test_copies_of_gradients_can_be_the_peak(given, per_parameter, tmp_path):
     assert found["temporary"] == per_parameter * found["weights"] / 2
 
 
-def test_a_fused_adam_needs_nothing_on_top(tmp_path):
+def test_a_fused_adam_needs_no_temporary_memory(tmp_path):
     cfg, shape = planned(tmp_path, tokens=256)
     assert trainer_memory(cfg, shape, 2).phases["the optimizer's step"] == []
 
 
-def test_the_most_tokens_that_fit_do_fit(tmp_path):
+def test_the_suggested_number_of_tokens_fits(tmp_path):
     cfg, shape = planned(tmp_path, tokens=65536)
     room = 120 * 2**30
     tokens = largest_tokens(cfg, shape, 2, room)

@@ -57,7 +57,7 @@ def test_gspo_clips_whole_sequences():
     close(grad, [0.0, 0.0, -math.exp(-0.1)])
 
 
-def test_the_gradient_of_gspo_is_that_of_the_ratio_in_its_paper():
+def test_the_gradient_of_gspo_is_the_gradient_of_the_ratio_in_its_paper():
     g = torch.Generator().manual_seed(0)
     old, theta = torch.randn(2, 5, generator=g) * 0.1
     plain = theta.clone().requires_grad_()

@@ -19,7 +19,7 @@ def suggested_tokens(text: str) -> int:
     return int(re.search(r"--max-tokens-per-gpu \d+ -> (\d+)", text)[1])
 
 
-def test_fewer_tokens_are_suggested_that_fit(tmp_path):
+def test_a_number_of_tokens_that_fits_is_suggested(tmp_path):
     cfg, shape = planned(tmp_path, tokens=32768, tensor_model_parallel_size="2")
     text = trainer_remedy(cfg, 2, longest=4096, limit=79 * GIB)
     tokens = suggested_tokens(text)
@@ -30,7 +30,7 @@ def test_fewer_tokens_are_suggested_that_fit(tmp_path):
     assert "--tensor-model-parallel-size 2 -> 4" in text
 
 
-def test_an_estimate_that_was_too_low_still_leads_lower(tmp_path):
+def test_a_suggestion_is_below_an_estimate_that_was_too_low(tmp_path):
     cfg, _ = planned(tmp_path, tokens=32768, tensor_model_parallel_size="2")
     assert suggested_tokens(trainer_remedy(cfg, 2, longest=1, limit=1000 * GIB)) < 32768
 

@@ -391,7 +391,7 @@ def gradients(loss: Tensor, answers: Sequence[Answer]) -> list[Tensor]:
 
 
 def assert_same(mine: list[Tensor], theirs: list[Tensor]) -> None:
-    """Equal to float32 precision, because weights and scores are float32."""
+    """Compares to float32 precision, because weights and scores are float32."""
     largest = max(float(x.abs().max()) for x in theirs)
     assert largest > 1e-3
     for a, b in zip(mine, theirs, strict=True):

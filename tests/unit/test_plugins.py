@@ -339,7 +339,7 @@ WRONG = [  # hook, what it returns, what the error says
 
 
 @pytest.mark.parametrize(("name", "make", "words"), WRONG)
-def test_a_wrong_answer_names_flag_and_path_and_says_what_came_and_what_is_due(name, make, words):
+def test_the_error_for_a_wrong_answer_names_flag_path_answer_and_expectation(name, make, words):
     args, kwargs = CALLS[name]()
     with pytest.raises(ReturnError) as error:
         called(HOOKS[name], make, *args, **kwargs)

@@ -404,7 +404,7 @@ def test_a_rollout_without_any_thinking_mark_gives_a_warning(config, caplog):
     assert "</think>" in caplog.text
 
 
-def test_evaluation_inherits_what_no_eval_flag_overrides(config, tmp_path):
+def test_evaluation_inherits_values_that_no_eval_flag_overrides(config, tmp_path):
     path = write_prompts(tmp_path / "eval.jsonl", 4)
     cfg = config(
         rollout={"temperature": 0.7, "top_k": 5, "max_response_len": 9, "max_prompt_len": 2},

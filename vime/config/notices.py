@@ -64,7 +64,7 @@ def notices(cfg: Config) -> list[str]:
 
 
 def _of_the_algorithm(cfg: Config) -> Iterator[str]:
-    """Flags of the algorithm that change nothing beside the other flags."""
+    """Flags of the algorithm that have no effect with the other flags of the run."""
     a = cfg.algorithm
     if not a.needs_reward:
         if ignored := a.flags_that_sft_ignores:

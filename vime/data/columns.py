@@ -34,7 +34,7 @@ def as_train_batch(
     *,
     weigh: Weigh | None = None,
 ) -> TrainBatch:
-    """Gives a TrainBatch back as it is, and makes one of columns.
+    """Returns a TrainBatch unchanged; makes a TrainBatch from columns.
 
     Raises ValueError for a number that the trainer cannot use.
     """

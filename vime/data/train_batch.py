@@ -34,9 +34,9 @@ def plan_batch(
     *,
     weigh: Weigh | None = None,
 ) -> TrainBatch:
-    """Weighs and packs the sequences of each step.
+    """Gives tokens their weights and packs the sequences of each step.
 
-    Raises ValueError if there is none, or as `check_numbers` does.
+    Raises ValueError if there are no sequences, or if `check_numbers` does.
     """
     sequences: list[TrainSequence] = []
     plans: list[StepPlan] = []
@@ -96,11 +96,11 @@ def token_weights(
 
 
 def check_numbers(sequences: Sequence[TrainSequence], cfg: Config) -> None:
-    """Raises ValueError for a number that the trainer cannot use, with its sample.
+    """Raises ValueError for a number that the trainer cannot use, and names its sample.
 
-    Rewards and scores must be finite in float32 where the loss uses them, loss masks finite and
-    not negative. Tokens with loss must have the log-probabilities of engine and teacher that the
-    flags need.
+    Rewards and scores must be finite in float32 if the loss uses them. Loss masks must be finite
+    and not negative. Tokens with loss must have the log-probabilities of engine and teacher that
+    the flags need.
     """
     name = cfg.algorithm.needs_rollout_logp
     for s in sequences:

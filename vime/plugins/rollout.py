@@ -138,9 +138,9 @@ GENERATE = Hook(
 
 
 def reward_problem(made: Any) -> str | None:
-    """What is wrong with a reward, which is a finite number or a dict of figures.
+    """The problem of a reward, which must be a finite number or a dict of figures.
 
-    A bool, a number of NumPy's and a tensor or array of one element are numbers.
+    A bool, a NumPy number, and a tensor or array with one element are numbers.
     """
     if isinstance(made, dict):
         return None if made else "returned an empty dict, which is no reward"

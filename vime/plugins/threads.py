@@ -1,6 +1,6 @@
-"""Threads for users' plain functions, which may block. Nobody joins them.
+"""Threads for users' plain functions, which may block. Nothing waits for these threads.
 
-asyncio's own threads hold a rollout and the process open until every call has returned.
+With asyncio's own threads, a rollout and the process could not end before every call has returned.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-NUM_THREADS = 32  # calls at once, calls past their deadline included; the others wait
+NUM_THREADS = 32  # calls at a time, including calls past their deadline; other calls wait
 
 
 class DaemonThreads:
-    """At most `limit` threads, which start when needed and end with the process."""
+    """At most `limit` threads. They start when needed and end with the process."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -28,7 +28,7 @@ class DaemonThreads:
         self._num_threads = 0
 
     def submit(self, call: Callable[[], Any]) -> Future:
-        """The result of `call()`. A call that was cancelled before its turn never starts."""
+        """The future result of `call()`. A call that is cancelled before its turn never starts."""
         future: Future = Future()
         self._calls.put((future, call))
         if not self._idle.acquire(blocking=False):
@@ -54,6 +54,6 @@ _threads = DaemonThreads(NUM_THREADS)
 
 
 async def in_thread(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """What the function returns. A caller that is cancelled leaves the call behind."""
+    """The function's result. If the caller is cancelled, the call continues in its thread."""
     call = partial(contextvars.copy_context().run, function, *args, **kwargs)
     return await asyncio.wrap_future(_threads.submit(call))

@@ -63,8 +63,8 @@ def save_ahead(cfg: Config, rollout_id: int, latest: Ahead | None) -> None:
 def load_ahead(cfg: Config, rollout_id: int) -> Ahead | None:
     """The rollout saved with the checkpoint after `rollout_id`.
 
-    None if there is none, or if a flag that decides a rollout has changed. Raises CheckpointError
-    for a file that cannot be read.
+    None if there is none, or if a flag that determines a rollout has changed. Raises
+    CheckpointError for a file that cannot be read.
     """
     root = cfg.checkpoint.load or cfg.checkpoint.save
     path = ahead_path(str(root), rollout_id)
@@ -80,7 +80,7 @@ def load_ahead(cfg: Config, rollout_id: int) -> Ahead | None:
     then, now = content["asked_for"], _asked_for(cfg)
     if changed := sorted(name for name in then.keys() | now if then.get(name) != now.get(name)):
         logger.warning(
-            "%s has other sampling flags (%s), so the rollout is generated again",
+            "%s was made with other sampling flags (%s), so the rollout is generated again",
             path,
             ", ".join(changed),
         )
@@ -90,9 +90,9 @@ def load_ahead(cfg: Config, rollout_id: int) -> Ahead | None:
 
 
 def _asked_for(cfg: Config) -> dict[str, str]:
-    """{flag: its value as text} of all that decides a rollout, besides weights and prompts.
+    """{flag: its value as text}: the flags that determine a rollout.
 
-    Compares every field of the data, rollout and reward sections, except the functions that only
+    They are every field of the data, rollout and reward sections, except the functions that only
     write a log.
     """
     asked = {

@@ -23,7 +23,7 @@ SESSION_HEADER = "x-session-id"
 
 
 class GenerateClient:
-    """Posts requests to the router, and aborts to every engine: the router reaches only one.
+    """Posts requests to the router. Posts aborts to every engine, because the router picks one.
 
     router_url     http://host:port
     engine_urls    the engines behind the router
@@ -70,10 +70,10 @@ class GenerateClient:
         sampling_params: dict[str, Any],
         session_id: str | None = None,
     ) -> Generation:
-        """One answer. After `abort`, an empty answer with status ABORTED and no request.
+        """One answer. After `abort`, sends nothing and returns an empty answer with status ABORTED.
 
-        session_id  a --vllm-router-policy with sessions sends all its requests to one engine,
-                    which has their prefix in its cache
+        session_id  a --vllm-router-policy with sessions sends all requests of a session to the
+                    engine that has their prefix in its cache
         Raises RequestFailed.
         """
         async with self._slots:
@@ -105,7 +105,7 @@ class GenerateClient:
                 self._none_in_flight.set()
 
     async def abort(self, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
-        """Stops every request, sent or not. Returns when none is in flight.
+        """Stops every request, whether it was sent or not. Returns when none is in flight.
 
         Repeats the abort at the engines until then, because a request may still be on its way
         through the router. Raises EngineError when an engine refuses, or when requests still run

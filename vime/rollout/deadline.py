@@ -1,4 +1,4 @@
-"""Waits that end: for work of the user's own, which may be slow or ignore its cancellation."""
+"""Waits with a deadline for the user's code, which may be slow or ignore its cancellation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def ended_by(
     stopped: asyncio.Event | None = None,
     grace_s: float = 0.0,
 ) -> Any:
-    """The result of `work`. Otherwise cancels it, and does not wait for the cancellation.
+    """The result of `work`. If it comes too late, cancels the work and does not wait for its end.
 
     Raises Overran after `seconds`, and Stopped `grace_s` after `stopped` is set.
     """
@@ -46,6 +46,6 @@ async def ended_by(
 
 
 def _retrieved(task: asyncio.Task) -> None:
-    """Reads the exception of abandoned work, about which asyncio would complain."""
+    """Reads the exception of abandoned work; otherwise asyncio would log a complaint."""
     if not task.cancelled():
         task.exception()

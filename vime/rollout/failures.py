@@ -1,7 +1,8 @@
-"""Why samples fail. One odd input fails its sample; the run ends when every sample fails.
+"""The kinds of failure of a sample. One odd input fails its sample, not the run.
 
-A failed sample has a status, a kind and a reason. It has no part in training and is counted by its
-kind. A PluginError ends the run at once: every call of the hook would repeat it.
+A failed sample has a status, a kind and a reason. It is not trained on, and it is counted by its
+kind. The run ends when every sample fails. A PluginError ends the run at once, because every call
+of the hook would repeat it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Failure(StrEnum):
-    """The kind of a failure, which stands before its reason in `Sample.failure`."""
+    """The kind of a failure. `Sample.failure` is "KIND: REASON"."""
 
     REQUEST = "request failed"
     GENERATION = "generation failed"
@@ -27,7 +28,7 @@ class Failure(StrEnum):
     GRADING_TIMEOUT = "grading timeout"
     TEACHER = "teacher"
     HOOK = "sample hook failed"
-    OTHER = "other"  # a function of the user's own set the status
+    OTHER = "other"  # the user's own function set the status
 
     @property
     def metric(self) -> str:
@@ -39,7 +40,7 @@ def fail(sample: Sample, kind: Failure, reason: object) -> None:
 
 
 def kind_of(sample: Sample) -> Failure | None:
-    """The kind of a failed sample's failure; None for any other sample."""
+    """The kind of a sample's failure; None if the sample did not fail."""
     if sample.status is not Status.FAILED:
         return None
     kind = (sample.failure or "").partition(":")[0]
@@ -48,9 +49,9 @@ def kind_of(sample: Sample) -> Failure | None:
 
 @contextmanager
 def failing(samples: Sequence[Sample], kind: Failure, who: str) -> Iterator[None]:
-    """An error of the user's code in this block fails the samples, and the block ends.
+    """A block for the user's code: an error in it fails the samples and ends the block.
 
-    The log shows the first traceback of each kind of error. PluginError and EngineError pass.
+    The log shows the first traceback of each kind of error. PluginError and EngineError are raised.
     """
     try:
         yield

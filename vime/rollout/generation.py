@@ -30,7 +30,7 @@ from vime.rollout.wire import UNKNOWN_VERSION
 from vime.types import Group, Sample, Status
 
 _SEED_STRIDE = 1_000_003  # a sample that is continued gets a new seed for the new part
-ABORT_GRACE_S = 30.0  # a generation function gets so long for its tools after an abort
+ABORT_GRACE_S = 30.0  # the time that a generation function has for its tools after an abort
 
 
 @dataclass(slots=True)
@@ -54,9 +54,9 @@ class Rollout:
         return self.args.config
 
     async def abort(self) -> None:
-        """Makes every pending group return with the tokens that it has.
+        """Makes every pending group return with the tokens that it has so far.
 
-        Waits for the requests in flight. Groups that are still being graded then go back without
+        Waits for the requests in flight. Then groups that are still being graded return without
         rewards, and a later rollout grades them.
         """
         if self.teacher is not None:
@@ -117,7 +117,7 @@ def make_client(args: Any) -> GenerateClient:
 async def finish_group(rollout: Rollout, group: Group) -> Group:
     """Generates and grades a group. After an abort it returns at once, without grades.
 
-    Call it in a task of its own: it sets the rollout that `generate` finds there.
+    Call it in its own task, because it sets the task's rollout, which `generate` reads.
     """
     _current.set(rollout)
     parts = await asyncio.gather(*(_finish_sample(rollout, sample) for sample in group))
@@ -129,7 +129,7 @@ async def finish_group(rollout: Rollout, group: Group) -> Group:
 
 
 async def _graded(rollout: Rollout, group: Group) -> bool:
-    """Whether grader and teacher have judged the group; False where an abort came first."""
+    """Whether grader and teacher have judged the group; False if an abort came first."""
     work = grading.grade_group(rollout.args, group, as_number=rollout.numeric_rewards)
     with rollout.grading_timed():
         try:
@@ -175,9 +175,10 @@ async def _finish_sample(rollout: Rollout, sample: Sample) -> list[Sample]:
 
 
 async def _generate_by(own: Plugin, rollout: Rollout, sample: Sample) -> list[Sample]:
-    """The samples that a generation function makes. It has a deadline, and less after an abort.
+    """The samples that a generation function makes before its deadline.
 
-    A function that an abort interrupts begins again in a later rollout, from the same sample.
+    After an abort the deadline is shorter. If it ends the function, a later rollout calls the
+    function again with the same sample.
     """
     limit_s, before = rollout.cfg.rollout.generate_timeout_s, _copy(sample)
     params = sampling_params(rollout, sample)
@@ -203,7 +204,7 @@ def _late(function: Plugin, limit_s: float) -> str:
 
 
 def _copy(sample: Sample) -> Sample:
-    """A copy with lists and dicts of its own, whose entries are shared."""
+    """A copy with its own lists and dicts; their entries are shared."""
     values = {f.name: getattr(sample, f.name) for f in fields(sample)}
     return Sample(**{n: copy(v) if isinstance(v, list | dict) else v for n, v in values.items()})
 

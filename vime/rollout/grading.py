@@ -36,8 +36,8 @@ _END_MARKS = re.compile(r"(?:\s*(?:<\|[^|<>\s]{1,40}\|>|</s>|<eos>|<end_of_turn>
 async def grade_group(args: Any, group: Group, *, as_number: bool = True) -> None:
     """Gives each finished sample of a group its reward, or fails it with the reason.
 
-    as_number  whether a dict must have a number under --reward-key. It need not where
-               --custom-reward-post-process-path reads it
+    as_number  whether a dict must have a number under --reward-key. It need not if
+               --custom-reward-post-process-path reads the dict
     """
     todo = [s for s in group if s.reward is None and s.status in FINISHED]
     if todo and args.config.reward.group_rm:
@@ -48,7 +48,7 @@ async def grade_group(args: Any, group: Group, *, as_number: bool = True) -> Non
 
 
 def check_group(args: Any, group: Group, *, as_number: bool = True) -> None:
-    """Makes each reward a finite float or a dict, and fails the samples where that is impossible.
+    """Makes each reward a finite float or a dict. If that is impossible, fails the sample.
 
     Rewards also come from generation functions and sample hooks.
     """
@@ -95,7 +95,7 @@ async def grade(args: Any, sample: Sample, **kwargs: Any) -> float | dict[str, A
     rm_type = sample.metadata.get("rm_type") or args.config.reward.rm_type
     if not rm_type:
         raise GradingFailed(
-            "nothing grades the sample: set --rm-type or --custom-rm-path, or give each prompt "
+            "there is no grader: set --rm-type or --custom-rm-path, or give each prompt "
             'a metadata["rm_type"].'
         )
     return await _by_registry(args, sample, rm_type)
@@ -125,7 +125,7 @@ async def _by_registry(args: Any, sample: Sample, rm_type: str) -> float | dict[
 
 
 def without_end_mark(response: str) -> str:
-    """The response without the special tokens at its end, which are not part of the answer."""
+    """The response without the special tokens at its end. They are not part of the answer."""
     return _END_MARKS.sub("", response)
 
 
@@ -239,7 +239,7 @@ def _unfit_key(name: str, rm_type: str | None, reward_key: str | None) -> list[s
 
 
 def _too_low(cfg: Config) -> list[str]:
-    """The estimator needs rewards of at least 0, and the grader gives lower ones."""
+    """A problem if the estimator needs rewards of at least 0 and the grader gives lower rewards."""
     rm_type, key = cfg.reward.rm_type, cfg.reward.reward_key
     grader = grader_of(rm_type or "")
     if grader is None or not cfg.algorithm.estimator.nonnegative_rewards:

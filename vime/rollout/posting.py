@@ -54,10 +54,10 @@ class Endpoint:
         *,
         stopped: Callable[[], bool],
     ) -> bytes | None:
-        """The answer, or None when a try failed and `stopped()` is true. Raises RequestFailed.
+        """The answer; None if a try failed and `stopped()` is true. Raises RequestFailed.
 
-        The server is away while it takes no connection and during the pauses between tries. It is
-        there while it works on a request, also on one that it then fails.
+        The server counts as away while it accepts no connection and during the pauses between
+        tries. It does not count as away while it works on a request, even if the request fails.
         """
         deadline = time.monotonic() + self.timeout_s
         away_s = 0.0

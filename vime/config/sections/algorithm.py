@@ -123,7 +123,7 @@ class AlgorithmConfig(Section):
     )
     gamma: float = flag(
         "--gamma",
-        "discount of the rewards of later steps, which are tokens with loss",
+        "discount of later rewards; each token with loss is a step",
         default=1.0,
         at_least=0,
         at_most=1,
@@ -322,7 +322,7 @@ class AlgorithmConfig(Section):
 
     @property
     def flags_that_sft_ignores(self) -> list[str]:
-        """The flags, with values other than their defaults, that act on a policy alone."""
+        """The flags that change only a policy's training and have values other than the default."""
         found = []
         for f in fields(self):
             value, spec = getattr(self, f.name), flag_of(f)

@@ -128,7 +128,7 @@ class ParallelConfig(Section):
     )
     pp: int = flag(
         "--pipeline-model-parallel-size",
-        "stages that the layers divide into",
+        "number of stages of layers, each on its own GPUs",
         default=1,
         at_least=1,
     )
@@ -137,7 +137,7 @@ class ParallelConfig(Section):
     )
     ep: int = flag(
         "--expert-model-parallel-size",
-        "GPUs that the experts divide among",
+        "GPUs that the experts are divided among",
         default=1,
         at_least=1,
     )

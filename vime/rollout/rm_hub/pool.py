@@ -34,7 +34,7 @@ class GraderPool:
     def submit(
         self, grader: str, response: str, label: str | None, metadata: dict[str, Any]
     ) -> Future:
-        """The reward that the grader of that name gives. The future raises GradingFailed.
+        """The reward from the grader with this name. The future raises GradingFailed.
 
         Label and metadata arrive with their types: Parquet rows hold dates, Decimals and bytes.
         Raises GradingFailed if a value cannot be sent to a process.

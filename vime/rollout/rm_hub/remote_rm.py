@@ -15,7 +15,7 @@ NUM_TRIES = 10
 
 
 async def grade(args: Any, sample: Sample) -> float | dict[str, Any]:
-    """Tries 10 times while errors can pass. A 4xx or a body without JSON is final.
+    """Tries up to 10 times after temporary errors. A 4xx or a body without JSON is final.
 
     Raises GradingFailed.
     """

@@ -1,9 +1,9 @@
 """A worker process: `python -m vime.rollout.rm_hub.worker` answers each line with a line of JSON.
 
-A line of the parent is `DEADLINE_S TASK`, the task pickled, in base64.
+The parent writes lines `DEADLINE_S TASK`; the task is pickled, in base64.
 
-It ends shortly after the deadline of a task, so that it does not outlive a killed parent. Its
-memory is limited, so that `9**9**9` costs one worker and not the machine.
+The worker ends shortly after the deadline of a task, so that it does not outlive a killed parent.
+Its memory is limited, so that `9**9**9` costs one worker and not the machine.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def main() -> int:
         parser.error("give one of --gguf and --hf")
     with tempfile.TemporaryDirectory(prefix="vime-smollm2-") as tmp:
         model = given.hf or from_gguf(given.gguf, Path(tmp, "model"))
-        figures = travel(model, Path(tmp, "run"))
+        figures = run_every_part(model, Path(tmp, "run"))
     save(given.output, as_results(figures))
     print(json.dumps(figures, indent=1))
     return int(not is_good(figures))
@@ -75,7 +75,7 @@ def from_gguf(gguf: Path, folder: Path) -> Path:
     return folder
 
 
-def travel(model: Path, root: Path) -> dict[str, Any]:
+def run_every_part(model: Path, root: Path) -> dict[str, Any]:
     """Converts, serves, trains, exports: the comparisons, and the seconds of each part."""
     root.mkdir(parents=True)
     seconds, started = {}, time.perf_counter()

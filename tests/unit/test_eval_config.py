@@ -149,7 +149,7 @@ def test_the_command_line_reports_all_problems_of_a_file_together(tmp_path, caps
 
 
 def answer(prompt, params):
-    """The prompt's digits in a box, which `write_prompts` labels as right; "B" for prompts with c."""
+    """The prompt's digits in a box, which are the right answer; "B" for prompts with "c"."""
     if prompt[0] == ids_of("c")[0]:
         return [*ids_of("B"), 2], 0.001
     return [*ids_of("\\boxed{" + chr(28 + prompt[1]) + "}"), 2], 0.001

@@ -34,7 +34,7 @@ class Engine:
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """(shared memory, temporary folder). Shared memory is full; `full` holds all full folders."""
+    """(shared memory, temporary folder, set of full folders). Shared memory is full at first."""
     shared, temporary = tmp_path / "shm", tmp_path / "tmp"
     shared.mkdir()
     temporary.mkdir()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vime.data.bins import fewest_bins, first_fit, snug_fit
+from vime.data.bins import fewest_bins, first_fit, minimum_slack_fit
 from vime.data.packing import (
     PackingRules,
     balanced_partition,
@@ -79,16 +79,16 @@ def test_first_fit_fills_the_first_bin_with_room():
     assert first_fit([4, 6, 3, 5, 2], cap=10) == [[1, 0], [3, 2, 4]]
 
 
-def test_snug_fit_fills_bins_that_first_fit_leaves_open():
+def test_minimum_slack_fit_fills_bins_that_first_fit_leaves_open():
     sizes = [7, 6, 5, 4, 4, 4]
     assert first_fit(sizes, cap=15) == [[0, 1], [2, 3, 4], [5]]  # 7 6, 5 4 4, 4
-    assert snug_fit(sizes, cap=15) == [[0, 5, 4], [1, 3, 2]]  # 7 4 4, 6 4 5
+    assert minimum_slack_fit(sizes, cap=15) == [[0, 5, 4], [1, 3, 2]]  # 7 4 4, 6 4 5
 
 
 @given(st.lists(st.integers(1, 120), min_size=1, max_size=60), st.integers(20, 100))
 @settings(max_examples=200, deadline=None)
-def test_snug_fit_places_every_sequence_once_within_the_cap(sizes, cap):
-    bins = snug_fit(sizes, cap)
+def test_minimum_slack_fit_places_every_sequence_once_within_the_cap(sizes, cap):
+    bins = minimum_slack_fit(sizes, cap)
     assert sorted(i for b in bins for i in b) == list(range(len(sizes)))
     assert all(len(b) == 1 or sum(sizes[i] for i in b) <= cap for b in bins)
     assert len(bins) >= fewest_bins(sizes, cap)

@@ -68,20 +68,20 @@ def _of_the_algorithm(cfg: Config) -> Iterator[str]:
     a = cfg.algorithm
     if not a.needs_reward:
         if ignored := a.flags_that_sft_ignores:
-            yield f"--loss-type {a.loss_type} makes no use of {', '.join(ignored)}."
+            yield f"--loss-type {a.loss_type} ignores {', '.join(ignored)}."
         return
     estimator, name = a.estimator, f"--advantage-estimator {a.advantage_estimator}"
     if a.kl_loss_type != "k1" and not a.use_kl_loss:
         yield f"--kl-loss-type {a.kl_loss_type} has no effect without --use-kl-loss."
     if not a.normalize_rewards and not estimator.group_baseline:
-        yield f"--disable-rewards-normalization changes nothing under {name}: it has no baseline."
+        yield f"--disable-rewards-normalization has no effect with {name}, which has no baseline."
     if not a.grpo_std and (estimator.without_std is None or not a.normalize_rewards):
-        why = f"under {name}: it divides by no std"
+        why = f"with {name}, which does not divide by the standard deviation"
         if estimator.without_std is not None:
-            why = "beside --disable-rewards-normalization"
-        yield f"--disable-grpo-std-normalization changes nothing {why}."
+            why = "with --disable-rewards-normalization"
+        yield f"--disable-grpo-std-normalization has no effect {why}."
     if a.normalize_advantages and estimator.whiten and a.custom_advantage_path is None:
-        yield f"--normalize-advantages changes nothing under {name}: it whitens anyway."
+        yield f"--normalize-advantages has no effect with {name}, which always whitens."
     if a.overlong_buffer_len is not None and cfg.reward.post_process_path:
         yield (
             f"--overlong-buffer-len {a.overlong_buffer_len} has no effect: "

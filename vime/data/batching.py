@@ -63,7 +63,7 @@ def build_train_batch(
     if needs_reward:
         if post_process is None:
             values = [_reward(samples[i], cfg) for i in usable]
-            shaped = _less_overlong(values, [samples[i] for i in usable], cfg)
+            shaped = _minus_overlong_penalty(values, [samples[i] for i in usable], cfg)
             normalised = score_samples(shaped, [group_ids[i] for i in usable], cfg.algorithm)
         else:
             made = post_process([samples[i] for i in usable])
@@ -94,7 +94,9 @@ def _newest_version(samples: Sequence[Sample], sequences: Sequence[TrainSequence
     return max(known, default=None)
 
 
-def _less_overlong(values: Sequence[float], samples: Sequence[Sample], cfg: Config) -> list[float]:
+def _minus_overlong_penalty(
+    values: Sequence[float], samples: Sequence[Sample], cfg: Config
+) -> list[float]:
     """The rewards minus DAPO's penalty for long responses, if the flags ask for the penalty."""
     a, longest = cfg.algorithm, cfg.rollout.max_response_len
     if a.overlong_buffer_len is None:

@@ -43,7 +43,7 @@ def first_fit(sizes: Sequence[int], cap: int) -> list[list[int]]:
     return alone + bins
 
 
-def snug_fit(sizes: Sequence[int], cap: int) -> list[list[int]]:
+def minimum_slack_fit(sizes: Sequence[int], cap: int) -> list[list[int]]:
     """Bins of indices, each of at most `cap`, filled one by one. Often fewer than `first_fit`'s.
 
     A bin starts with the longest sequence left. Then it takes the one, two or three sequences that

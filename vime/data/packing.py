@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vime.config import Config
-from vime.data.bins import fewest_bins, first_fit, snug_fit
+from vime.data.bins import fewest_bins, first_fit, minimum_slack_fit
 from vime.plan.shape import shape_of
 from vime.types import StepPlan
 
@@ -141,7 +141,7 @@ def _fill(
         unit = num_ranks * rules.multiple
         fewest = _round_up(fewest_bins(sizes, cap), unit)
         if _round_up(len(packed), unit) > fewest:
-            packed = min(packed, snug_fit(sizes, cap), key=len)
+            packed = min(packed, minimum_slack_fit(sizes, cap), key=len)
     return [tuple(positions[i] for i in sorted(members)) for members in packed]
 
 

@@ -104,15 +104,15 @@ class Shape:
         the output matrix. Attention takes as many for each channel and each visible token.
         """
         seen = sum(length * length for length in lengths) / 2
-        return 6 * (self._met * sum(lengths) + self._attention_channels * seen)
+        return 6 * (self._weights_per_token * sum(lengths) + self._attention_channels * seen)
 
     @property
     def attention_equals_rest(self) -> float:
         """The length of a sequence whose attention takes as many FLOPs as its weights do."""
-        return 2 * self._met / self._attention_channels
+        return 2 * self._weights_per_token / self._attention_channels
 
     @property
-    def _met(self) -> float:
+    def _weights_per_token(self) -> float:
         """The number of weights that a token is multiplied with, including the output matrix."""
         routed = (self.layers - self.dense_layers) * self.routed
         rest = self.parameters - (0 if self.tied else self.matrix) - routed

@@ -104,7 +104,7 @@ class Plugin:
         """The checked answer of a method of an object of this class. Raises PluginError."""
         returns, check = (self.hook.methods or {})[name]
         made = getattr(instance, name)(*args)
-        came = _came(made, check, None, args, {})
+        came = _answer_problem(made, check, None, args, {})
         if came is not None:
             raise self.refusal(f"{name}() {came}", returns)
         return made
@@ -123,13 +123,13 @@ class Plugin:
 
     def _checked(self, made: Any, before: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         more = kwargs if self.hook.remember is None else {**kwargs, "before": before}
-        came = _came(made, self.hook.check, self.hook.methods, args, more)
+        came = _answer_problem(made, self.hook.check, self.hook.methods, args, more)
         if came is not None:
             raise self.refusal(came)
         return made
 
 
-def _came(
+def _answer_problem(
     made: Any,
     check: Check | None,
     methods: dict[str, Any] | None,

@@ -49,7 +49,7 @@ class Run:
         self.manager = ray.remote(RolloutManager).options(num_cpus=0).remote(cfg)
         self.gpus = SharedGpus(cfg, self._train, self.timers, on=current())
         self._start(placement)
-        if self.start_step > 0 and (cfg.checkpoint.load or not cfg.debug.begins_anywhere):
+        if self.start_step > 0 and (cfg.checkpoint.load or not cfg.debug.needs_no_data_state):
             self._ask(self.manager.load.remote(self.start_step - 1), "the data state to be loaded")
         self.num_rollouts = self._num_rollouts()
         self.num_trained = self.start_step

@@ -417,7 +417,7 @@ class DebugConfig(Section):
             )
 
     @property
-    def begins_anywhere(self) -> bool:
+    def needs_no_data_state(self) -> bool:
         """Whether a run may begin at any rollout, without the data state of the previous one."""
         return self.rollout_only or self.load_rollout_data is not None
 

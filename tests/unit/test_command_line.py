@@ -199,12 +199,12 @@ def test_megatron_flags_that_match_vimes_behaviour_are_accepted(tmp_path):
         ),
         (
             {"--pipeline-model-parallel-layout": "Et*3|tL"},
-            "--pipeline-model-parallel-layout Et*3|tL is a flag of Megatron's that vime does not "
+            "--pipeline-model-parallel-layout Et*3|tL is a Megatron flag that vime does not "
             "support. Leave it out.",
         ),
         (
             {"--fp8-param-gather": None},
-            "--fp8-param-gather is a flag of Megatron's that vime does not support. Leave it out.",
+            "--fp8-param-gather is a Megatron flag that vime does not support. Leave it out.",
         ),
         (
             {"--moe-token-dispatcher-type": "flex"},

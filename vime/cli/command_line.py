@@ -168,7 +168,7 @@ def _take_unknown(given: Given, words: list[str]) -> None:
         elif is_megatrons(name):
             said = " ".join([name, *values])
             given.problems.append(
-                f"{said} is a flag of Megatron's that vime does not support. Leave it out."
+                f"{said} is a Megatron flag that vime does not support. Leave it out."
             )
         elif name.startswith("-"):
             known = [slip] if slip else all_flags()

@@ -125,9 +125,9 @@ STATED: dict[str, Stated] = {
 _KERNELS = "vime chooses its kernels itself"
 _MASKS = "attention over packs needs no mask"
 _LENGTHS = "packs differ in length"
-_TOKENIZER = "the tokenizer is that of --hf-checkpoint"
-_LOG = "metrics are logged after every step, and timings with them"
-_FORMAT = "the format of a checkpoint is recognised"
+_TOKENIZER = "vime uses the tokenizer of --hf-checkpoint"
+_LOG = "vime logs metrics and timings after every step"
+_FORMAT = "vime recognises the format of a checkpoint"
 
 IDLE: dict[str, Idle] = {
     "--no-rope-fusion": Idle(_KERNELS),

@@ -146,7 +146,7 @@ class ParallelConfig(Section):
     )
     first_stage_layers: int | None = flag(
         "--decoder-first-pipeline-num-layers",
-        "layers of the first pipeline stage (default: all stages have equally many)",
+        "layers of the first pipeline stage (default: the same number in every stage)",
         default=None,
         at_least=1,
     )

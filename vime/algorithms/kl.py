@@ -61,6 +61,7 @@ def unbiased_kl(logp_T: Tensor, old_logp_T: Tensor, ref_logp_T: Tensor, kind: st
     """`kl_estimate` times the ratio exp(logp - old_logp), with the gradient of both, [T].
 
     The old policy sampled the tokens. The ratio makes it an estimate for the policy being trained.
-    With k3, the gradient is also right for that policy (DeepSeek-V3.2, arXiv:2512.02556).
+    With k3, its mean gradient is the gradient of that policy's KL (DeepSeek-V3.2,
+    arXiv:2512.02556).
     """
     return ratio_of(logp_T - old_logp_T) * kl_estimate(logp_T, ref_logp_T, kind)

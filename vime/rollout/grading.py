@@ -30,7 +30,12 @@ from vime.types import FINISHED, Group, Sample, Status
 
 logger = logging.getLogger(__name__)
 
-_END_MARKS = re.compile(r"(?:\s*(?:<\|[^|<>\s]{1,40}\|>|</s>|<eos>|<end_of_turn>))+\s*$")
+# The spellings of end marks in the tokenizers of the families in docs/models.md, and their kin.
+_END_MARK = re.compile(
+    r"(?:<\|[^|<>\s]{1,40}\|>|<｜[^｜<>\s]{1,40}｜>|</s>|<(?:eos|EOS|eod|EOT|pad|end_of_turn|turn\|)>"
+    r"|<end_of_utterance>|\[(?:EOS|EOT|PAD)\]|\[e~\[)\Z"
+)
+_LONGEST_END_MARK = 44
 
 
 async def grade_group(args: Any, group: Group, *, as_number: bool = True) -> None:
@@ -126,7 +131,15 @@ async def _by_registry(args: Any, sample: Sample, rm_type: str) -> float | dict[
 
 def without_end_mark(response: str) -> str:
     """The response without the special tokens at its end. They are not part of the answer."""
-    return _END_MARKS.sub("", response)
+    end, marks = len(response), 0
+    while True:
+        start = end
+        while start and response[start - 1].isspace():
+            start -= 1
+        found = _END_MARK.search(response, max(0, start - _LONGEST_END_MARK), start)
+        if found is None:
+            return response[:start] if marks else response
+        end, marks = found.start(), marks + 1
 
 
 async def _grade_or_fail(args: Any, sample: Sample) -> None:

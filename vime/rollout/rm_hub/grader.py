@@ -31,6 +31,8 @@ class Grader:
     needs_label    a sample without a label fails
     takes_box      the grader looks for a box itself, so `boxed_` in front is refused
     marks          a response that contains none of these texts gets 0
+    row_problem    f(label, metadata) -> why no response to such a row can be graded, or None. The
+                   check of the prompt file asks it before the run
     takes_sample   `grade` is `async f(args, sample)` and runs in the rollout's process
     needs_url      the grader asks the server at --rm-url
     needs_package  a package that the grader imports; workers import it before their first answer
@@ -44,6 +46,7 @@ class Grader:
     needs_label: bool = False
     takes_box: bool = False
     marks: tuple[str, ...] = ()
+    row_problem: Callable[[str | None, dict[str, Any]], str | None] | None = None
     takes_sample: bool = False
     needs_url: bool = False
     needs_package: str | None = None

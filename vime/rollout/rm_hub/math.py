@@ -1,10 +1,14 @@
-r"""`--rm-type math`: 1 if the last boxed answer equals the label by math-verify, else 0."""
+r"""`--rm-type math`: 1 if the last boxed answer equals the label, else 0.
+
+Plain numbers are compared by their exact values, anything else by math-verify.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from vime.rollout.rm_hub.answers import last_boxed, normalise, same_number
+from vime.rollout.rm_hub import symbolic
+from vime.rollout.rm_hub.answers import Answer, last_boxed, same
 from vime.rollout.rm_hub.grader import Grader
 
 
@@ -13,35 +17,27 @@ def quick(response: str, label: str | None, metadata: dict[str, Any]) -> float |
     answer = last_boxed(response)
     if answer is None or label is None:
         return 0.0
-    a, b = normalise(answer), normalise(_truth(label))
-    if a == b:
-        return float(bool(a))
-    same = same_number(a, b)
-    return None if same is None else float(same)
+    verdict = same(Answer.read(answer), _truth(label))
+    return None if verdict is None else float(verdict)
 
 
 def grade(response: str, label: str | None, metadata: dict[str, Any]) -> float:
     reward = quick(response, label, metadata)
     if reward is not None:
         return reward
-    from math_verify import parse, verify
-
-    # The worker process has a deadline already, and math-verify's alarms would disturb it.
-    truth = parse(f"${_truth(label)}$", parsing_timeout=None)
-    answer = parse(f"${last_boxed(response)}$", parsing_timeout=None)
-    return float(verify(truth, answer, timeout_seconds=None))
+    return float(symbolic.equal(Answer.read(last_boxed(response)), _truth(label)))
 
 
 GRADER = Grader(
     grade,
     quick,
-    gives="1 if the last box equals the label, by math-verify",
+    gives="1 if the last box equals the label, by value or by math-verify",
     needs_label=True,
     takes_box=True,
     needs_package="math_verify",
 )
 
 
-def _truth(label: str) -> str:
+def _truth(label: str) -> Answer:
     boxed = last_boxed(label)
-    return label.strip().strip("$") if boxed is None else boxed
+    return Answer.read(label if boxed is None else boxed)

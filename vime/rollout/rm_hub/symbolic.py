@@ -1,99 +1,71 @@
-"""Equality of expressions by sympy. It may hang or eat memory: call it in a worker process."""
+"""Equality of expressions by math-verify. It may hang or eat memory: call it in a worker process.
+
+math-verify compares floats to six places, takes any brackets for a set, and has no bases; the
+checks around it refuse equalities of these kinds.
+"""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
-from vime.rollout.rm_hub.answers import number
+from vime.rollout.rm_hub.answers import Answer
 
-_LATEX = (
-    (re.compile(r"\\(?:cdot|times)"), "*"),
-    (re.compile(r"\\div"), "/"),
-    (re.compile(r"\\(?:pi)(?![a-zA-Z])"), "(pi)"),
-    (re.compile(r"\\(?:infty)(?![a-zA-Z])"), "(oo)"),
-    (re.compile(r"\\(sin|cos|tan|log|ln|exp)(?![a-zA-Z])"), r"\1"),
-)
-_FRAC = re.compile(r"\\frac\{([^{}]*)\}\{([^{}]*)\}")
-_SQRT = re.compile(r"\\sqrt\{([^{}]*)\}")
-_ROOT = re.compile(r"\\sqrt\[(\d+)\]\{([^{}]*)\}")
-_POWER = re.compile(r"\^\{([^{}]*)\}")
-_WORDS = {"sqrt", "pi", "oo", "sin", "cos", "tan", "log", "ln", "exp"}
-# Only these characters reach sympy's parser, which evaluates its input. There are no quotes and no
-# underscores, and points occur only inside numbers, so that an answer cannot name an attribute.
-_SAFE = re.compile(r"(?:[a-zA-Z+\-*/^()!= ]|\d+(?:\.\d+)?)*")
+TOLERANCE = 1e-6  # relative
+
+_BASED = re.compile(r"([0-9a-zA-Z]+)_\{?(\d{1,2})\}?")
+_FULL = (("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"), (r"\{", r"\}"))
 
 
-def equal(a: str, b: str) -> bool:
-    """Whether two normalised answers are mathematically equal. Unreadable answers never are."""
-    parts_a, parts_b = _split(a), _split(b)
-    if len(parts_a) != len(parts_b) or _brackets(a) != _brackets(b):
+def equal(answer: Answer, label: Answer) -> bool:
+    """Whether two answers are equal in mathematics. Unreadable answers are not."""
+    if _is_set(answer.formula) is (not _is_set(label.formula)) and _both_bracketed(answer, label):
         return False
-    return all(_same(x, y) for x, y in zip(parts_a, parts_b, strict=True))
+    based = _BASED.fullmatch(answer.text), _BASED.fullmatch(label.text)
+    if all(based):
+        return based[0][2] == based[1][2] and based[0][1].lower() == based[1][1].lower()
+    from math_verify import parse, verify
+
+    # The worker process has a deadline already, and math-verify's alarms would disturb it.
+    wanted = parse(f"${label.formula}$", parsing_timeout=None)
+    given = parse(f"${answer.formula}$", parsing_timeout=None)
+    wanted, given = _with_one_i(wanted, given)
+    if not verify(wanted, given, allow_set_relation_comp=True, timeout_seconds=None):
+        return False
+    return _close(wanted, given)
 
 
-def _same(a: str, b: str) -> bool:
-    if a == b:
+def _both_bracketed(answer: Answer, label: Answer) -> bool:
+    return _bracketed(answer.formula) and _bracketed(label.formula)
+
+
+def _bracketed(text: str) -> bool:
+    return "," in text and any(text.startswith(a) and text.endswith(b) for a, b in _FULL)
+
+
+def _is_set(text: str) -> bool:
+    return text.startswith(r"\{")
+
+
+def _with_one_i(*parsed: list[Any]) -> list[list[Any]]:
+    r"""math-verify reads `i` as the imaginary unit in `4i` and as a variable in `4\cdot i`."""
+    from sympy import Expr, I
+
+    terms = [term for found in parsed for term in found if isinstance(term, Expr)]
+    if not any(term.has(I) for term in terms):
+        return list(parsed)
+    units = {symbol: I for term in terms for symbol in term.free_symbols if symbol.name == "i"}
+    return [[t.subs(units) if isinstance(t, Expr) else t for t in found] for found in parsed]
+
+
+def _close(wanted: list[Any], given: list[Any]) -> bool:
+    """False if both are numbers that differ in proportion, which rounding to places hides."""
+    from sympy import Expr, N
+
+    pair = [next((t for t in found if isinstance(t, Expr)), None) for found in (wanted, given)]
+    if any(term is None or not term.is_number for term in pair):
         return True
-    x, y = number(a), number(b)
-    if x is not None and y is not None:
-        return x == y
-    left, right = _parse(a), _parse(b)
-    if left is None or right is None:
-        return False
-    import sympy
-
-    try:
-        difference = sympy.simplify(left - right)
-        return bool(difference == 0 or difference.equals(0))
-    except (TypeError, ValueError, AttributeError, RecursionError, ArithmeticError):
-        return False
-
-
-def _parse(text: str):
-    from sympy.parsing.sympy_parser import (
-        convert_xor,
-        implicit_multiplication_application,
-        parse_expr,
-        split_symbols,
-        standard_transformations,
-    )
-
-    plain = _to_plain(text)
-    if not _SAFE.fullmatch(plain):
-        return None
-    words = re.findall(r"[a-zA-Z]+", plain)
-    if any(word not in _WORDS and len(word) > 1 for word in words):
-        return None
-    rules = (*standard_transformations, split_symbols, implicit_multiplication_application)
-    try:
-        return parse_expr(plain, transformations=(*rules, convert_xor))
-    except (SyntaxError, TypeError, ValueError, AttributeError, RecursionError, ArithmeticError):
-        return None
-    except Exception as error:  # sympy's tokenizer raises its own types of errors
-        if isinstance(error, MemoryError):
-            raise
-        return None
-
-
-def _to_plain(text: str) -> str:
-    for pattern, plain in _LATEX:
-        text = pattern.sub(plain, text)
-    before = None
-    while before != text:
-        before = text
-        text = _FRAC.sub(r"((\1)/(\2))", text)
-        text = _ROOT.sub(r"((\2)^(1/\1))", text)
-        text = _SQRT.sub(r"sqrt(\1)", text)
-        text = _POWER.sub(r"^(\1)", text)
-    return text
-
-
-def _brackets(text: str) -> str:
-    if len(text) > 2 and text[0] in "([" and text[-1] in ")]" and "," in text:
-        return text[0] + text[-1]
-    return ""
-
-
-def _split(text: str) -> list[str]:
-    """The members of a tuple or an interval. Any other text is its only member."""
-    return text[1:-1].split(",") if _brackets(text) else [text]
+    a, b = (N(term, 30) for term in pair)
+    if not (a.is_number and b.is_number and a.is_finite and b.is_finite):
+        return True
+    return bool(abs(a - b) <= TOLERANCE * max(abs(a), abs(b)))

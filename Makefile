@@ -52,6 +52,9 @@ bench-long-prompt-file: install  ## memory of a start with ten million prompts, 
 bench-grading: install  ## answers graded per second, against one process
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/grading.py
 
+bench-answers: install  ## the share of the answer table that each grader gets right
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/answer_table.py
+
 bench-packing: install  ## fill of micro-batches, balance of ranks, seconds to plan
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/packing.py
 

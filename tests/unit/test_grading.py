@@ -15,7 +15,7 @@ from tools.docs_tables import grader_table
 from vime.config.view import ArgsView
 from vime.errors import ConfigError, PluginError
 from vime.rollout import grading
-from vime.rollout.rm_hub import answers, dapo, deepscaler, f1, gpqa, ifeval, math, registry
+from vime.rollout.rm_hub import answers, dapo, deepscaler, f1, math, registry
 from vime.rollout.rm_hub.grader import GradingTimeout
 from vime.rollout.rm_hub.pool import GraderPool
 from vime.rollout.rm_hub.registry import GRADERS
@@ -137,6 +137,9 @@ def test_dapo_reads_the_answer_line_near_the_end():
     assert dapo.grade("so\nAnswer: 42", "42", {}) == {"score": 1.0, "acc": True, "pred": "42"}
     assert dapo.grade("Answer: $x = 1,042$.<|im_end|>", "1042", {})["acc"]
     assert dapo.grade("Answer: 41", "42", {})["score"] == -1.0
+    for answer in ("1{,}000", r"$\$1000$", "1000 dollars", "1000 hours", "1000.0", "1000 degrees"):
+        assert dapo.grade(f"Answer: {answer}", "1000", {})["acc"], answer
+    assert not dapo.grade("Answer: 3 4", "34", {})["acc"]
     assert dapo.grade("Answer: 42" + " " * 301, "42", {})["pred"] == "[INVALID]"
 
 
@@ -144,22 +147,6 @@ def test_f1_counts_shared_words():
     assert f1.grade("The cat sat.", "a cat sat", {}) == 1.0
     assert f1.grade("cat dog", "cat", {}) == pytest.approx(2 / 3)
     assert f1.grade("dog", "cat", {}) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("response", "reward"),
-    [
-        (r"so \boxed{B}", 1.0),
-        ("The answer is (B).", 1.0),
-        ("<think>A</think> Answer: **B**", 1.0),
-        ("The answer is C", 0.0),
-        ("no idea", 0.0),
-    ],
-)
-def test_gpqa_reads_the_letter(response, reward):
-    choices = ["one", "two", "three", "four"]
-    assert gpqa.grade(response, None, {"choices": choices, "correct_letter": "B"}) == reward
-    assert gpqa.grade(response, "two", {"choices": choices}) == reward
 
 
 def test_the_most_specific_grader_wins():
@@ -421,101 +408,14 @@ def test_missing_thinking_marks_are_warned_of_only_if_no_response_has_one(caplog
         ("a</s>", "a"),
         ("<|im_end|> in the middle", "<|im_end|> in the middle"),
         ("2 <| 3 |>", "2 <| 3 |>"),
+        ("B<｜end▁of▁sentence｜>", "B"),
+        ("B[EOS]", "B"),
+        ("B [EOS]\n[PAD] <|im_end|>", "B"),
+        ("B[e~[", "B"),
+        ("B<turn|>", "B"),
+        ("[EOS] in the middle", "[EOS] in the middle"),
+        ("B\n", "B\n"),
     ],
 )
 def test_end_marks_are_removed_from_an_answer(response, text):
     assert grading.without_end_mark(response) == text
-
-
-LIST = "* one\n* two\n- three"
-INSTRUCTIONS = [
-    ("keywords:existence", {"keywords": ["cat", "dog"]}, "A Cat and a dog.", "A category, a dog."),
-    ("keywords:frequency", {"keyword": "a", "frequency": 2, "relation": "at least"}, "a b a", "a"),
-    ("keywords:frequency", {"keyword": "a", "frequency": 2, "relation": "less than"}, "a", "a a"),
-    ("keywords:forbidden_words", {"forbidden_words": ["no"]}, "know", "No!"),
-    (
-        "keywords:letter_frequency",
-        {"letter": "e", "let_frequency": 2, "let_relation": "at least"},
-        "tree",
-        "the",
-    ),
-    (
-        "length_constraints:number_sentences",
-        {"num_sentences": 3, "relation": "less than"},
-        "One is 1.5 long. Two!",
-        "A. B. C.",
-    ),
-    ("length_constraints:number_words", {"num_words": 3, "relation": "at least"}, "a b's c", "a b"),
-    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "a\n***\nb", "a\n\nb"),
-    (
-        "length_constraints:nth_paragraph_first_word",
-        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "then"},
-        "First.\n\nThen, more.",
-        "First.\n\nMore.",
-    ),
-    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a] [b c]", "[a] []"),
-    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "x\np.s. y", "x PS y"),
-    ("detectable_format:number_bullet_lists", {"num_bullets": 3}, LIST, LIST + "\n* four"),
-    ("detectable_format:constrained_response", {}, "My answer is no.", "No."),
-    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*a* **b**", "*a* b*"),
-    (
-        "detectable_format:multiple_sections",
-        {"section_spliter": "SECTION", "num_sections": 2},
-        "SECTION 1\na\nSECTION 2\nb",
-        "SECTION 1\na",
-    ),
-    ("detectable_format:json_format", {}, '```json\n{"a": [1]}\n```', "{a: 1}"),
-    ("detectable_format:title", {}, "<<A title>>\ntext", "<<>> text"),
-    ("combination:two_responses", {}, "a ****** b", "a ****** a"),
-    ("combination:repeat_prompt", {"prompt_to_repeat": "Why?"}, "why? Because.", "Because."),
-    ("startend:end_checker", {"end_phrase": "The end."}, "x the end.", "The end. x"),
-    ("startend:quotation", {}, '"quoted"', 'not "quoted"'),
-    (
-        "change_case:capital_word_frequency",
-        {"capital_frequency": 2, "capital_relation": "at least"},
-        "NASA and ESA",
-        "NASA and I",
-    ),
-    ("change_case:english_capital", {}, "ALL 3.", "All 3."),
-    ("change_case:english_lowercase", {}, "all 3.", "All 3."),
-    ("punctuation:no_comma", {}, "a; b", "a, b"),
-]
-
-
-@pytest.mark.parametrize(
-    ("name", "given", "right", "wrong"), INSTRUCTIONS, ids=[case[0] for case in INSTRUCTIONS]
-)
-def test_an_instruction_is_followed_or_not(name, given, right, wrong):
-    metadata = {"instruction_id_list": [name], "kwargs": [{**given, "unused": None}]}
-    assert ifeval.grade(right, None, metadata) == 1.0
-    assert ifeval.grade(wrong, None, metadata) == 0.0
-
-
-def test_every_instruction_has_an_example_and_a_response_must_follow_all():
-    assert {case[0] for case in INSTRUCTIONS} == set(ifeval.CHECKS)
-    both = ["punctuation:no_comma", "change_case:english_lowercase"]
-    metadata = {"instruction_id_list": both, "rm_type": "ifeval"}
-    sample, half = (finished(f"{t}<|im_end|>", None, metadata=metadata) for t in ("a b", "A b"))
-    assert grade(make_args(), sample, half) == [1.0, 0.0]
-
-
-@pytest.mark.parametrize(
-    ("metadata", "words"),
-    [
-        ({}, "instruction_id_list"),
-        ({"instruction_id_list": ["language:response_language"]}, "unknown instruction"),
-        ({"instruction_id_list": ["keywords:existence"]}, "keywords"),
-        (
-            {
-                "instruction_id_list": ["keywords:frequency"],
-                "kwargs": [{"keyword": "a", "frequency": 1, "relation": "about"}],
-            },
-            "neither 'at least' nor",
-        ),
-    ],
-)
-def test_an_instruction_that_cannot_be_checked_fails_the_sample(metadata, words):
-    sample = finished("x", None, metadata=metadata | {"rm_type": "ifeval"})
-    assert grade(make_args(), sample) is None
-    assert sample.status is Status.FAILED
-    assert words in sample.failure

@@ -1,9 +1,13 @@
 """Group statistics are keyed by group id."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from vime.config.sections.algorithm import AlgorithmConfig
 from vime.data.rewards import overlong_penalty, score_samples, zero_std_counts
+from vime.rollout.filter_hub.dynamic_sampling_filters import check_reward_nonzero_std
+from vime.types import Sample
 
 
 def test_groups_may_be_interleaved_and_of_unequal_size():
@@ -42,3 +46,16 @@ def test_zero_std_groups_are_counted_by_their_reward():
 def test_the_overlong_punishment_grows_linearly_over_the_buffer():
     lengths = (80, 90, 100, 120)
     assert [overlong_penalty(n, 100, 20, 2.0) for n in lengths] == [0.0, 1.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("size", [2, 8, 16])
+def test_a_group_of_equal_rewards_is_dropped_counted_and_scored_0_for_any_reward(size):
+    args = SimpleNamespace(reward_key=None)
+    cfg = AlgorithmConfig()
+    for reward in [i / 100 for i in range(-150, 151)]:
+        samples = [Sample(reward=reward) for _ in range(size)]
+        assert not check_reward_nonzero_std(args, samples), reward
+        assert zero_std_counts([reward] * size, [0] * size) == {reward: 1}
+        assert score_samples([reward] * size, [0] * size, cfg) == [0.0] * size
+        samples[0].reward += 1e-9
+        assert check_reward_nonzero_std(args, samples), reward

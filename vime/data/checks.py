@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vime.config import Config
 from vime.config.evaluation import eval_datasets
-from vime.data.datasets import check_prompt_data
+from vime.config.sections.rollout import VLLM_ROLLOUT
+from vime.data.datasets import Row, check_prompt_data
+from vime.rollout.rm_hub.registry import grader_of
 
 
 def data_problems(cfg: Config) -> Iterator[str]:
@@ -23,6 +25,7 @@ def data_problems(cfg: Config) -> Iterator[str]:
             tool_key=data.tool_key,
             # supervised fine-tuning always renders messages
             apply_chat_template=data.apply_chat_template or not cfg.algorithm.needs_reward,
+            row_problem=_graders_problem(cfg) if cfg.algorithm.needs_reward else None,
         )
     for dataset in eval_datasets(cfg):
         yield from check_prompt_data(
@@ -32,8 +35,25 @@ def data_problems(cfg: Config) -> Iterator[str]:
             metadata_key=dataset.cfg.data.metadata_key,
             tool_key=dataset.cfg.data.tool_key,
             apply_chat_template=dataset.cfg.data.apply_chat_template,
+            row_problem=_graders_problem(dataset.cfg),
             flag="--eval-prompt-data" if cfg.eval.config is None else "--eval-config",
         )
+
+
+def _graders_problem(cfg: Config) -> Callable[[Row], str | None] | None:
+    """Asks a row's grader about it; None if a function of the user may grade or change the row."""
+    own = cfg.reward.custom_rm_path or cfg.rollout.custom_generate_path
+    if own or cfg.rollout.function_path != VLLM_ROLLOUT:
+        return None
+
+    def problem(row: Row) -> str | None:
+        rm_type = row.metadata.get("rm_type") or cfg.reward.rm_type
+        grader = grader_of(rm_type) if isinstance(rm_type, str) else None
+        if grader is None or grader.row_problem is None:
+            return None
+        return grader.row_problem(row.label, row.metadata)
+
+    return problem
 
 
 def check_chat_template(cfg: Config) -> list[str]:

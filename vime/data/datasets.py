@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,7 @@ def check_prompt_data(
     metadata_key: str | None = "metadata",
     tool_key: str | None = "tools",
     apply_chat_template: bool = True,
+    row_problem: Callable[[Row], str | None] | None = None,
     flag: str = "--prompt-data",
     max_problems: int = 5,
 ) -> list[str]:
@@ -152,7 +153,8 @@ def check_prompt_data(
 
     Reads every row of a file of up to a million rows. Of a longer file it reads at most a million
     rows, evenly spread; the others get the same checks when they are drawn. Rows with the same
-    problem count as one problem. `apply_chat_template=False` refuses messages.
+    problem count as one problem. `apply_chat_template=False` refuses messages, and `row_problem`
+    says why a row cannot be graded.
     """
     keys = DataKeys(input=input_key, label=label_key, metadata=metadata_key, tools=tool_key)
     try:
@@ -173,6 +175,8 @@ def check_prompt_data(
                     f"{row.where}: {input_key!r} holds messages, which need --apply-chat-template. "
                     "Add this flag, or name another field with --input-key."
                 )
+            if row_problem is not None and (problem := row_problem(row)):
+                raise ConfigError(f"{row.where}: {problem}.")
         except ConfigError as error:
             where = data.where(i)
             what = str(error).removeprefix(where)

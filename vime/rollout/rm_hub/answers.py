@@ -9,7 +9,7 @@ from fractions import Fraction
 from vime.rollout.rm_hub.numerals import number
 from vime.rollout.rm_hub.units import split_unit, units_differ
 
-LONGEST_ANSWER = 5000  # characters; a longer text is no answer
+LONGEST_ANSWER = 5000  # characters; a longer text reads as an empty answer, which equals none
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _FORMULA = re.compile(r"\$(.+)\$|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
@@ -77,6 +77,8 @@ class Answer:
 
     @classmethod
     def read(cls, answer: str) -> Answer:
+        if len(answer) > LONGEST_ANSWER:
+            return cls("", "", None, False)
         text = _outside(answer)
         for spelling, plain in _SPELT:
             text = text.replace(spelling, plain)
@@ -120,9 +122,7 @@ def same(answer: Answer, label: Answer) -> bool | None:
         return True
     if answer.is_words and label.is_words and answer.text.lower() == label.text.lower():
         return True
-    if answer.has_gap or label.has_gap or max(len(answer.text), len(label.text)) > LONGEST_ANSWER:
-        return False
-    return None
+    return False if answer.has_gap or label.has_gap else None
 
 
 def same_value(x: Fraction, y: Fraction, answer: Answer, label: Answer) -> bool:

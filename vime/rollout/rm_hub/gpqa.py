@@ -17,7 +17,9 @@ from vime.rollout.rm_hub.answers import last_boxed
 from vime.rollout.rm_hub.grader import Grader, GradingFailed
 
 # The patterns read text whose spaces are single and whose marks of style are gone, in linear time.
-_STYLED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|boldsymbol) ?\{ ?([^{} ]{1,8}) ?\}")
+_STYLED = re.compile(
+    r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|boldsymbol) ?\{ ?([^{} ]{1,8}) ?\}"
+)
 _STYLE = str.maketrans("", "", "*$`")
 _LETTER = r"(?:\( ?([A-Za-z]) ?\)|([A-Z])(?![\w'’])|([a-z])(?=\s?[.,;:)]|\n|$))"
 _STATED = tuple(

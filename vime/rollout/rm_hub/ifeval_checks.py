@@ -1,8 +1,8 @@
 """IFEval's instructions (arXiv:2311.07911): whether a text follows one, with its parameters.
 
-Each check gives the verdict of the public benchmark, in time linear in the text. Two differ, because
-they need models: sentences end at marks of punctuation here, and the two checks of English case do
-not look for another language.
+Each check gives the verdict of the public benchmark, in time linear in the text. Two kinds differ,
+because they need models: sentences end at marks of punctuation here, and the two checks of English
+case do not look for another language.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
-_ABBREVIATION = re.compile(r"(?:^|\W)(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|e\.g|i\.e|[A-Z])\.$")
+_ABBREVIATION = re.compile(r"(?:^|\W)(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|e\.g|i\.e)\.$")
 _WORD = re.compile(r"\w+")
 _TOKEN_END = re.compile(r"[\s,;:!?()\[\]{}\"<>]+|(?=['’])")
 _HIGHLIGHTS = (re.compile(r"\*([^*\n]*)\*"), re.compile(r"\*\*([^*\n]*)\*\*"))
@@ -42,7 +42,9 @@ def _has_word(text: str, word: str) -> bool:
 
 def _sentences(text: str, num_sentences: int, relation: str) -> bool:
     text = text.strip()
-    ends = [text[max(0, found.start() - 12) : found.start()] for found in _SENTENCE_END.finditer(text)]
+    ends = [
+        text[max(0, found.start() - 12) : found.start()] for found in _SENTENCE_END.finditer(text)
+    ]
     return _compare(1 + sum(not _ABBREVIATION.search(end) for end in ends), num_sentences, relation)
 
 

@@ -48,14 +48,18 @@ def _is_set(text: str) -> bool:
 
 
 def _with_one_i(*parsed: list[Any]) -> list[list[Any]]:
-    r"""math-verify reads `i` as the imaginary unit in `4i` and as a variable in `4\cdot i`."""
+    r"""math-verify reads `i` as the imaginary unit in some places, and as a variable in others."""
     from sympy import Expr, I
 
-    terms = [term for found in parsed for term in found if isinstance(term, Expr)]
-    if not any(term.has(I) for term in terms):
-        return list(parsed)
-    units = {symbol: I for term in terms for symbol in term.free_symbols if symbol.name == "i"}
-    return [[t.subs(units) if isinstance(t, Expr) else t for t in found] for found in parsed]
+    return [
+        [
+            term.subs({symbol: I for symbol in term.free_symbols if symbol.name == "i"})
+            if isinstance(term, Expr)
+            else term
+            for term in found
+        ]
+        for found in parsed
+    ]
 
 
 def _close(wanted: list[Any], given: list[Any]) -> bool:

@@ -19,6 +19,7 @@ import resource
 import signal
 import sys
 
+from vime.rollout.rm_hub.grader import GradingFailed
 from vime.rollout.rm_hub.registry import GRADERS
 
 MEMORY_BYTES = 4 << 30
@@ -50,6 +51,8 @@ def run(task: str) -> str:
     try:
         grader, *subject = pickle.loads(base64.b64decode(task))
         return json.dumps({"reward": GRADERS[grader].grade(*subject)})
+    except GradingFailed as error:
+        return json.dumps({"failure": str(error)})
     except Exception as error:
         return json.dumps({"failure": f"{type(error).__name__}: {error}"[:300]})
 

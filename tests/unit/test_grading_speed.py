@@ -30,10 +30,8 @@ PARAMETERS = {
 
 def texts(piece: str):
     long = (piece * LENGTH)[:LENGTH]
-    yield long
     yield long + "x"
     yield rf"</think> Answer: \boxed{{{long}}}"
-    yield rf"</think> The answer is \boxed{{7}}{long}"
 
 
 def in_time(work, what: str) -> None:

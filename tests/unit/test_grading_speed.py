@@ -9,6 +9,7 @@ from vime.rollout.grading import without_end_mark
 from vime.rollout.rm_hub.ifeval_checks import CHECKS
 from vime.rollout.rm_hub.registry import GRADERS
 
+pytest.importorskip("math_verify")  # imported here, because its import takes a second
 LENGTH = 100_000
 LIMIT_S = 1.0  # CPU time; the slowest takes a tenth of it on a slow machine
 PIECES = [

@@ -81,7 +81,7 @@ def test_values_of_every_type_reach_a_grader_process():
     try:
         assert pool.submit("ifeval", "no comma", None, metadata).result(240) == 1.0
         failed = pool.submit("ifeval", "x", None, {"instruction_id_list": 3})
-        with pytest.raises(grading.GradingFailed, match="TypeError"):
+        with pytest.raises(grading.GradingFailed, match="needs a list of names .* not 3"):
             failed.result(240)
         with pytest.raises(grading.GradingFailed, match="cannot be sent to a grader process"):
             pool.submit("ifeval", "x", None, {"lock": threading.Lock()})

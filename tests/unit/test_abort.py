@@ -50,13 +50,12 @@ def plain_slow_for_others(args, sample):
 
 @pytest.mark.parametrize("name", ["slow_for_others", "plain_slow_for_others"])
 def test_a_group_that_is_being_graded_at_an_abort_is_graded_later(config, monkeypatch, name):
-    cfg = config(
-        rollout={"partial": True, "over_sampling": 4}, reward={"custom_rm_path": f"{HERE}.{name}"}
-    )
+    reward = {"custom_rm_path": f"{HERE}.{name}"}
     monkeypatch.setattr(f"{HERE}.gate", threading.Event())
     begun = time.monotonic()
     with FakeEngine(echo) as engine:
-        output, source = run(engine, cfg)
+        rollout = {"partial": True, "over_sampling": 4}
+        output, source = run(engine, config(rollout=rollout, reward=reward))
         assert time.monotonic() - begun < 25
         assert [g[0].label for g in output.samples] == ["0", "1"]
         waiting = [s for group in source.buffer for s in group]
@@ -64,7 +63,7 @@ def test_a_group_that_is_being_graded_at_an_abort_is_graded_later(config, monkey
         assert {(s.status, s.reward) for s in waiting} == {(Status.COMPLETED, None)}
         gate.set()
         monkeypatch.setattr(f"{HERE}.is_slow", False)
-        output, _ = run(engine, cfg, 1, source)
+        output, _ = run(engine, config(rollout={"partial": True}, reward=reward), 1, source)
         again = {f"1-{sample.index}" for sample in waiting}
         assert not again & set(engine.sessions)  # graded, and not generated a second time
     assert [g[0].label for g in output.samples] == ["2", "3"]
@@ -81,22 +80,16 @@ async def slow_tool(args, sample, sampling_params):
 
 def test_a_tool_that_outlasts_an_abort_is_left_and_its_sample_begins_again(config, monkeypatch):
     monkeypatch.setattr(generation, "ABORT_GRACE_S", 0.1)
-    cfg = config(
-        rollout={
-            "partial": True,
-            "over_sampling": 4,
-            "custom_generate_path": f"{HERE}.slow_tool",
-        }
-    )
+    flags = {"partial": True, "custom_generate_path": f"{HERE}.slow_tool"}
     with FakeEngine(echo) as engine:
-        _, source = run(engine, cfg)
+        _, source = run(engine, config(rollout={**flags, "over_sampling": 4}))
         waiting = [s for group in source.buffer for s in group]
         assert [s.label for s in waiting] == ["2", "2", "3", "3"]
         assert {(s.status, s.response_length, len(s.tokens)) for s in waiting} == {
             (Status.PENDING, 0, 2)
         }
         monkeypatch.setattr(f"{HERE}.is_slow", False)
-        output, _ = run(engine, cfg, 1, source)
+        output, _ = run(engine, config(rollout=flags), 1, source)
     assert [g[0].label for g in output.samples] == ["2", "3"]
     assert {s.reward for g in output.samples for s in g} == {1.0}
 

@@ -51,6 +51,7 @@ INSTRUCTIONS = [
     ("detectable_format:title", {}, "<<A title>>\ntext", "<<>> text"),
     ("combination:two_responses", {}, "a ****** b", "a ****** a"),
     ("combination:repeat_prompt", {"prompt_to_repeat": "Why?"}, "why? Because.", "Because."),
+    ("combination:repeat_prompt", {"prompt_to_repeat": "Why?"}, "\n Why? Because.", "So. Why?"),
     ("startend:end_checker", {"end_phrase": "The end."}, "x the end.", "The end. x"),
     ("startend:quotation", {}, '"quoted"', 'not "quoted"'),
     (

@@ -156,8 +156,8 @@ CHECKS: dict[str, Check] = {
     "detectable_format:json_format": _is_json,
     "detectable_format:title": _title,
     "combination:two_responses": _two_responses,
-    "combination:repeat_prompt": lambda text, prompt_to_repeat: text.lower().startswith(
-        prompt_to_repeat.strip().lower()
+    "combination:repeat_prompt": lambda text, prompt_to_repeat: (
+        text.strip().lower().startswith(prompt_to_repeat.strip().lower())
     ),
     "startend:end_checker": lambda text, end_phrase: (
         text.strip().strip('"').lower().endswith(end_phrase.strip().lower())

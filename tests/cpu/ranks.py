@@ -27,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
 _ENV = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "GLOO_SOCKET_IFNAME": "lo"}
 _servers: dict[int, subprocess.Popen] = {}  # by rank
 
@@ -145,7 +146,7 @@ def _run(folder: str, rank: int, num_ranks: int, port: int) -> None:
     try:
         filename, name, kwargs, environment = pickle.loads(Path(folder, "call.pkl").read_bytes())
         os.environ.update(environment | _ENV)
-        sys.path.insert(0, str(Path(filename).parent))
+        sys.path[:0] = [str(Path(filename).parent), str(ROOT)]  # ROOT: for imports of `tests`
         spec = importlib.util.spec_from_file_location(Path(filename).stem, filename)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module

@@ -144,7 +144,7 @@ def test_d_rollout_num_gpus_is_ignored_under_colocate_with_a_notice(tmp_path, ca
     capsys.readouterr()
     together = parse_config(words(tmp_path, flags | {"--colocate": None}))
     assert (together.cluster.rollout_gpus, together.total_gpus) == (4, 4)
-    assert "--rollout-num-gpus 6 is ignored under --colocate" in capsys.readouterr().err
+    assert "--rollout-num-gpus 6 is ignored with --colocate" in capsys.readouterr().err
 
 
 # -- (e) ---------------------------------------------------------------------------------------

@@ -8,15 +8,16 @@ from vime.rollout.failures import Failure, kind_of
 from vime.rollout.metrics import timed_out
 from vime.types import Status
 
-UNCLOSED = "nest of braces"  # not an answer; the others would keep a grader busy for years
 HOSTILE = {
     "power tower": "9^{9^{9^{9}}}",
-    UNCLOSED: "{" * 100_000,
+    "nest of braces": "{" * 100_000,
     "nest of fractions": r"\frac{1}{" * 20_000 + "x" + "}" * 20_000,
     "nest of parentheses": "(" * 50_000 + "x" + ")" * 50_000,
     "endless simplification": "+".join(rf"\sin(x^{{{i}}})^{{{97 - i}}}" for i in range(1, 60)),
     "factorial of a factorial": "((9!)!)!",
 }
+# Too long for an answer, so they are wrong. The others would keep a grader busy for years.
+WRONG = ("nest of braces", "nest of fractions", "nest of parentheses")
 
 
 def test_hostile_answers_time_out_and_block_no_other_answer():
@@ -33,11 +34,11 @@ def test_hostile_answers_time_out_and_block_no_other_answer():
     bad, good = group[::2], group[1::2]
     assert [s.reward for s in good] == [1.0] * len(good)
     for sample in bad:
-        if sample.metadata["name"] == UNCLOSED:
+        if sample.metadata["name"] in WRONG:
             assert (sample.status, sample.reward) == (Status.COMPLETED, 0.0)
         else:
             assert (sample.status, sample.reward) == (Status.FAILED, None)
             assert kind_of(sample) is Failure.GRADING_TIMEOUT
-    assert sum(map(timed_out, group)) == len(HOSTILE) - 1
+    assert sum(map(timed_out, group)) == len(HOSTILE) - len(WRONG)
     counted = of_samples(group, needs_reward=True)
-    assert counted["rollout/failed_samples"] == len(HOSTILE) - 1
+    assert counted["rollout/failed_samples"] == len(HOSTILE) - len(WRONG)

@@ -12,7 +12,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import make_config, write_tiny_hf
 
-from vime.backends.megatron.checkpoints.commit import TRACKER
+from vime.backends.megatron.checkpoints.commit import TRACKER, commit_checkpoint
 from vime.backends.megatron.checkpoints.start import resolve
 from vime.backends.megatron.weights.export import export_hf
 from vime.backends.megatron.weights.folder import save_hf
@@ -209,7 +209,12 @@ def one_rank(rank: int, world: int, port: int, folder: Path, out: str) -> dict[s
     seen: dict[str, Any] = {"tracker": tracker.read_text(), "uncommitted": Path(whole).exists()}
     rollout, _ = here.load(whole)
     seen["rollout"], seen["rng"] = rollout, torch.equal(torch.rand(3), draw)
-    seen["chosen"] = here.load(whole, ckpt_step=1)[0]
+    seen["unfinished"] = failure(lambda: here.load(whole, ckpt_step=1))
+    finished = f"{out}/finished"
+    shutil.copytree(whole, finished)
+    commit_checkpoint(finished, 1)
+    commit_checkpoint(finished, 0)
+    seen["chosen"] = here.load(finished, ckpt_step=1)[0]
 
     converted = f"{out}/converted"
     save_checkpoint(here.cfg, converted, None, here.chunks)
@@ -363,6 +368,7 @@ def test_a_checkpoint_is_whole_or_its_error_names_the_file(folder: Path, tmp_pat
     (seen,) = run_ranks(one_rank, 1, folder=folder, out=str(tmp_path))
     assert seen["tracker"] == "0", "a save without commit must not move the tracker"
     assert (seen["rollout"], seen["rng"], seen["chosen"]) == (1, True, 2)
+    assert "iter_0000001 was not finished: its save was cut off" in seen["unfinished"]
     assert seen["release"] == (0, [])
     assert seen["bfloat16"] == []
     for name, words in {

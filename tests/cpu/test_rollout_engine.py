@@ -61,7 +61,7 @@ def test_a_served_teacher_gives_each_token_its_log_probability(setting, tied_eng
     own = dataclasses.replace(args.config.model, hf_checkpoint=str(tied_engine.hf_dir))
     assert check_teacher(dataclasses.replace(args.config, model=own)) == []
     (other_words,) = check_teacher(args.config)
-    assert "whose tokenizer is not that of --hf-checkpoint" in other_words
+    assert "whose tokenizer differs from the tokenizer of --hf-checkpoint" in other_words
     output = generate_rollout(args, 0, source)
     for sample in (s for group in output.samples for s in group):
         assert len(sample.teacher_log_probs) == sample.response_length > 0

@@ -183,11 +183,12 @@ def a_step_that_is_not_finite_changes_nothing(trainer: Any, out: Path) -> None:
 
 
 def a_finite_loss_without_a_finite_gradient_names_its_sample_too(trainer: Any, out: Path) -> None:
-    t = trainer(algorithm={"use_rollout_logprobs": True})
+    loss = {"custom_loss_path": f"{__name__}.steep"}
+    t = trainer(algorithm={"use_rollout_logprobs": True, **loss})
     groups = samples_of(4, 4)
     for sample in sum(groups, []):
         sample.rollout_log_probs = [-4.0] * sample.response_length
-    groups[1][1].rollout_log_probs[0] = -9999.0  # clipped, but 0 times infinity is NaN
+    groups[1][1].rollout_log_probs[0] = -9999.0
     before = named_weights(t.actor)
     with warnings_of("vime.backends.megatron") as said:
         assert t.train(batch_of(t, groups))["train/skipped_steps"] == 1
@@ -195,6 +196,13 @@ def a_finite_loss_without_a_finite_gradient_names_its_sample_too(trainer: Any, o
     assert re.search(r"samples 5: loss or gradient not finite\): loss -?\d.*norm nan", line), line
     assert all(torch.equal(w, before[n]) for n, w in named_weights(t.actor).items())
     t.close()
+
+
+def steep(args: Any, logp_T: Any, *, old_logp_T: Any, adv_T: Any, **known: Any) -> Any:
+    """A finite loss with an infinite gradient at tokens that the engine found impossible."""
+    is_steep_T = old_logp_T < -1000
+    root_T = torch.where(is_steep_T, logp_T - logp_T.detach(), 1.0).sqrt()
+    return torch.where(is_steep_T, root_T, 0.0) - adv_T * logp_T, {}
 
 
 @contextmanager
@@ -282,7 +290,7 @@ def the_old_policy_may_be_that_of_the_rollout(trainer: Any, out: Path) -> None:
     again = t.train(batch_made_by(0))
     assert again["rollout/rollout_log_probs"] == pytest.approx(first["rollout/log_probs"], abs=1e-5)
     assert again["rollout/log_probs"] != pytest.approx(first["rollout/log_probs"], abs=1e-4)
-    refusal = "no copy of weights 0, which generated rollout 0, and sample 0"
+    refusal = "no copy for rollout 0, made by weights 0, and sample 0 has no rollout_log_probs"
     with pytest.raises(ValueError, match=refusal):
         t.train(batch_made_by(0, None))
     t.close()

@@ -290,7 +290,7 @@ def the_old_policy_may_be_that_of_the_rollout(trainer: Any, out: Path) -> None:
     again = t.train(batch_made_by(0))
     assert again["rollout/rollout_log_probs"] == pytest.approx(first["rollout/log_probs"], abs=1e-5)
     assert again["rollout/log_probs"] != pytest.approx(first["rollout/log_probs"], abs=1e-4)
-    refusal = "no copy for rollout 0, made by weights 0, and sample 0 has no rollout_log_probs"
+    refusal = "no copy of weights 0, which generated rollout 0, and sample 0"
     with pytest.raises(ValueError, match=refusal):
         t.train(batch_made_by(0, None))
     t.close()

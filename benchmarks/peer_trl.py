@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vime.backends.vllm.process import free_port  # noqa: E402
+from vime.addresses import free_port  # noqa: E402
 
 BATCH = 256
 PADDED_TOKENS = 18_000  # the most that fit into a micro-batch

@@ -31,7 +31,7 @@ ROWS = (
     ("backends.megatron.hf",),
     ("config",),
     ("plugins", "algorithms", "observe", "rollout.rm_hub"),
-    ("types", "platform"),
+    ("types", "platform", "addresses"),
     ("errors", "files", "patches"),
 )
 HEIGHT = {room: -row for row, rooms in enumerate(ROWS) for room in rooms}

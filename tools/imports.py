@@ -30,7 +30,7 @@ ROWS = (
     ("plan",),
     ("backends.megatron.hf",),
     ("config",),
-    ("plugins", "algorithms", "observe", "rollout.rm_hub"),
+    ("plugins", "algorithms", "observe", "rollout.rm_hub", "rendezvous"),
     ("types", "platform", "addresses"),
     ("errors", "files", "patches"),
 )

@@ -1,6 +1,7 @@
 """CUDA or CPU, chosen once: the device, its collectives and its default type.
 
-Besides this file only the layer spec, the transports and offloading name cuda, nccl or gloo.
+Besides this file only rendezvous.py, the layer spec, the transports and offloading name cuda, nccl
+or gloo.
 """
 
 from __future__ import annotations

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from vime.addresses import LOOPBACK
 from vime.config import Config
 from vime.platform import current
 from vime.ray.placement_group import Placement
 from vime.ray.wait import stacks_if_longer_than, wait, wait_all
+from vime.rendezvous import interface_variables, listening_store
 
 
 class TrainerRank:
-    """One rank. Only its own process imports Megatron, so the driver stays light."""
+    """One rank. Only its own process imports Megatron, so the driver stays light.
 
-    def __init__(self, rank: int) -> None:
+    host  this node's address, at which other ranks reach this one
+    """
+
+    def __init__(self, rank: int, host: str = LOOPBACK) -> None:
         self.rank = rank
+        self.host = host
+        self.store: Any = None
         self.trainer: Any = None
 
-    def address(self) -> tuple[str, int]:
-        """This node's address and a free port. All ranks meet at the address of rank 0."""
-        with socket.socket() as s:
-            s.bind(("", 0))
-            return ray.util.get_node_ip_address(), s.getsockname()[1]
+    def open_store(self, timeout_s: float) -> tuple[str, int]:
+        """The address and the port at which all ranks meet. Rank 0 listens there from now on."""
+        self.store = listening_store(self.host, timeout_s)
+        return self.host, self.store.port
 
     def prepare(self) -> None:
         """Import Megatron. This takes seconds but no GPU, so it runs while engines start."""
@@ -42,9 +47,10 @@ class TrainerRank:
         from vime.backends.megatron.trainer import MegatronTrainer
 
         self._keep_log(cfg)
+        os.environ.update(interface_variables(self.host, os.environ))
         with stacks_if_longer_than(timeout_s), memory_remedy(cfg):
             # Ray shows each actor only its own GPU, so the local rank is always 0.
-            self.trainer = MegatronTrainer(cfg, self.rank, world_size, 0, address, port)
+            self.trainer = MegatronTrainer(cfg, self.rank, world_size, 0, address, port, self.store)
         return self.trainer.start_rollout_id
 
     def _keep_log(self, cfg: Config) -> None:
@@ -86,7 +92,7 @@ class TrainerGroup:
         """Start every rank. Returns the first rollout to train on."""
         timeout_s = self.cfg.engine.start_timeout_s
         address, port = wait(
-            self.ranks[0].address.remote(), what="trainer rank 0", timeout_s=timeout_s
+            self.ranks[0].open_store.remote(timeout_s), what="trainer rank 0", timeout_s=timeout_s
         )
         refs = [
             r.start.remote(self.cfg, self.num_ranks, address, port, timeout_s) for r in self.ranks

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import socket
-from datetime import timedelta
 from itertools import accumulate
-from urllib.parse import urlsplit
 
 import torch
-import torch.distributed as dist
 
+from vime.addresses import host_and_port
+from vime.rendezvous import listening_store
 from vime.weight_sync import wire
 from vime.weight_sync.slots import Slots
 from vime.weight_sync.together import run_together
@@ -33,10 +32,7 @@ class Broadcast(Transport):
         sizes = [client.world_size() for client in self.clients]
         world_size = 1 + sum(sizes)
         host = address_towards(self.clients[0].url)
-        timeout = timedelta(seconds=self.timeout_s)
-        self.store = dist.TCPStore(
-            host, 0, None, is_master=True, timeout=timeout, wait_for_workers=False
-        )
+        self.store = listening_store(host, self.timeout_s)
         common = {
             "backend": self.backend,
             "host": host,
@@ -79,8 +75,9 @@ class Broadcast(Transport):
 
 
 def address_towards(url: str) -> str:
-    """This machine's address as the server behind `url` sees it."""
-    parts = urlsplit(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        s.connect((parts.hostname, parts.port))  # a datagram socket sends nothing here
+    """This machine's address as the server behind `url` sees it, IPv4 or IPv6."""
+    host, port = host_and_port(url)
+    family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as s:
+        s.connect(where)  # a datagram socket sends nothing here
         return s.getsockname()[0]

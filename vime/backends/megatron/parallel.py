@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from vime import platform
+from vime.addresses import LOOPBACK
 from vime.backends.megatron import compat
 from vime.config import Config
 
@@ -22,13 +23,16 @@ def initialize_parallel(
     rank: int,
     world_size: int,
     local_rank: int = 0,
-    master_address: str = "127.0.0.1",
+    master_address: str = LOOPBACK,
     master_port: int = 0,
+    store: dist.TCPStore | None = None,
 ) -> None:
     """Applies the compat patches, starts torch.distributed, then calls `initialize_groups`.
 
-    Every collective has the deadline --distributed-timeout-minutes. `master_port` is a free port of
-    rank 0; it may be 0 (any) for a world of one.
+    Every collective has the deadline --distributed-timeout-minutes.
+
+    master_port  the port of rank 0's store; 0 (any) for a world of one
+    store        on rank 0, the store that listens there already, if it does: `listening_store`
     """
     compat.apply()
     here = platform.current()
@@ -36,9 +40,14 @@ def initialize_parallel(
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(local_rank)
     timeout = timedelta(minutes=cfg.cluster.distributed_timeout_minutes)
-    torchrun_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    hosts = rank == 0 and not torchrun_hosts_store
-    store = dist.TCPStore(master_address, master_port, world_size, is_master=hosts, timeout=timeout)
+    if store is None:
+        torchrun_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        hosts = rank == 0 and not torchrun_hosts_store
+        store = dist.TCPStore(
+            master_address, master_port, world_size, is_master=hosts, timeout=timeout
+        )
+    else:
+        store.set_timeout(timeout)
     dist.init_process_group(
         here.collectives,
         store=dist.PrefixStore("vime", store),

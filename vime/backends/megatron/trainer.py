@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vime import platform
+from vime.addresses import LOOPBACK
 from vime.backends.megatron.checkpoints.async_save import BackgroundSaves
 from vime.backends.megatron.checkpoints.start import actor_start
 from vime.backends.megatron.memory.in_use import MemoryUse, memory_remedy
@@ -51,10 +52,11 @@ class MegatronTrainer:
         rank: int = 0,
         world_size: int = 1,
         local_rank: int = 0,
-        master_address: str = "127.0.0.1",
+        master_address: str = LOOPBACK,
         master_port: int = 0,
+        store: dist.TCPStore | None = None,
     ) -> None:
-        initialize_parallel(cfg, rank, world_size, local_rank, master_address, master_port)
+        initialize_parallel(cfg, rank, world_size, local_rank, master_address, master_port, store)
         if init := cfg.algorithm.plugin("megatron_init_path"):
             init(ArgsView(cfg))
         from vime.backends.megatron.kernels.choice import chosen

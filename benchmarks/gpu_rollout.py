@@ -27,7 +27,7 @@ from benchmarks.process_group import wait_for_group  # noqa: E402
 from benchmarks.records import quartiles, save_gpu_figure  # noqa: E402
 from benchmarks.rollout import make_config  # noqa: E402
 from vime.backends.vllm.engine import VLLMEngine  # noqa: E402
-from vime.backends.vllm.router import Router  # noqa: E402
+from vime.backends.vllm.router import Router, address_in_args  # noqa: E402
 from vime.config import Config  # noqa: E402
 from vime.config.view import ArgsView  # noqa: E402
 from vime.rollout.data_source import RolloutDataSourceWithBuffer  # noqa: E402
@@ -71,10 +71,8 @@ def through_http(cfg: Config, repeats: int) -> tuple[list[float], list[list[int]
     engine, router = VLLMEngine(cfg, 0, [int(visible_gpus()[0])]), Router(cfg)
     try:
         url = engine.start()
-        host, port = router.start([url]).removeprefix("http://").rsplit(":", 1)
-        args = ArgsView(
-            cfg, vllm_engine_urls=(url,), vllm_router_ip=host, vllm_router_port=int(port)
-        )
+        router_url = router.start([url])
+        args = ArgsView(cfg, vllm_engine_urls=(url,), **address_in_args(router_url))
         rates = []
         for _ in range(repeats + 1):
             source = RolloutDataSourceWithBuffer(args)

@@ -31,7 +31,7 @@ from benchmarks.records import RESULTS, extremes, on_this_cpu, save  # noqa: E40
 from vime.backends.vllm import cpu, server  # noqa: E402
 from vime.backends.vllm.dialect import dialect_of, installed_version  # noqa: E402
 from vime.backends.vllm.engine import VLLMEngine  # noqa: E402
-from vime.backends.vllm.router import Router  # noqa: E402
+from vime.backends.vllm.router import Router, address_in_args  # noqa: E402
 from vime.config import Config  # noqa: E402
 from vime.config.view import ArgsView  # noqa: E402
 from vime.platform import CPU  # noqa: E402
@@ -66,10 +66,8 @@ def main() -> int:
         peer = start_peer(cfg)
         try:
             url = engine.start()
-            host, port = router.start([url]).removeprefix("http://").rsplit(":", 1)
-            args = ArgsView(
-                cfg, vllm_engine_urls=(url,), vllm_router_ip=host, vllm_router_port=int(port)
-            )
+            router_url = router.start([url])
+            args = ArgsView(cfg, vllm_engine_urls=(url,), **address_in_args(router_url))
             assert peer.stdout.readline() == "ready\n", "the engine in process did not start"
             groups = {"server": engine.process.guard.pid, "router": router.process.guard.pid}
             runs = measure(args, peer, groups, options.repeats)

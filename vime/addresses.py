@@ -67,6 +67,12 @@ def address_of(interface: str) -> str:
     )
 
 
+def is_unspecified(host: str) -> bool:
+    """Whether the host stands for all addresses of this machine: "0.0.0.0" or "::"."""
+    parsed = _parsed(host)
+    return parsed is not None and parsed.is_unspecified
+
+
 def _interfaces() -> dict[str, list[ipaddress.IPv4Address | ipaddress.IPv6Address]]:
     """{name: its addresses}. An interface without addresses is in it, too."""
     return {

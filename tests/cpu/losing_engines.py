@@ -13,6 +13,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from vime.addresses import host_and_port
+
 _done: set[str] = set()
 
 
@@ -34,7 +36,7 @@ def _lose(args: Any, moment: str, rollout_id: int) -> None:
     if str(rollout_id) not in os.environ.get(moment, "").split() or name in _done:
         return
     _done.add(name)
-    port = args.vllm_engine_urls[0].rsplit(":", 1)[1]
+    port = str(host_and_port(args.vllm_engine_urls[0])[1])
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
     (server,) = [pid for pid in pids if _is_server(pid, port)]
     os.kill(server, signal.SIGKILL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.unit.fake_engine import make_config, write_prompts
-from vime.backends.vllm.router import Router
+from vime.backends.vllm.router import Router, address_in_args
 from vime.config.view import ArgsView
 from vime.rollout.data_source import RolloutDataSourceWithBuffer
 
@@ -34,12 +34,10 @@ def setting(tied_engine, router, hf, tmp_path):
         sections["data"] = data | sections.get("data", {})
         sections["batch"] = {"prompts": 4, "samples_per_prompt": 4} | sections.get("batch", {})
         sections["reward"] = {"custom_rm_path": EVEN} | sections.get("reward", {})
-        host, port = router.removeprefix("http://").rsplit(":", 1)
         args = ArgsView(
             make_config(hf, **sections),
             vllm_engine_urls=(tied_engine.url,),
-            vllm_router_ip=host,
-            vllm_router_port=int(port),
+            **address_in_args(router),
         )
         return args, RolloutDataSourceWithBuffer(args)
 

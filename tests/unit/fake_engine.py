@@ -13,6 +13,8 @@ from typing import Any, get_type_hints
 
 from aiohttp import web
 
+from vime.addresses import LOOPBACK, url_of
+from vime.backends.vllm.router import address_in_args
 from vime.config import Config
 from vime.config.view import ArgsView
 
@@ -85,6 +87,7 @@ class FakeEngine:
     num_aborts: int = 0
     with_log_probs: bool = True
     api_key: str | None = None
+    host: str = LOOPBACK
 
     def __enter__(self) -> FakeEngine:
         self._loop = asyncio.new_event_loop()
@@ -99,7 +102,7 @@ class FakeEngine:
             app.router.add_post("/resume", self._resume)
             self._runner = web.AppRunner(app, shutdown_timeout=0.1)
             await self._runner.setup()
-            site = web.TCPSite(self._runner, "127.0.0.1", 0)
+            site = web.TCPSite(self._runner, self.host, 0)
             await site.start()
             self.port = site._server.sockets[0].getsockname()[1]
             ready.set()
@@ -125,16 +128,11 @@ class FakeEngine:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return url_of(self.host, self.port)
 
     def args(self, cfg: Config, **runtime: Any) -> ArgsView:
-        return ArgsView(
-            cfg,
-            vllm_engine_urls=(self.url,),
-            vllm_router_ip="127.0.0.1",
-            vllm_router_port=self.port,
-            **runtime,
-        )
+        where = address_in_args(self.url)  # no router is in between
+        return ArgsView(cfg, vllm_engine_urls=(self.url,), **where, **runtime)
 
     async def _generate(self, request: web.Request) -> web.Response:
         body = await request.json()

@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from vime.addresses import LOOPBACK
 from vime.backends.vllm.engine import VLLMEngine, logs_dir
 from vime.backends.vllm.router import Router
 from vime.config import Config
@@ -21,12 +22,15 @@ _STOP_TIMEOUT_S = 60.0
 
 
 class EngineGroup:
-    """The constructor begins to start the engines. Call `wait_until_started` next."""
+    """The constructor begins to start the engines. Call `wait_until_started` next.
 
-    def __init__(self, cfg: Config, placement: Placement) -> None:
+    host  this node's address, at which the router listens
+    """
+
+    def __init__(self, cfg: Config, placement: Placement, host: str = LOOPBACK) -> None:
         self.cfg = cfg
         self.placement = placement
-        self.router = Router(cfg)
+        self.router = Router(cfg, host=host)
         self.urls: list[str] = []
         self.owners = [self._owner(i) for i in range(cfg.cluster.num_engines)]
         self._starting = [owner.start.remote() for owner in self.owners]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
+from vime.addresses import LOOPBACK, host_and_port
 from vime.backends.vllm.client import EngineClient
+from vime.backends.vllm.local_http import without_proxies
+from vime.backends.vllm.router import address_in_args
 from vime.backends.vllm.server import api_key
 from vime.config import Config
 from vime.config.view import ArgsView
@@ -21,10 +25,14 @@ from vime.types import RolloutFnEvalOutput, RolloutFnTrainOutput, TrainBatch
 
 
 class RolloutManager:
-    """A plain class that Ray wraps. `start` once, then `generate`, `evaluate`, `save`, `stop`."""
+    """A plain class that Ray wraps. `start` once, then `generate`, `evaluate`, `save`, `stop`.
 
-    def __init__(self, cfg: Config) -> None:
+    host  this node's address, at which the router listens
+    """
+
+    def __init__(self, cfg: Config, host: str = LOOPBACK) -> None:
         self.cfg = cfg
+        self.host = host
         self.engines: EngineGroup | None = None
         # The data source's state right after each rollout: a checkpoint of rollout i must not
         # contain the prompts that rollout i+1, generated ahead, has taken.
@@ -37,17 +45,16 @@ class RolloutManager:
 
         Returns the engines' URLs.
         """
-        self.engines = EngineGroup(self.cfg, placement) if placement else None
+        self.engines = EngineGroup(self.cfg, placement, self.host) if placement else None
         # The first use of a tokenizer takes seconds. The engines start meanwhile.
         load_tokenizer(self.cfg.model.hf_checkpoint)
         self.runtime: dict[str, Any] = {"vllm_engine_urls": ()}
         if self.engines:
             self.engines.wait_until_started()
-            host, port = self.engines.router.url.removeprefix("http://").rsplit(":", 1)
+            self._avoid_proxies()
             self.runtime = {
                 "vllm_engine_urls": tuple(self.engines.urls),
-                "vllm_router_ip": host,
-                "vllm_router_port": int(port),
+                **address_in_args(self.engines.router.url),
                 "vllm_api_key": api_key(self.cfg),
             }
         self.args = ArgsView(self.cfg, **self.runtime)
@@ -57,6 +64,12 @@ class RolloutManager:
         loads = self.cfg.debug.load_rollout_data
         self.rollout_fn = debug_data.generate_rollout if loads else rollout_fn
         return list(self.runtime["vllm_engine_urls"])
+
+    def _avoid_proxies(self) -> None:
+        """Users' functions run in this process, and their requests to the run need no proxy."""
+        urls = [self.engines.router.url, *self.engines.urls]
+        hosts = dict.fromkeys(host_and_port(url)[0] for url in urls)
+        os.environ.update(without_proxies(os.environ, *hosts))
 
     def load(self, rollout_id: int) -> None:
         """Continue with the data state that was saved with `rollout_id`."""

@@ -15,6 +15,7 @@ from copy import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from vime.addresses import url_of
 from vime.config import Config
 from vime.data import chat
 from vime.errors import PluginError
@@ -105,7 +106,7 @@ def make_client(args: Any) -> GenerateClient:
     cfg: Config = args.config
     urls = tuple(args.vllm_engine_urls)
     return GenerateClient(
-        f"http://{args.vllm_router_ip}:{args.vllm_router_port}",
+        url_of(args.vllm_router_ip, args.vllm_router_port),
         urls,
         concurrency=cfg.rollout.concurrency * max(1, len(urls)),
         timeout_s=cfg.engine.request_timeout_s,

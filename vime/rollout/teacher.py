@@ -135,6 +135,8 @@ def check_teacher(cfg: Config) -> list[str]:
 
 
 def _json(method: str, url: str, body: dict[str, Any] | None = None) -> Any:
-    answer = requests.request(method, url, json=body, timeout=CHECK_TIMEOUT_S)
+    with requests.Session() as session:
+        session.trust_env = False  # no proxy, as in the requests of `Endpoint`
+        answer = session.request(method, url, json=body, timeout=CHECK_TIMEOUT_S)
     answer.raise_for_status()
     return answer.json()

@@ -71,7 +71,7 @@ class VLLMEngine:
         argv = server.command(
             self.cfg, self.index, host=self.host, port=port, dialect=dialect, on=on
         )
-        env = server.environment(self.cfg, self.slots, dialect=dialect, on=on)
+        env = server.environment(self.cfg, self.slots, host=self.host, dialect=dialect, on=on)
         self.process = GuardedProcess(f"vLLM engine {self.index}", argv, env, self.log)
         self.url = url_of(self.host, port)
         process, client = self.process, EngineClient(self.url)

@@ -7,7 +7,9 @@ from typing import Any
 
 import requests
 
-_ALWAYS = ("127.0.0.1", "localhost", "::1")
+from vime.addresses import LOOPBACK
+
+_ALWAYS = (LOOPBACK, "localhost", "::1")
 
 
 def request(verb: str, url: str, *, timeout_s: float, **kw: Any) -> requests.Response:
@@ -26,8 +28,14 @@ def healthy(url: str, timeout_s: float) -> bool:
 
 
 def without_proxies(env: Mapping[str, str], *hosts: str) -> dict[str, str]:
-    """A child's environment in which these hosts and this machine are reached without a proxy."""
+    """The environment in which these hosts and this machine are reached without a proxy.
+
+    IPv6 addresses stand in it without brackets: httpx, which vLLM uses, ends with an error at an
+    entry in brackets.
+    """
     given = env.get("no_proxy") or env.get("NO_PROXY") or ""
-    names = dict.fromkeys([*filter(None, given.split(",")), *_ALWAYS, *hosts])
+    names = dict.fromkeys(
+        [*filter(None, given.split(",")), *_ALWAYS, *(host.strip("[]") for host in hosts)]
+    )
     exempt = ",".join(names)
     return {**env, "no_proxy": exempt, "NO_PROXY": exempt}

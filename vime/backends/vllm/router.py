@@ -6,8 +6,17 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
-from vime.addresses import LOOPBACK, HeldPort, host_and_port, listening, url_of
+from vime.addresses import (
+    LOOPBACK,
+    HeldPort,
+    bracketed,
+    host_and_port,
+    is_unspecified,
+    listening,
+    url_of,
+)
 from vime.backends.vllm import local_http
 from vime.backends.vllm.engine import logs_dir
 from vime.backends.vllm.process import GuardedProcess
@@ -21,12 +30,14 @@ START_TIMEOUT_S = 60.0
 class Router:
     """Balances generation requests. Control calls bypass it, because it would pick one engine.
 
-    host  address that the router listens on; --vllm-router-ip wins
+    host  this node's address. The router listens on it, unless --vllm-router-ip gives another
     """
 
     def __init__(self, cfg: Config, *, host: str = LOOPBACK) -> None:
         self.cfg = cfg
-        self.host = cfg.engine.router_ip or host
+        self.host = (cfg.engine.router_ip or host).strip("[]")
+        # Of a router on all addresses ("0.0.0.0", "::"), clients need one that they can reach.
+        self.reached_at = host if is_unspecified(self.host) else self.host
         self.log: Path = logs_dir(cfg) / "router.log"
         self.process: GuardedProcess | None = None
         self.ports: list[HeldPort] = []
@@ -53,9 +64,9 @@ class Router:
         for name, value in engine.router_args.items():  # the user's flags come last and win
             argv += words_of(name, value)
         engine_hosts = [host_and_port(url)[0] for url in engine_urls]
-        env = local_http.without_proxies(os.environ, host, *engine_hosts)
+        env = local_http.without_proxies(os.environ, self.reached_at, *engine_hosts)
         self.process = GuardedProcess("vllm-router", argv, env, self.log)
-        self.url = url_of(host, port)
+        self.url = url_of(self.reached_at, port)
         process = self.process
         process.wait_until(
             lambda: process.serves(host, port) and local_http.healthy(self.url, timeout_s=2.0),
@@ -88,3 +99,12 @@ class Router:
             self.process = None
         for port in self.ports:
             port.close()
+
+
+def address_in_args(url: str) -> dict[str, Any]:
+    """The router's address as users' functions find it in `args`.
+
+    An IPv6 address has brackets: f"http://{args.vllm_router_ip}:{args.vllm_router_port}" is a URL.
+    """
+    host, port = host_and_port(url)
+    return {"vllm_router_ip": bracketed(host), "vllm_router_port": port}

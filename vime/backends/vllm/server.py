@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from vime.addresses import LOOPBACK, is_loopback
 from vime.backends.vllm import cpu, plugin
 from vime.backends.vllm import plugin_patches as patches
 from vime.backends.vllm.context import needed_model_len
@@ -18,6 +19,7 @@ from vime.backends.vllm.spelling import words_of
 from vime.config import Config
 from vime.patches import Patch
 from vime.platform import LONGEST_SOCKET_PATH, Platform
+from vime.rendezvous import interface_variables
 from vime.weight_sync.choice import engines_sleep, transport_name
 
 MODEL_NAME = "policy"  # the `model` of every request
@@ -65,13 +67,18 @@ def api_key(cfg: Config) -> str | None:
     return given[0] if isinstance(given, list) else given
 
 
-def environment(cfg: Config, slots: list[int], *, dialect: Dialect, on: Platform) -> dict[str, str]:
+def environment(
+    cfg: Config, slots: list[int], *, host: str = LOOPBACK, dialect: Dialect, on: Platform
+) -> dict[str, str]:
     """The server's environment.
 
     slots  the GPUs that the engine owns; not used on CPU
+    host   address that the server listens on. Its groups, and those with the trainer, use the
+           interface of this address
     """
     env = {
-        **without_proxies(os.environ),
+        **without_proxies(os.environ, host),
+        **interface_variables(host, os.environ),
         **short_socket_paths(os.environ),
         plugin.ENGINE_PATCHES: ",".join(patch.name for patch in needed_patches(cfg, on)),
         "VLLM_SERVER_DEV_MODE": "1",  # the control routes
@@ -79,6 +86,8 @@ def environment(cfg: Config, slots: list[int], *, dialect: Dialect, on: Platform
         "VLLM_CONFIGURE_LOGGING": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if not is_loopback(host):
+        env["VLLM_HOST_IP"] = host
     if not on.is_cuda:
         return env | cpu.environment(cfg, dialect)
     env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))

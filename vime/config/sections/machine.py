@@ -62,6 +62,12 @@ class ClusterConfig(Section):
         default=None,
         at_least=1,
     )
+    node_interface: str | None = flag(
+        "--node-interface",
+        "network interface whose address each node uses in a run over several nodes, such as eth0 "
+        "(default: the address that Ray uses)",
+        default=None,
+    )
     distributed_timeout_minutes: float = flag(
         "--distributed-timeout-minutes", "deadline of a collective operation", default=10.0, above=0
     )

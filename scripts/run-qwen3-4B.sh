@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# GRPO on Qwen3-4B, one node of 8 GPUs.
+# GRPO on Qwen3-4B, one node of 8 GPUs or several.
 #
 #   bash scripts/run-qwen3-4B.sh                        all 8 train and generate in turn (train.py)
 #   MODE=decoupled bash scripts/run-qwen3-4B.sh         2 train, 6 generate, they take turns
 #   MODE=async bash scripts/run-qwen3-4B.sh             the same, in parallel (train_async.py)
+#   NUM_NODES=2 bash scripts/run-qwen3-4B.sh            on two nodes of the Ray cluster at RAY_ADDRESS
 #   LAUNCH=ray-job bash scripts/run-qwen3-4B.sh         a job of the Ray cluster at RAY_ADDRESS
 #   bash scripts/run-qwen3-4B.sh --dry-run              explains the flags; starts nothing
 #
-# Flags given to the script override its own. Ctrl-C ends this run and nothing else.
+# Flags given to the script override its own. Ctrl-C ends this run and nothing else. docs/clusters.md
+# explains clusters.
 set -euo pipefail
 
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &>/dev/null && pwd)"
@@ -23,8 +25,10 @@ EVAL_DATA="${EVAL_DATA:-${ROOT}/aime-2024/aime-2024.jsonl}"
 MODE="${MODE:-colocated}"
 NUM_NODES="${NUM_NODES:-1}"
 GPUS_PER_NODE="${GPUS_PER_NODE:-8}"
-TRAIN_GPUS="${TRAIN_GPUS:-2}"     # these two apply if GPUs are not shared
-ROLLOUT_GPUS="${ROLLOUT_GPUS:-6}"
+# These apply if GPUs are not shared: TRAIN_GPUS on each of TRAIN_NODES train, the others generate.
+TRAIN_NODES="${TRAIN_NODES:-${NUM_NODES}}"
+TRAIN_GPUS="${TRAIN_GPUS:-2}"
+ROLLOUT_GPUS="${ROLLOUT_GPUS:-$((NUM_NODES * GPUS_PER_NODE - TRAIN_NODES * TRAIN_GPUS))}"
 
 # The architecture. It is optional, and is compared with the checkpoint's config.json.
 source "${SCRIPT_DIR}/models/qwen3-4B.sh"
@@ -108,14 +112,15 @@ VLLM_ARGS=(
    --vllm-gpu-memory-utilization 0.7
 )
 
-CLUSTER_ARGS=(--actor-num-nodes "${NUM_NODES}")
+CLUSTER_ARGS=(--num-gpus-per-node "${GPUS_PER_NODE}")
 ENTRY=train.py
 case "${MODE}" in
    colocated)
-      CLUSTER_ARGS+=(--actor-num-gpus-per-node "${GPUS_PER_NODE}" --colocate)
+      CLUSTER_ARGS+=(--actor-num-nodes "${NUM_NODES}" --actor-num-gpus-per-node "${GPUS_PER_NODE}" --colocate)
       ;;
    decoupled | async)
-      CLUSTER_ARGS+=(--actor-num-gpus-per-node "${TRAIN_GPUS}" --rollout-num-gpus "${ROLLOUT_GPUS}")
+      CLUSTER_ARGS+=(--actor-num-nodes "${TRAIN_NODES}" --actor-num-gpus-per-node "${TRAIN_GPUS}")
+      CLUSTER_ARGS+=(--rollout-num-gpus "${ROLLOUT_GPUS}")
       ;;
    *)
       echo "MODE=${MODE} is unknown. Use colocated, decoupled or async." >&2

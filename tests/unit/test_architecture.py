@@ -28,7 +28,7 @@ FORBIDDEN = {  # beyond what the heights forbid: who may not import what
     "ray": ("cli",),
 }
 ONLY_HOME = {  # {library: the places that may import it}
-    "ray": ("vime/ray/", "train.py", "train_async.py"),
+    "ray": ("vime/ray/", "train.py", "train_async.py", "scripts/clusters/"),
     "megatron": ("vime/backends/megatron/",),
     "vllm": ("vime/backends/vllm/plugin",),
     # save.py: Megatron's checkpoints hold a Namespace

@@ -8,7 +8,6 @@ import sys
 def main() -> None:
     if len(sys.argv) > 1:
         from vime.addresses import address_of
-
         from vime.errors import ConfigError
 
         try:

@@ -20,7 +20,7 @@ PROGRAMS = [
     *sorted((ROOT / "benchmarks").glob("*.py")),
     *sorted((ROOT / "scripts").rglob("*.py")),
 ]
-OTHER_PROGRAMS = ("hf download", "pip install", "docker ")
+OTHER_PROGRAMS = ("hf download", "pip install", "docker ", "sbatch ", "scancel ", "kubectl ")
 FOLDERS = "vime|tests|benchmarks|scripts|examples|docs|tools|docker|requirements"
 
 

@@ -6,8 +6,8 @@
 
 Each node is a set of Linux namespaces: it has its own network interfaces, addresses, processes,
 host name, /etc/hosts, /dev/shm and /tmp/ray. All other files are shared, as on a cluster with a
-shared disk. `exec` runs a command on a node, with RAY_ADDRESS set. For example, these commands give node 2 a
-view of its own:
+shared disk. `exec` runs a command on a node, with RAY_ADDRESS set. For example, these commands give
+node 2 a view of its own:
 
     two_nodes.py exec 2 mount -t tmpfs none /data       node 2 does not see the files in /data
     two_nodes.py firewall 2 on                          nobody reaches its ports above 32767 (eth0)

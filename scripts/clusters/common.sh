@@ -83,9 +83,10 @@ ray_node() {
    export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="${RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S:-0}"
    mkdir -p -- "${RAY_TMPDIR}"
    local log="${RAY_TMPDIR}/start-$$.log" code=0 told=""
-   "${PYTHON}" -m ray.scripts.scripts start "$@" "${flags[@]}" >"${log}" 2>&1 &
+   # Slurm gives USR1 to all processes of a task; it is for this script only.
+   (trap '' USR1; exec "${PYTHON}" -m ray.scripts.scripts start "$@" "${flags[@]}" >"${log}" 2>&1) &
    local ray=$!
-   trap 'told=yes; kill "${ray}" 2>/dev/null || true' INT TERM HUP
+   trap 'told=yes; kill "${ray}" 2>/dev/null || true' INT TERM HUP USR1
    say "Ray starts here; its output is in ${log}"
    wait "${ray}" || code=$?
    while kill -0 "${ray}" 2>/dev/null; do wait "${ray}" || code=$?; done
@@ -95,6 +96,7 @@ ray_node() {
       ((code)) || code=1
    else
       say "Ray has ended here"
+      code=0
    fi
    if [[ -n "${REMOVE_RAY_TMPDIR}" ]]; then rm -rf -- "${RAY_TMPDIR}"; fi
    return "${code}"
@@ -104,6 +106,7 @@ ray_node() {
 # or this script is told to end, it ends the command and the processes in the array `nodes`.
 nodes=()
 driver=""
+end_signal=TERM # tells a node to end
 drive() {
    local num_nodes="$1" code=0
    shift
@@ -132,15 +135,17 @@ drive() {
 end_all() {
    local code=$?
    trap '' INT TERM HUP
-   if [[ -n "${driver}" ]]; then end_one "${driver}"; fi
-   for node in "${nodes[@]}"; do kill "${node}" 2>/dev/null || true; done
-   for node in "${nodes[@]}"; do end_one "${node}"; done
+   if [[ -n "${driver}" ]]; then
+      kill "${driver}" 2>/dev/null || true
+      await_end "${driver}"
+   fi
+   for node in "${nodes[@]}"; do kill -s "${end_signal}" "${node}" 2>/dev/null || true; done
+   for node in "${nodes[@]}"; do await_end "${node}"; done
    exit "${code}"
 }
 
-# Ends a child of this script: SIGTERM, then after STOP_PATIENCE_S SIGKILL.
-end_one() {
-   kill "$1" 2>/dev/null || return 0
+# Waits for the end of a child of this script. After STOP_PATIENCE_S the child gets SIGKILL.
+await_end() {
    for ((tenth = 0; tenth < 10 * STOP_PATIENCE_S; tenth++)); do
       kill -0 "$1" 2>/dev/null || break
       sleep 0.1

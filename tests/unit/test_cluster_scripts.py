@@ -70,14 +70,16 @@ case "$*" in
 esac
 """
 SRUN = """#!/usr/bin/env bash
-# Stands for srun: starts the command once for each task; a SIGTERM goes to all tasks.
+# Stands for srun: starts the command once for each task. Like srun, it forwards USR1 to the tasks,
+# and kills them after a SIGTERM.
 echo "$*" >>"$NOTES/srun"
 tasks=1
 while [[ "$1" == -* ]]; do
    case "$1" in --ntasks=*) tasks="${1#*=}" ;; esac
    shift
 done
-trap 'kill "${pids[@]}"' TERM
+trap 'kill -USR1 "${pids[@]}"' USR1
+trap 'kill -KILL "${pids[@]}"' TERM
 for ((i = 0; i < tasks; i++)); do "$@" & pids+=($!); done
 code=0
 for pid in "${pids[@]}"; do

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.unit.networks import two_hosts
+from tests.cpu.networks import two_hosts
 
 RANK = """
 import os, sys

@@ -6,6 +6,7 @@ or gloo.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ class Platform:
     collectives: str  # torch.distributed backend
     default_dtype: str
     ray_resource: str  # Ray's name for the resource of one slot in a placement group
+    slots_name: str  # for messages
 
     @property
     def is_cuda(self) -> bool:
@@ -44,13 +46,30 @@ class Platform:
         return getattr(torch, self.default_dtype if name == "auto" else name)
 
 
-CUDA = Platform("cuda", "nccl", "bfloat16", "GPU")
-CPU = Platform("cpu", "gloo", "float32", "CPU")
+CUDA = Platform("cuda", "nccl", "bfloat16", "GPU", "GPUs")
+CPU = Platform("cpu", "gloo", "float32", "CPU", "CPU slots")
+
+
+_BY_NAME = {platform.device_type: platform for platform in (CUDA, CPU)}
+_CHOICE = "VIME_DEVICE"  # an environment variable, so child processes make the same choice
 
 
 def current() -> Platform:
+    """The platform of this run, or of this machine if nothing was chosen."""
+    if chosen := os.environ.get(_CHOICE):
+        return _BY_NAME[chosen]
     if not any(Path(file).exists() for file in _DEVICE_FILES):
         return CPU
     import torch
 
     return CUDA if torch.cuda.is_available() else CPU
+
+
+def choose(platform: Platform) -> None:
+    """Choose for this process and its children. A cluster's driver may have no GPU itself."""
+    os.environ[_CHOICE] = platform.device_type
+
+
+def chosen(platform: Platform) -> dict[str, str]:
+    """The environment of a process that shall make this choice."""
+    return {_CHOICE: platform.device_type}

@@ -25,7 +25,6 @@ DECLARING = [ROOT / "vime/cli", ROOT / "vime/config"]  # they declare, check and
 
 # Fields that do their work while a configuration is made: why no other code reads them.
 WHILE_READING = {
-    ("cluster", "gpus_per_node"): "a bound for the GPUs of a trainer's node and of an engine",
     ("cluster", "offload"): "two flags in one, which hold under --colocate anyway",
     ("optimizer", "role_file"): "vime/cli/roles.py reads the file",
     ("rollout", "custom_config_path"): "its values become own_values",

@@ -94,7 +94,12 @@ def test_a_folder_chosen_for_ray_itself_is_refused_when_it_is_too_long(monkeypat
         keep_socket_paths_short()
 
 
-def test_more_than_one_node_is_refused_before_anything_starts(tmp_path):
+def test_several_nodes_need_a_cluster(tmp_path, monkeypatch):
     cfg = make_config(tmp_path, cluster={"actor_num_nodes": 2, "actor_gpus_per_node": 1})
-    (problem,) = check_slots(cfg)
-    assert problem.startswith("--actor-num-nodes 2: vime runs on one node so far.")
+    for unset in ("", "local"):
+        monkeypatch.setenv("RAY_ADDRESS", unset)
+        (problem,) = check_slots(cfg)
+        assert problem.startswith("--actor-num-nodes 2 needs a Ray cluster.")
+        assert "RAY_ADDRESS" in problem
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert check_slots(cfg) == []

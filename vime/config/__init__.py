@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from vime.config.sections.algorithm import AlgorithmConfig
+from vime.config.sections.cluster import ClusterConfig
 from vime.config.sections.evaluation import EvalConfig
 from vime.config.sections.machine import (
-    ClusterConfig,
     DebugConfig,
     EngineConfig,
     LogConfig,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -99,6 +100,14 @@ def flag(name: str, help: str = "", *, default: Any = MISSING, **kw: Any) -> Any
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Raises ValueError for other JSON and for text that is not JSON."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(text)
+    return found
 
 
 def flag_of(f: Field) -> Flag | None:

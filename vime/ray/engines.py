@@ -7,11 +7,11 @@ from typing import Any
 
 import ray
 
-from vime.addresses import LOOPBACK
 from vime.backends.vllm.engine import VLLMEngine, logs_dir
 from vime.backends.vllm.router import Router
 from vime.config import Config
 from vime.errors import EngineError
+from vime.ray.environment import remote
 from vime.ray.placement_group import Placement
 from vime.ray.wait import wait, wait_all
 
@@ -22,26 +22,22 @@ _STOP_TIMEOUT_S = 60.0
 
 
 class EngineGroup:
-    """The constructor begins to start the engines. Call `wait_until_started` next.
+    """The constructor begins to start the engines. Call `wait_until_started` next."""
 
-    host  this node's address, at which the router listens
-    """
-
-    def __init__(self, cfg: Config, placement: Placement, host: str = LOOPBACK) -> None:
+    def __init__(self, cfg: Config, placement: Placement) -> None:
         self.cfg = cfg
         self.placement = placement
-        self.router = Router(cfg, host=host)
+        self.router = Router(cfg, host=placement.driver.address)
         self.urls: list[str] = []
         self.owners = [self._owner(i) for i in range(cfg.cluster.num_engines)]
         self._starting = [owner.start.remote() for owner in self.owners]
 
     def _owner(self, index: int) -> Any:
         """The actor that will own an engine's server."""
-        placement, per_engine = self.placement, self.cfg.cluster.gpus_per_engine
-        mine = placement.engine_bundles[index * per_engine : (index + 1) * per_engine]
-        slots = [placement.device_ids[b] for b in mine]
-        options = placement.options("engine", mine[0])
-        return ray.remote(VLLMEngine).options(**options).remote(self.cfg, index, slots)
+        slots = self.placement.engines[index]
+        owner = remote(VLLMEngine, {}, **self.placement.options("engine", slots[0]))
+        devices = [slot.device for slot in slots]
+        return owner.remote(self.cfg, index, devices, host=slots[0].node.address)
 
     def wait_until_started(self) -> None:
         """Returns when all engines and the router are healthy."""

@@ -17,7 +17,7 @@ from vime.config import Config
 from vime.config.view import resolved
 from vime.errors import ConfigError
 from vime.platform import LONGEST_SOCKET_PATH, current
-from vime.ray.slots import local_slots
+from vime.ray.slots import joins_cluster, local_slots
 
 if TYPE_CHECKING:
     from vime.ray.run import Run
@@ -28,15 +28,18 @@ def launch(cfg: Config) -> Iterator[Run]:
     """Start Ray (or join the cluster of RAY_ADDRESS), trainer and engines. Stop them at the end.
 
     SIGTERM ends a run as Ctrl-C does, so no process is left behind when a scheduler stops the run.
+    Raises ConfigError if the cluster has no room for the run, or if a node cannot take part.
     """
     from vime.observe import RunLog
-    from vime.ray.placement_group import place
-    from vime.ray.run import Run
 
     flags = {name: value for name, value in resolved(cfg).items() if name != "vllm_api_key"}
     with RunLog(cfg.log, fallback_dir=cfg.checkpoint.save, config=flags) as log, _ray(cfg):
-        cfg = replace(cfg, log=replace(cfg.log, run_dir=str(log.run_dir)))
-        run = Run(cfg, place(cfg), log)
+        from vime.ray.placement_group import reserve
+        from vime.ray.run import Run
+
+        # Processes on other nodes do not share the driver's current folder.
+        cfg = replace(cfg, log=replace(cfg.log, run_dir=str(log.run_dir.absolute())))
+        run = Run(cfg, reserve(cfg), log)
         try:
             yield run
         except BaseException:
@@ -51,21 +54,28 @@ def launch(cfg: Config) -> Iterator[Run]:
 def _ray(cfg: Config) -> Iterator[None]:
     import ray
 
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    joining = "RAY_ADDRESS" in os.environ
-    if not joining:
-        keep_socket_paths_short()
-    # Without RAY_ADDRESS: start our own cluster, even if another cluster runs on this machine.
-    local: dict[str, Any] = {} if joining else {"address": "local", "include_dashboard": False}
-    if not joining and not current().is_cuda:
-        local["num_cpus"] = local_slots(cfg.cluster)
-    ray.init(logging_level="ERROR", **local)
+    from vime.ray import cluster
+
+    if joins_cluster():
+        cluster.join(cfg.cluster.working_dir)
+    else:
+        _start_ray(cfg)
     signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which sets its own handler
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_ray(cfg: Config) -> None:
+    """Start a Ray of our own, even if another cluster runs on this machine."""
+    import ray
+
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    keep_socket_paths_short()
+    slots = {} if current().is_cuda else {"num_cpus": local_slots(cfg.cluster)}
+    ray.init(address="local", include_dashboard=False, logging_level="ERROR", **slots)
 
 
 def keep_socket_paths_short() -> None:

@@ -1,106 +1,167 @@
 """The placement of trainer ranks and engines on the bundles of a Ray placement group.
 
-One bundle is one GPU, or one CPU slot on a machine without GPUs. Bundles are sorted by node and
-GPU, so neighbours in the order are neighbours on the hardware. The first bundles train, the rest
-generate.
+One bundle is one slot: a GPU, or a CPU slot on a cluster without GPUs. The first bundles train, the
+rest generate. Both follow the order of nodes and GPUs, so neighbours in the order are neighbours on
+the hardware. The rollout manager, with router and graders, runs on the driver's node.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from vime.config import Config
 from vime.errors import ConfigError
 from vime.platform import Platform, current
-from vime.ray.slots import too_many
+from vime.ray import cluster
+from vime.ray.node_check import check_nodes
+from vime.ray.node_facts import NodeFacts
+from vime.ray.node_plan import NodePlan, table
 from vime.ray.wait import wait, wait_all
 
 # The fractions of a bundle for trainer and engine under --colocate. Their sum must stay below 1.
 _SHARE = {"trainer": 0.4, "engine": 0.2}
 _PLACE_TIMEOUT_S = 120.0
+_NODE_LABEL = "ray.io/node-id"  # Ray gives every node this label
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A bundle of the placement group.
+
+    node    the facts of its node; processes on the slot listen on `node.address`
+    device  the GPU's id on its node; on CPU the number of the slot on its node
+    """
+
+    bundle: int
+    node: NodeFacts
+    device: int
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Bundle indices in hardware order, and the GPU id (on CPU the slot's number) of each."""
+    """
+    trainers  the slot of every trainer rank
+    engines   the slots of every engine; an engine may lie on several nodes
+    driver    the node of the driver and of the rollout manager
+    """
 
     group: PlacementGroup
     resource: str
-    device_ids: dict[int, int]
-    trainer_bundles: tuple[int, ...]
-    engine_bundles: tuple[int, ...]
+    trainers: tuple[Slot, ...]
+    engines: tuple[tuple[Slot, ...], ...]
+    driver: NodeFacts
     shared: bool
 
-    def options(self, role: str, bundle: int) -> dict[str, Any]:
-        """Ray options that put one actor of `role` ("trainer" or "engine") on `bundle`."""
+    def options(self, role: str, slot: Slot) -> dict[str, Any]:
+        """Ray options that put one actor of `role` ("trainer" or "engine") on a slot."""
         amount = _SHARE[role] if self.shared else 1
         resources = {"num_cpus": 0, "num_gpus": 0, f"num_{self.resource.lower()}s": amount}
-        strategy = PlacementGroupSchedulingStrategy(
-            self.group,
-            placement_group_bundle_index=bundle,
-            placement_group_capture_child_tasks=False,
-        )
-        return {**resources, "scheduling_strategy": strategy}
+        return {**resources, "scheduling_strategy": _on_bundle(self.group, slot.bundle)}
+
+    @property
+    def manager_options(self) -> dict[str, Any]:
+        """Ray options that put the rollout manager on the driver's node."""
+        where = NodeAffinitySchedulingStrategy(self.driver.id, soft=False)
+        return {"num_cpus": 0, "scheduling_strategy": where}
 
     def remove(self) -> None:
         remove_placement_group(self.group)
 
 
-def place(cfg: Config) -> Placement:
-    """Reserve bundles. Raises ConfigError if Ray has too few, TimeoutError if they stay busy."""
-    platform, cluster = current(), cfg.cluster
-    have = ray.cluster_resources().get(platform.ray_resource, 0)
-    if problems := too_many(cfg, platform, have):
-        raise ConfigError(*problems)
-    num = cfg.total_gpus
-    group = placement_group([{platform.ray_resource: 1}] * num, strategy="PACK")
-    wait(
-        group.ready(),
-        what=f"a placement group of {num} {platform.ray_resource}s",
-        timeout_s=_PLACE_TIMEOUT_S,
+def reserve(cfg: Config) -> Placement:
+    """Plan the run's nodes, check each of them, and reserve their slots.
+
+    Raises ConfigError if the run does not fit, or with all problems of all nodes.
+    """
+    nodes, planned = cluster.planned(cfg)
+    return place(planned, check_nodes(cfg, nodes, planned, cluster.driver_node()))
+
+
+def place(planned: NodePlan, facts: Mapping[str, NodeFacts]) -> Placement:
+    """Reserve the slots of a planned.
+
+    facts  {node id: its facts} of the plan's nodes and of the driver's node
+
+    Raises ConfigError if other runs keep the slots busy.
+    """
+    platform = current()
+    trainers = [node for node, count in planned.trainers.items() for _ in range(count)]
+    engines = [[node for node, count in e.items() for _ in range(count)] for e in planned.engines]
+    generating = [] if planned.shared else [node for engine in engines for node in engine]
+    nodes = [*trainers, *generating]
+    group = placement_group(
+        [{platform.ray_resource: 1}] * len(nodes),
+        strategy="PACK",
+        bundle_label_selector=[{_NODE_LABEL: node} for node in nodes],
     )
-    where = _where_bundles_are(group, num, platform)
-    if len(nodes := {address for address, _ in where}) > 1:
+    _wait_until_reserved(group, len(nodes), platform)
+    slots = _in_order(_devices(group, nodes, platform), nodes, facts)
+    if planned.shared:
+        sharing = {node: [s for s in slots if s.node.id == node] for node in planned.trainers}
+        held = [[sharing[node].pop(0) for node in engine] for engine in engines]
+    else:
+        rest = iter(slots[len(trainers) :])
+        held = [[next(rest) for _ in engine] for engine in engines]
+    return Placement(
+        group,
+        platform.ray_resource,
+        tuple(slots[: len(trainers)]),
+        tuple(map(tuple, held)),
+        facts[cluster.driver_node()],
+        planned.shared,
+    )
+
+
+def _in_order(devices: list[int], nodes: list[str], facts: Mapping[str, NodeFacts]) -> list[Slot]:
+    """The slots in the order of `nodes`. On each node they are sorted by device."""
+    by_node: dict[str, list[Slot]] = defaultdict(list)
+    for bundle, (node, device) in enumerate(zip(nodes, devices, strict=True)):
+        by_node[node].append(Slot(bundle, facts[node], device))
+    for slots in by_node.values():
+        slots.sort(key=lambda slot: slot.device, reverse=True)
+    return [by_node[node].pop() for node in nodes]
+
+
+def _wait_until_reserved(group: PlacementGroup, num: int, platform: Platform) -> None:
+    what = f"a placement group of {num} {platform.ray_resource}s"
+    try:
+        wait(group.ready(), what=what, timeout_s=_PLACE_TIMEOUT_S)
+    except TimeoutError:
         remove_placement_group(group)
         raise ConfigError(
-            f"the run needs {num} {platform.ray_resource}s, and Ray found them on {len(nodes)} "
-            "nodes. vime runs on one node: ask for no more than one node has."
-        )
-    order = sorted(range(num), key=lambda i: where[i])
-    device_ids = {bundle: device for bundle, (_, device) in enumerate(where)}
-    trainers = () if cfg.debug.rollout_only else tuple(order[: cluster.trainer_gpus])
-    engines = tuple(order[len(trainers) :])
-    if cluster.colocate and not cfg.debug.rollout_only:
-        engines = trainers
-    return Placement(group, platform.ray_resource, device_ids, trainers, engines, cluster.colocate)
+            f"Ray did not give the run its {num} slots within {_PLACE_TIMEOUT_S:.0f} s:\n"
+            f"{table(cluster.nodes(platform), platform.slots_name)}\n"
+            "Another run may have taken them. Wait for it, or ask for fewer slots."
+        ) from None
 
 
-def _where_bundles_are(
-    group: PlacementGroup, num: int, platform: Platform
-) -> list[tuple[tuple, int]]:
-    """(node address, GPU id or slot number) of each bundle."""
-    if not platform.is_cuda and len(ray.nodes()) == 1:
-        return [((), i) for i in range(num)]  # the bundles are all alike, and probes cost seconds
-    probe = ray.remote(_where)
-    amount = {"num_cpus": 0, f"num_{platform.ray_resource.lower()}s": 1}
+def _devices(group: PlacementGroup, nodes: list[str], platform: Platform) -> list[int]:
+    """The GPU id of each bundle. CPU slots are all alike, so they are numbered on each node."""
+    if not platform.is_cuda:
+        return [nodes[:bundle].count(node) for bundle, node in enumerate(nodes)]
+    probe = ray.remote(_gpu_id)
     refs = [
-        probe.options(
-            **amount,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                group, placement_group_bundle_index=i
-            ),
-        ).remote(i)
-        for i in range(num)
+        probe.options(num_cpus=0, num_gpus=1, scheduling_strategy=_on_bundle(group, i)).remote()
+        for i in range(len(nodes))
     ]
     return wait_all(refs, what="the probes of the placement group", timeout_s=_PLACE_TIMEOUT_S)
 
 
-def _where(bundle: int) -> tuple[tuple[int, ...], int]:
-    address = tuple(int(part) for part in ray.util.get_node_ip_address().split("."))
-    ids = ray.get_gpu_ids()
-    return address, int(ids[0]) if ids else bundle
+def _gpu_id() -> int:
+    return int(ray.get_gpu_ids()[0])
+
+
+def _on_bundle(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
+    return PlacementGroupSchedulingStrategy(
+        group, placement_group_bundle_index=bundle, placement_group_capture_child_tasks=False
+    )

@@ -6,7 +6,21 @@ A check imports its library when it runs, so `--help` and the refusal of a wrong
 from vime.config import Config
 from vime.config.plugins import check_plugins
 from vime.data.checks import check_chat_template
-from vime.ray.slots import check_slots
+from vime.ray.slots import check_slots, joins_cluster
+
+
+def check_cluster(cfg: Config) -> list[str]:
+    """Joins the cluster of RAY_ADDRESS, whose nodes decide whether the run uses GPUs or CPUs.
+
+    The other checks need that decision, so this one is the first. A dry run joins nothing.
+    """
+    if cfg.debug.dry_run or not joins_cluster():
+        return []
+    from vime.ray import cluster
+
+    cluster.join(cfg.cluster.working_dir)
+    cluster.planned(cfg)
+    return []
 
 
 def check_model(cfg: Config) -> list[str]:
@@ -58,6 +72,7 @@ def check_decoupled(cfg: Config) -> list[str]:
 
 
 CHECKS = (
+    check_cluster,
     check_model,
     check_checkpoints,
     check_chat_template,

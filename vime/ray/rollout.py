@@ -6,7 +6,7 @@ import os
 import time
 from typing import Any
 
-from vime.addresses import LOOPBACK, host_and_port
+from vime.addresses import host_and_port
 from vime.backends.vllm.client import EngineClient
 from vime.backends.vllm.local_http import without_proxies
 from vime.backends.vllm.router import address_in_args
@@ -25,14 +25,10 @@ from vime.types import RolloutFnEvalOutput, RolloutFnTrainOutput, TrainBatch
 
 
 class RolloutManager:
-    """A plain class that Ray wraps. `start` once, then `generate`, `evaluate`, `save`, `stop`.
+    """A plain class that Ray wraps. `start` once, then `generate`, `evaluate`, `save`, `stop`."""
 
-    host  this node's address, at which the router listens
-    """
-
-    def __init__(self, cfg: Config, host: str = LOOPBACK) -> None:
+    def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
-        self.host = host
         self.engines: EngineGroup | None = None
         # The data source's state right after each rollout: a checkpoint of rollout i must not
         # contain the prompts that rollout i+1, generated ahead, has taken.
@@ -45,7 +41,7 @@ class RolloutManager:
 
         Returns the engines' URLs.
         """
-        self.engines = EngineGroup(self.cfg, placement, self.host) if placement else None
+        self.engines = EngineGroup(self.cfg, placement) if placement else None
         # The first use of a tokenizer takes seconds. The engines start meanwhile.
         load_tokenizer(self.cfg.model.hf_checkpoint)
         self.runtime: dict[str, Any] = {"vllm_engine_urls": ()}

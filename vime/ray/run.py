@@ -16,6 +16,7 @@ from vime.config import Config
 from vime.errors import EngineError
 from vime.observe import RunLog, Timers
 from vime.platform import current
+from vime.ray.environment import remote
 from vime.ray.placement_group import Placement
 from vime.ray.rollout import RolloutManager
 from vime.ray.sharing import SharedGpus
@@ -46,7 +47,7 @@ class Run:
         self.metrics: dict[str, float] = {}
         self.timers = Timers()
         self.trainer = None if cfg.debug.rollout_only else TrainerGroup(cfg, placement)
-        self.manager = ray.remote(RolloutManager).options(num_cpus=0).remote(cfg)
+        self.manager = remote(RolloutManager, {}, **placement.manager_options).remote(cfg)
         self.gpus = SharedGpus(cfg, self._train, self.timers, on=current())
         self._start(placement)
         if self.start_step > 0 and (cfg.checkpoint.load or not cfg.debug.needs_no_data_state):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from vime.config import Config
-from vime.config.sections.machine import ClusterConfig
+from vime.config.sections.cluster import ClusterConfig
 from vime.platform import Platform, current
 
 
@@ -14,19 +14,24 @@ def local_slots(cluster: ClusterConfig) -> int:
     return cluster.cpu_slots or len(os.sched_getaffinity(0))
 
 
-def check_slots(cfg: Config) -> list[str]:
-    """A problem if the run needs more slots than a Ray cluster on this machine would have.
+def joins_cluster() -> bool:
+    """Whether the run joins the cluster of RAY_ADDRESS. Otherwise it starts a Ray of its own."""
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
-    If a cluster exists already, `place` checks it after connecting. A dry run needs no slots.
+
+def check_slots(cfg: Config) -> list[str]:
+    """A problem if the run needs more slots than a Ray on this machine would have.
+
+    The cluster of RAY_ADDRESS is checked by `vime.ray.cluster`. A dry run needs no slots.
     """
     platform = current()
+    if cfg.debug.dry_run or joins_cluster():
+        return []
     if (nodes := cfg.cluster.actor_num_nodes) > 1:
         return [
-            f"--actor-num-nodes {nodes}: vime runs on one node so far. Set it to 1, and set "
-            "--actor-num-gpus-per-node to the number of GPUs of that node."
+            f"--actor-num-nodes {nodes} needs a Ray cluster. Start one and set RAY_ADDRESS to its "
+            "address (docs/clusters.md), or set --actor-num-nodes 1 to train on this machine alone."
         ]
-    if os.environ.get("RAY_ADDRESS") or cfg.debug.dry_run:
-        return []
     if platform.is_cuda:
         import torch
 

@@ -7,12 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from vime.addresses import LOOPBACK
 from vime.config import Config
 from vime.platform import current
-from vime.ray.placement_group import Placement
+from vime.ray.environment import remote
+from vime.ray.placement_group import Placement, Slot
 from vime.ray.wait import stacks_if_longer_than, wait, wait_all
 from vime.rendezvous import interface_variables, listening_store
 
@@ -76,17 +75,18 @@ class TrainerGroup:
 
     def __init__(self, cfg: Config, placement: Placement) -> None:
         self.cfg = cfg
-        self.num_ranks = len(placement.trainer_bundles)
-        env = _gpu_environment() if current().is_cuda else _cpu_environment(self.num_ranks)
-        actor = ray.remote(TrainerRank)
-        self.ranks = [
-            actor.options(
-                **placement.options("trainer", bundle), runtime_env={"env_vars": env}
-            ).remote(rank)
-            for rank, bundle in enumerate(placement.trainer_bundles)
-        ]
+        self.num_ranks = len(placement.trainers)
+        self.ranks = [self._rank(placement, rank) for rank in range(self.num_ranks)]
         for rank in self.ranks:
             rank.prepare.remote()  # not awaited: an error here occurs again in `start`
+
+    def _rank(self, placement: Placement, rank: int) -> Any:
+        """The actor of a rank."""
+        slot = placement.trainers[rank]
+        ours = _gpu_environment() if current().is_cuda else _cpu_environment(slot, placement)
+        env = {**ours, **self.cfg.cluster.train_env_vars}
+        actor = remote(TrainerRank, env, **placement.options("trainer", slot))
+        return actor.remote(rank, slot.node.address)
 
     def start(self) -> int:
         """Start every rank. Returns the first rollout to train on."""
@@ -108,12 +108,13 @@ class TrainerGroup:
         )[0]
 
 
-def _cpu_environment(num_ranks: int) -> dict[str, str]:
-    """The ranks divide the cores, unless the user has set OMP_NUM_THREADS.
+def _cpu_environment(slot: Slot, placement: Placement) -> dict[str, str]:
+    """The ranks of a node divide its cores, unless the user has set OMP_NUM_THREADS.
 
     Idle threads sleep instead of spinning, because engines and graders need the cores too.
     """
-    threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    num_ranks = sum(other.node == slot.node for other in placement.trainers)
+    threads = max(1, slot.node.cores // num_ranks)
     return {
         "TORCHDYNAMO_DISABLE": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),

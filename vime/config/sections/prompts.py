@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from vime.config.fields import Path, Section, flag
+from vime.config.fields import Path, Section, flag, json_object
 from vime.errors import ConfigError
 from vime.plugins.rollout import DATA_SOURCE
 
 DATA_SOURCE_PATH = "vime.rollout.data_source.RolloutDataSourceWithBuffer"
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """Raises ValueError for other JSON and for text that is not JSON."""
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise ValueError(text)
-    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

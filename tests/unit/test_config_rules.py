@@ -26,6 +26,25 @@ REFUSED = {
         "--use-dynamic-batch-size needs the size of a micro-batch. Add --max-tokens-per-gpu, for "
         "example 9216.",
     ),
+    "an engine on parts of two nodes": (
+        {
+            "--colocate": None,
+            "--actor-num-nodes": "2",
+            "--actor-num-gpus-per-node": "3",
+            "--rollout-num-gpus-per-engine": "2",
+        },
+        "--rollout-num-gpus-per-engine 2 would put an engine on parts of two nodes, with "
+        "--actor-num-gpus-per-node 3. Give a divisor or a multiple of 3.",
+    ),
+    "a folder of code that is not there": (
+        {"--working-dir": "/no/such/folder"},
+        "--working-dir /no/such/folder is not a folder. Give the folder with your code.",
+    ),
+    "variables that are not texts": (
+        {"--train-env-vars": '{"NCCL_NTHREADS":64}'},
+        '--train-env-vars {"NCCL_NTHREADS": 64}: the values of environment variables are texts. '
+        'Put them into quotes: {"NAME": "1"}.',
+    ),
     "a policy without advantages": (
         {"--disable-compute-advantages-and-returns": None},
         "--disable-compute-advantages-and-returns leaves --loss-type policy_loss nothing to learn "

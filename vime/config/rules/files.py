@@ -76,6 +76,12 @@ def _served_teacher(cfg: Config) -> Iterator[str]:
         )
 
 
+def working_dir_is_there(cfg: Config) -> Iterator[str]:
+    folder = cfg.cluster.working_dir
+    if folder is not None and not Path(folder).is_dir():
+        yield f"--working-dir {folder} is not a folder. Give the folder with your code."
+
+
 def folders_can_be_made(cfg: Config) -> Iterator[str]:
     """Checks early; otherwise a run would end when it logs or saves for the first time."""
     if cfg.debug.dry_run:

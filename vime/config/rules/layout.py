@@ -49,6 +49,19 @@ def engines_fit_a_node(cfg: Config) -> Iterator[str]:
         )
 
 
+def engines_fit_the_trainer_s_nodes(cfg: Config) -> Iterator[str]:
+    """Under --colocate an engine uses the trainer's GPUs of one node, or of several whole nodes."""
+    c = cfg.cluster
+    size, node = c.gpus_per_engine, c.actor_gpus_per_node
+    if not c.colocate or c.actor_num_nodes == 1 or cfg.debug.no_engines:
+        return
+    if node % size and size % node:
+        yield (
+            f"--rollout-num-gpus-per-engine {size} would put an engine on parts of two nodes, with "
+            f"--actor-num-gpus-per-node {node}. Give a divisor or a multiple of {node}."
+        )
+
+
 def every_rank_gets_a_sample(cfg: Config) -> Iterator[str]:
     per_step, ranks = cfg.batch.samples // cfg.batch.steps_per_rollout, cfg.dp
     if 0 < per_step < ranks:

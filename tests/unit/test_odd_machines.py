@@ -13,7 +13,7 @@ from vime.errors import ConfigError, EngineError
 from vime.platform import LONGEST_SOCKET_PATH
 from vime.ray.launch import keep_socket_paths_short
 from vime.ray.slots import check_slots
-from vime.weight_sync import transports
+from vime.weight_sync import shared_memory
 
 
 class Engine:
@@ -28,8 +28,9 @@ class Engine:
         pass
 
     def update_weights(self, info):
-        size = os.stat(info["path"]).st_size
-        self.got.append((info["path"], torch.from_file(info["path"], size=size, dtype=torch.uint8)))
+        (path,) = info["paths"].values()
+        size = os.stat(path).st_size
+        self.got.append((path, torch.from_file(path, size=size, dtype=torch.uint8)))
 
 
 @pytest.fixture
@@ -47,15 +48,15 @@ def folders(tmp_path, monkeypatch):
         allocate(fd, offset, size)
 
     monkeypatch.setattr(os, "posix_fallocate", allocate_where_there_is_room)
-    monkeypatch.setattr(transports, "SHARED_MEMORY", shared)
-    monkeypatch.setattr(transports.tempfile, "gettempdir", lambda: str(temporary))
+    monkeypatch.setattr(shared_memory, "SHARED_MEMORY", shared)
+    monkeypatch.setattr(shared_memory.tempfile, "gettempdir", lambda: str(temporary))
     return shared, temporary, full
 
 
 def test_a_bucket_goes_to_the_temporary_folder_when_shared_memory_is_full(folders):
     shared, temporary, _ = folders
     engine = Engine()
-    transport = transports.SharedMemory([engine], 10.0)
+    transport = shared_memory.SharedMemory([engine], 10.0)
     weight = torch.arange(16, dtype=torch.float32)
     assert transport.send([("w", weight)]) == 64
     ((path, content),) = engine.got
@@ -67,7 +68,7 @@ def test_a_bucket_goes_to_the_temporary_folder_when_shared_memory_is_full(folder
 def test_a_bucket_without_any_room_is_an_error_that_says_what_helps(folders):
     shared, temporary, full = folders
     full.add(temporary)
-    transport = transports.SharedMemory([Engine()], 10.0)
+    transport = shared_memory.SharedMemory([Engine()], 10.0)
     with pytest.raises(EngineError, match="has room for 64 bytes.*--shm-size.*TMPDIR"):
         transport.send([("w", torch.ones(16))])
     assert [*shared.iterdir(), *temporary.iterdir()] == []

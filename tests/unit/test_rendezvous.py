@@ -11,7 +11,6 @@ import torch.distributed as dist
 from tests.unit.test_addresses import HOSTS
 from vime.addresses import LOOPBACK, interface_of
 from vime.rendezvous import interface_variables, listening_store
-from vime.weight_sync.broadcast import address_towards
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -50,10 +49,3 @@ def test_a_users_own_choice_of_an_interface_stays():
     assert interface_variables(LOOPBACK, {"GLOO_SOCKET_IFNAME": ""}) == {
         "GLOO_SOCKET_IFNAME": interface_of(LOOPBACK)
     }
-
-
-@pytest.mark.parametrize(
-    ("host", "url"), [(LOOPBACK, "http://127.0.0.1:9"), ("::1", "http://[::1]:9")]
-)
-def test_a_trainer_knows_its_address_as_an_engine_sees_it(host, url):
-    assert address_towards(url) == host

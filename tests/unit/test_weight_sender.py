@@ -9,11 +9,11 @@ import torch
 
 from tests.cpu.tiny import make_config
 from vime.errors import EngineError
-from vime.weight_sync import transports, wire
+from vime.weight_sync import shared_memory, wire
 from vime.weight_sync.broadcast import Broadcast
 from vime.weight_sync.engines import BROKEN
 from vime.weight_sync.sender import WeightSender, make_sender
-from vime.weight_sync.transports import SharedMemory
+from vime.weight_sync.shared_memory import SharedMemory
 
 WEIGHTS = [(f"w{i}", torch.randn(8, 8)) for i in range(5)]
 
@@ -53,8 +53,9 @@ class Notes:
     def update_weights(self, info):
         self.note("update")
         size = wire.size_of(info["entries"])
-        if "path" in info:
-            packed = torch.from_file(info["path"], shared=False, size=size, dtype=torch.uint8)
+        if "paths" in info:
+            (path,) = info["paths"].values()
+            packed = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
         else:
             packed = torch.empty(size, dtype=torch.uint8)
             wire.broadcast(self.group, packed)
@@ -209,6 +210,23 @@ def test_gloo_reaches_every_engine():
     gloo.close()
 
 
+@pytest.mark.parametrize("nearest", [0, 1])
+def test_every_engine_meets_the_trainer_at_the_address_of_the_trainers_node(nearest):
+    """Also if the first engine, or the second, is on the trainer's own node."""
+
+    class Told(Notes):
+        def init_weight_transfer(self, info):
+            self.told = info["host"]
+            super().init_weight_transfer(info)
+
+    engines = [Told(), Told()]
+    engines[1 - nearest].url = "http://10.0.0.7:9"
+    gloo = Broadcast(engines, 20, "gloo", torch.device("cpu"), "127.0.0.3")
+    gloo.connect()
+    assert [engine.told for engine in engines] == ["127.0.0.3", "127.0.0.3"]
+    gloo.close()
+
+
 def test_an_engine_that_refuses_to_join_does_not_hang_the_trainer():
     class Refuses(Notes):
         def init_weight_transfer(self, info):
@@ -233,7 +251,7 @@ def test_debug_train_only_sends_nothing(tmp_path):
 
 def test_no_file_stays_in_shared_memory(tmp_path, monkeypatch):
     # Another run on this machine may be sending weights, so the test has a folder of its own.
-    monkeypatch.setattr(transports, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(shared_memory, "SHARED_MEMORY", tmp_path)
     with pytest.raises(EngineError, match="no update today"):
         sender(Notes(fail_on="update")).send(iter(WEIGHTS), 7)
     sender(Notes()).send(iter(WEIGHTS), 8)

@@ -49,7 +49,9 @@ class TrainerRank:
         os.environ.update(interface_variables(self.host, os.environ))
         with stacks_if_longer_than(timeout_s), memory_remedy(cfg):
             # Ray shows each actor only its own GPU, so the local rank is always 0.
-            self.trainer = MegatronTrainer(cfg, self.rank, world_size, 0, address, port, self.store)
+            self.trainer = MegatronTrainer(
+                cfg, self.rank, world_size, 0, address, port, self.store, self.host
+            )
         return self.trainer.start_rollout_id
 
     def _keep_log(self, cfg: Config) -> None:

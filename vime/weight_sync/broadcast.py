@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from itertools import accumulate
 
 import torch
 
-from vime.addresses import host_and_port
+from vime.addresses import LOOPBACK
 from vime.rendezvous import listening_store
 from vime.weight_sync import wire
 from vime.weight_sync.slots import Slots
@@ -16,12 +15,22 @@ from vime.weight_sync.transports import Client, Transport
 
 
 class Broadcast(Transport):
-    """The process group is torch's own on both sides, so it works with every vLLM release."""
+    """The process group is torch's own on both sides, so it works with every vLLM release.
+
+    host  the address of rank 0's node. Workers of every engine connect to it, so it must not be
+          loopback if an engine is on another node
+    """
 
     def __init__(
-        self, clients: list[Client], timeout_s: float, backend: str, device: torch.device
+        self,
+        clients: list[Client],
+        timeout_s: float,
+        backend: str,
+        device: torch.device,
+        host: str = LOOPBACK,
     ) -> None:
         super().__init__(clients, timeout_s)
+        self.host = host
         self.backend = backend
         self.slots = Slots(device)
         self.group = None
@@ -31,11 +40,10 @@ class Broadcast(Transport):
         """Trainer and engines join at the same time: engines answer only when all have joined."""
         sizes = [client.world_size() for client in self.clients]
         world_size = 1 + sum(sizes)
-        host = address_towards(self.clients[0].url)
-        self.store = listening_store(host, self.timeout_s)
+        self.store = listening_store(self.host, self.timeout_s)
         common = {
             "backend": self.backend,
-            "host": host,
+            "host": self.host,
             "port": self.store.port,
             "world_size": world_size,
             "timeout_s": self.timeout_s,
@@ -72,12 +80,3 @@ class Broadcast(Transport):
 
     def close(self) -> None:
         self.group = self.store = None
-
-
-def address_towards(url: str) -> str:
-    """This machine's address as the server behind `url` sees it, IPv4 or IPv6."""
-    host, port = host_and_port(url)
-    family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as s:
-        s.connect(where)  # a datagram socket sends nothing here
-        return s.getsockname()[0]

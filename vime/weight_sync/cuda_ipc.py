@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import ChainMap
 
 import torch
-import torch.distributed as dist
 
 from vime.weight_sync import cuda_handles, wire
 from vime.weight_sync.slots import Slots
-from vime.weight_sync.transports import Client, Transport
+from vime.weight_sync.transports import Client, Transport, from_all_ranks
 
 
 class CudaIpc(Transport):
@@ -66,10 +65,7 @@ class CudaIpc(Transport):
         self, mine: dict[str, cuda_handles.Handle] | None
     ) -> dict[str, cuda_handles.Handle]:
         """{GPU: handle} from all ranks. They allocate new buffers at the same bucket."""
-        if not dist.is_initialized() or dist.get_world_size(self.group) == 1:
-            return mine or {}
-        gathered: list = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(gathered, mine, group=self.group)
+        gathered = from_all_ranks(mine, self.group)
         return dict(ChainMap(*[handles for handles in gathered if handles]))
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vime import platform
+from vime.addresses import LOOPBACK
 from vime.config import Config
 from vime.errors import EngineError
 from vime.observe import Timers
@@ -19,7 +20,8 @@ from vime.weight_sync.broadcast import Broadcast
 from vime.weight_sync.choice import engines_sleep, transport_name
 from vime.weight_sync.cuda_ipc import CudaIpc
 from vime.weight_sync.engines import Engines
-from vime.weight_sync.transports import SharedMemory, Transport
+from vime.weight_sync.shared_memory import SharedMemory
+from vime.weight_sync.transports import Transport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +63,11 @@ class WeightSender:
         self.bucket_bytes = bucket_bytes
 
     def connect(self) -> None:
-        """Call this before the first `send`, and again after engines were replaced."""
-        if self.rank == 0 and self.engines.clients:
+        """All ranks call this before the first `send`, and again after engines were replaced."""
+        if not self.engines.clients:
+            return
+        self.transport.meet()
+        if self.rank == 0:
             self.transport.connect()
 
     def close(self) -> None:
@@ -143,14 +148,21 @@ class WeightSender:
 
 
 def make_sender(
-    cfg: Config, clients: list[Any], rank: int, *, device: torch.device | None = None, group=None
+    cfg: Config,
+    clients: list[Any],
+    rank: int,
+    *,
+    device: torch.device | None = None,
+    group=None,
+    host: str = LOOPBACK,
 ) -> WeightSender:
     """The sender for this configuration and machine.
 
     clients  one `EngineClient` per engine, on every rank. Nothing is sent if there are no clients,
              or with --debug-train-only
     device   where rank 0 packs buckets for a broadcast
-    group    a gloo group of all trainer ranks, for CUDA IPC (default: torch's default group)
+    group    a gloo group of all trainer ranks (default: torch's default group)
+    host     the address of this rank's node
     """
     on = platform.current()
     engines = [] if cfg.debug.no_engines else list(clients)
@@ -159,11 +171,11 @@ def make_sender(
     transport: Transport
     match transport_name(cfg, on):
         case "shm":
-            transport = SharedMemory(engines, timeout_s)
+            transport = SharedMemory(engines, timeout_s, rank=rank, host=host, group=group)
         case "ipc":
             transport = CudaIpc(engines, timeout_s, rank, device, group)
         case backend:
-            transport = Broadcast(engines, timeout_s, backend, device)
+            transport = Broadcast(engines, timeout_s, backend, device, host)
     return WeightSender(
         engines,
         transport,

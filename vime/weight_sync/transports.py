@@ -1,28 +1,18 @@
-"""How a bucket of weights reaches every engine: the base of all transports, and shared memory.
+"""How a bucket of weights reaches every engine: the base of all transports.
 
 Each transport has a counterpart inside the engines: `backends/vllm/plugin_receivers.py`.
 """
 
 from __future__ import annotations
 
-import errno
-import logging
-import os
-import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
-import torch
+import torch.distributed as dist
 
-from vime.errors import EngineError
 from vime.weight_sync import wire
 from vime.weight_sync.together import InFlight, run_together
-
-logger = logging.getLogger(__name__)
-
-SHARED_MEMORY = Path("/dev/shm")
 
 
 class Client(Protocol):
@@ -36,9 +26,10 @@ class Client(Protocol):
 
 
 class Transport:
-    """Call `connect` once. In each update, call `send` for every bucket, then `flush`.
+    """Call `meet` and `connect` once. In each update, call `send` for every bucket, then `flush`.
 
-    every_rank_sends  whether all trainer ranks call `send` and `flush`, or rank 0 alone
+    every_rank_sends  whether all trainer ranks call `send` and `flush`, or rank 0 alone; known
+                      after `meet`
     under_way         the call that must end before engines get the next bucket: their pause, or
                       the previous bucket
     """
@@ -49,7 +40,9 @@ class Transport:
         self.clients = clients
         self.timeout_s = timeout_s
         self.under_way = InFlight()
-        self._too_small: set[str] = set()  # folders that had no room for a bucket
+
+    def meet(self) -> None:
+        """All trainer ranks call this, before rank 0 calls `connect`."""
 
     def connect(self) -> None:
         for client in self.clients:
@@ -75,51 +68,10 @@ class Transport:
         run_together([*loads, *meanwhile], self.timeout_s, "weight update")
 
 
-class SharedMemory(Transport):
-    """Colocated, on CPU: buckets are files in shared memory, which the engines map."""
-
-    def send(self, bucket: list[wire.Named]) -> int:
-        """Each bucket has its own file, because an engine may keep views after it has answered."""
-        entries = wire.entries_of(bucket)
-        size = wire.size_of(entries)
-        path = self._reserved(size)
-        try:
-            packed = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
-            wire.pack(bucket, packed)
-            self.under_way.wait()
-            self.update({"entries": entries, "path": path})
-        finally:
-            os.unlink(path)
-        return size
-
-    def _reserved(self, size: int) -> str:
-        """A new file with `size` reserved bytes. Without the reservation, Linux kills a process
-        that writes to full shared memory.
-
-        The file lies in shared memory. If shared memory is too small, as often in a container, the
-        file lies in the temporary folder. Raises EngineError if both are too small.
-        """
-        folders = [str(SHARED_MEMORY)] if SHARED_MEMORY.is_dir() else []
-        folders.append(tempfile.gettempdir())
-        for folder in folders:
-            fd, path = tempfile.mkstemp(prefix="vime-weights-", dir=folder)
-            try:
-                os.posix_fallocate(fd, 0, size)
-                return path
-            except OSError as error:
-                os.unlink(path)
-                if error.errno != errno.ENOSPC:
-                    raise
-                self._say_once(folder, size)
-            finally:
-                os.close(fd)
-        raise EngineError(
-            f"neither {' nor '.join(folders)} has room for {size:,} bytes of weights. Give the "
-            "container more shared memory (docker run --shm-size 2g), set TMPDIR to a larger disk, "
-            "or lower --update-weight-buffer-size."
-        )
-
-    def _say_once(self, folder: str, size: int) -> None:
-        if folder not in self._too_small:
-            self._too_small.add(folder)
-            logger.warning("%s has no room for %s bytes of weights", folder, f"{size:,}")
+def from_all_ranks(mine: Any, group: Any) -> list[Any]:
+    """Every rank's object, in rank order. Returns when all ranks of the group have called it."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return [mine]
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, mine, group=group)
+    return gathered

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 class MegatronTrainer:
     """Actor, critic and their memory on one of `world_size` ranks. Every method is a collective.
 
+    host              this node's address, at which engines reach the rank
     start_rollout_id  the first rollout to train: the one after the checkpoint in --load, or 0
     """
 
@@ -55,6 +56,7 @@ class MegatronTrainer:
         master_address: str = LOOPBACK,
         master_port: int = 0,
         store: dist.TCPStore | None = None,
+        host: str = LOOPBACK,
     ) -> None:
         initialize_parallel(cfg, rank, world_size, local_rank, master_address, master_port, store)
         if init := cfg.algorithm.plugin("megatron_init_path"):
@@ -64,7 +66,7 @@ class MegatronTrainer:
         from vime.backends.megatron.training.critic import Critic
 
         log.info("rank %d of %d is connected; kernels: %s", rank, world_size, chosen())
-        self.cfg, self.rank = cfg, rank
+        self.cfg, self.rank, self.host = cfg, rank, host
         self.device = platform.current().device(local_rank)
         if self.device.type == "cuda":
             set_memory_limit(cfg.cluster.train_memory_margin_bytes)
@@ -135,8 +137,14 @@ class MegatronTrainer:
             self.sender.close()
         timeout_s = self.cfg.engine.weight_transfer_timeout_s
         clients = [EngineClient(url, timeout_s=timeout_s, who="the trainer") for url in urls]
-        group = self._gloo_group()
-        self.sender = make_sender(self.cfg, clients, self.rank, device=self.device, group=group)
+        self.sender = make_sender(
+            self.cfg,
+            clients,
+            self.rank,
+            device=self.device,
+            group=self._gloo_group(),
+            host=self.host,
+        )
         self.sender.connect()
 
     def update_weights(self, version: int) -> dict[str, float]:

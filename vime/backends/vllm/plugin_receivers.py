@@ -5,11 +5,13 @@ The trainer's side is in `vime/weight_sync`.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 
+from vime.addresses import LOOPBACK
 from vime.backends.vllm.plugin_reload import ReloadingReceiver
 from vime.weight_sync import cuda_handles, wire
 
@@ -36,7 +38,7 @@ class Bucket(WeightTransferUpdateInfo):
 
 @dataclass
 class SharedBucket(Bucket):
-    path: str  # a file in shared memory that holds the packed bucket
+    paths: dict[str, str]  # {node: a file in its shared memory that holds the packed bucket}
 
 
 @dataclass
@@ -46,7 +48,7 @@ class IpcBucket(Bucket):
 
 
 class SharedMemoryReceiver(ReloadingReceiver):
-    """Reads buckets that a trainer on the same machine wrote into shared memory."""
+    """Reads buckets that a trainer rank on the same node wrote into shared memory."""
 
     init_info_cls = NothingToJoin
     update_info_cls = SharedBucket
@@ -55,8 +57,14 @@ class SharedMemoryReceiver(ReloadingReceiver):
         pass
 
     def receive_weights(self, update_info: SharedBucket) -> None:
-        size = wire.size_of(update_info.entries)
-        packed = torch.from_file(update_info.path, shared=False, size=size, dtype=torch.uint8)
+        node = os.environ.get(wire.NODE, LOOPBACK)
+        if node not in update_info.paths:
+            there = ", ".join(update_info.paths)
+            raise RuntimeError(
+                f"no trainer rank is on this worker's node {node}; trainer ranks are on {there}"
+            )
+        size, path = wire.size_of(update_info.entries), update_info.paths[node]
+        packed = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
         self.load(packed, update_info.entries)
 
 

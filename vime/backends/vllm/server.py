@@ -20,6 +20,7 @@ from vime.config import Config
 from vime.patches import Patch
 from vime.platform import LONGEST_SOCKET_PATH, Platform
 from vime.rendezvous import interface_variables
+from vime.weight_sync import wire
 from vime.weight_sync.choice import engines_sleep, transport_name
 
 MODEL_NAME = "policy"  # the `model` of every request
@@ -81,6 +82,7 @@ def environment(
         **interface_variables(host, os.environ),
         **short_socket_paths(os.environ),
         plugin.ENGINE_PATCHES: ",".join(patch.name for patch in needed_patches(cfg, on)),
+        wire.NODE: host,
         "VLLM_SERVER_DEV_MODE": "1",  # the control routes
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CONFIGURE_LOGGING": "1",

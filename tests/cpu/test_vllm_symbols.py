@@ -45,6 +45,25 @@ def test_the_plugin_registers_its_transports():
         assert callable(engine.trainer_send_weights), "abstract in vLLM 0.25"
 
 
+def test_a_worker_reads_the_file_of_its_own_node(tmp_path, monkeypatch):
+    from vime.backends.vllm.plugin_receivers import SharedBucket, SharedMemoryReceiver
+    from vime.weight_sync import wire
+
+    entries = wire.entries_of([("w", torch.zeros(16))])
+    paths = {}
+    for number, host in enumerate(("10.0.0.1", "fd00::2")):
+        paths[host] = str(tmp_path / str(number))
+        torch.from_file(paths[host], shared=True, size=16, dtype=torch.float32).fill_(number)
+    receiver, got = object.__new__(SharedMemoryReceiver), []
+    receiver.load = lambda packed, entries: got.append(dict(wire.unpack(packed, entries))["w"])
+    monkeypatch.setenv(wire.NODE, "fd00::2")
+    receiver.receive_weights(SharedBucket(entries, paths))
+    assert torch.equal(got[0], torch.ones(16))
+    monkeypatch.setenv(wire.NODE, "10.0.0.9")
+    with pytest.raises(RuntimeError, match="node 10.0.0.9; trainer ranks are on 10.0.0.1, fd00::2"):
+        receiver.receive_weights(SharedBucket(entries, paths))
+
+
 def test_a_server_of_vime_looks_at_the_model_without_another_process(tmp_path):
     """In a process like a server's, with the empty cache of a new machine."""
     script = """

@@ -7,8 +7,8 @@ the hardware. The rollout manager, with router and graders, runs on the driver's
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +74,21 @@ class Placement:
         where = NodeAffinitySchedulingStrategy(self.driver.id, soft=False)
         return {"num_cpus": 0, "scheduling_strategy": where}
 
-    def remove(self) -> None:
-        remove_placement_group(self.group)
+    def __str__(self) -> str:
+        """The nodes of each part, with their slots: "trainer on 10.0.0.1 (8), 10.0.0.2 (8)"."""
+        parts = {"trainer": self.trainers, "engines": [s for slots in self.engines for s in slots]}
+        said = [f"{name} on {_counted(slots)}" for name, slots in parts.items() if slots]
+        return "; ".join([*said, f"router and graders on {self.driver.address}"])
+
+    @property
+    def num_nodes(self) -> int:
+        slots = [*self.trainers, *(s for slots in self.engines for s in slots)]
+        return len({self.driver.id, *(slot.node.id for slot in slots)})
+
+
+def _counted(slots: Sequence[Slot]) -> str:
+    counts = Counter(slot.node.address for slot in slots)
+    return ", ".join(f"{address} ({count})" for address, count in counts.items())
 
 
 def reserve(cfg: Config) -> Placement:

@@ -64,6 +64,8 @@ class Run:
         On shared GPUs the engines start first, because they measure the memory of an empty GPU.
         """
         cfg = self.cfg
+        if placement.num_nodes > 1:
+            self.log.starting(f"on {placement.num_nodes} nodes: {placement}")
         engines = self.manager.start.remote(None if cfg.debug.no_engines else placement)
         if not cfg.debug.no_engines:
             count = cfg.cluster.num_engines

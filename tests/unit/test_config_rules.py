@@ -86,15 +86,15 @@ REFUSED = {
         "--actor-num-gpus-per-node 16 is more than --num-gpus-per-node 8. Lower the first, or "
         "raise the second to the number of GPUs of a node.",
     ),
-    "an engine larger than a node": (
+    "an engine on a node and a part of the next": (
         {
-            "--actor-num-gpus-per-node": "2",
-            "--num-gpus-per-node": "2",
+            "--actor-num-gpus-per-node": "3",
+            "--num-gpus-per-node": "3",
             "--rollout-num-gpus": "4",
             "--rollout-num-gpus-per-engine": "4",
         },
-        "--rollout-num-gpus-per-engine 4 is more than --num-gpus-per-node 2, and an engine runs "
-        "on one node. Lower the first.",
+        "--rollout-num-gpus-per-engine 4 would put an engine on parts of two nodes, with "
+        "--num-gpus-per-node 3. Give at most 3, or a multiple of 3.",
     ),
     "an engine larger than the model": (
         {"--rollout-num-gpus-per-engine": "8"},

@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.fake_engine import make_config
 from vime.errors import ConfigError
-from vime.ray.node_plan import Node, Shape, plan, table
+from vime.ray.node_plan import Node, Shape, _nearest, fits, plan, table
 
 
 def cluster(*free: int, busy: int = 0) -> list[Node]:
@@ -84,20 +84,103 @@ def test_slots_that_another_run_holds_are_not_used():
     assert found.trainers == {"n0": 4}
 
 
-def test_a_refusal_shows_the_cluster_and_what_would_fit():
+def test_among_equal_nodes_the_driver_s_comes_first():
+    """Then a small run stays on one node."""
+    found = plan(cluster(8, 8, 8), shape(1, 4, engines=4), driver="n1")
+    assert found.nodes == ("n1",)
+    apart = plan(cluster(8, 8, 4), shape(1, 8, engines=4), driver="n2")
+    assert (apart.trainers, apart.engines) == ({"n0": 8}, ({"n2": 1},) * 4)
+
+
+def test_ranks_follow_the_order_of_the_nodes_wherever_the_driver_is():
+    assert list(plan(cluster(4, 4), shape(2, 4), driver="n1").trainers) == ["n0", "n1"]
+
+
+def test_nodes_are_in_the_order_of_their_addresses():
+    in_order = ["a-host", "9.0.0.1", "10.0.0.9", "10.0.0.10", "[fd00::9]", "fd00::10"]
+    nodes = [Node(id="x", address=address, slots=1, free=1) for address in reversed(in_order)]
+    assert [node.address for node in sorted(nodes, key=lambda n: n.order)] == in_order
+
+
+def refusal(nodes: list[Node], wanted: Shape) -> str:
     with pytest.raises(ConfigError) as refused:
-        plan(cluster(8, 4, busy=4), shape(2, 8, engines=1))
+        plan(nodes, wanted)
     (text,) = refused.value.problems
-    assert "--actor-num-nodes 2 --actor-num-gpus-per-node 8 --rollout-num-gpus 1 does not" in text
-    assert "10.0.0.0    12     8" in text
-    assert "10.0.0.1     8     4" in text
-    assert "--actor-num-nodes 1 --actor-num-gpus-per-node 8 --rollout-num-gpus 1" in text
-    assert "--actor-num-nodes 2 --actor-num-gpus-per-node 4 --rollout-num-gpus 1" in text
+    return text
+
+
+def test_a_refusal_shows_the_flags_the_cluster_and_what_would_fit():
+    text = refusal(cluster(8, 4, busy=4), shape(2, 8, engines=1))
+    assert text.splitlines() == [
+        "--actor-num-nodes 2 --actor-num-gpus-per-node 8 --rollout-num-gpus 1 does not fit into "
+        "the cluster:",
+        "  node      GPUs  free",
+        "  10.0.0.0    12     8",
+        "  10.0.0.1     8     4",
+        "Wait until other runs free their slots. This would fit: --actor-num-nodes 1 "
+        "--actor-num-gpus-per-node 8 --rollout-num-gpus 1; or --actor-num-nodes 2 "
+        "--actor-num-gpus-per-node 4 --rollout-num-gpus 1. More nodes can join the cluster "
+        "(docs/clusters.md).",
+    ]
+
+
+def test_a_missing_node_is_seen_in_the_table_and_one_node_less_would_fit():
+    text = refusal(cluster(8, 8), shape(2, 8, engines=8))
+    assert "Wait" not in text
+    assert "--actor-num-nodes 1 --actor-num-gpus-per-node 8 --rollout-num-gpus 8;" in text
+    assert "--actor-num-nodes 2 --actor-num-gpus-per-node 4 --rollout-num-gpus 8." in text
+
+
+def test_fewer_nodes_with_fewer_slots_are_proposed_if_nothing_else_fits():
+    text = refusal(cluster(3), shape(2, 4, engines=4))
+    assert "--actor-num-nodes 1 --actor-num-gpus-per-node 2 --rollout-num-gpus 1." in text
+
+
+def test_a_node_too_small_for_an_engine_calls_for_smaller_engines_or_more_nodes():
+    text = refusal(cluster(4, 4, 4), shape(1, 2, engines=1, size=8))
+    head = "--actor-num-nodes 1 --actor-num-gpus-per-node 2 --rollout-num-gpus 8"
+    assert f"{head} --rollout-num-gpus-per-engine 4;" in text
+    assert f"{head} --rollout-num-gpus-per-engine 8 --num-gpus-per-node 4." in text
+
+
+def test_a_proposal_keeps_the_trainer_s_layout():
+    wanted = Shape(trainer_nodes=1, per_node=8, num_engines=0, per_engine=1, per_part=1, multiple=4)
+    assert "--actor-num-gpus-per-node 4." in refusal(cluster(7), wanted)
+
+
+def test_a_colocated_refusal_proposes_engines_that_divide_the_trainer():
+    text = refusal(cluster(6, 6), shared(2, 8, size=4))
+    assert text.startswith(
+        "--actor-num-nodes 2 --actor-num-gpus-per-node 8 --colocate "
+        "--rollout-num-gpus-per-engine 4 does not fit"
+    )
+    assert "--actor-num-nodes 2 --actor-num-gpus-per-node 4 --colocate" in text
+
+
+def test_what_a_refusal_proposes_does_fit():
+    rng = random.Random(1)
+    refused = 0
+    for _ in range(500):
+        nodes = cluster(*(rng.randint(0, 8) for _ in range(rng.randint(1, 4))))
+        part, parts = rng.randint(1, 4), rng.choice([1, 1, 2])
+        size = (rng.randint(1, 3), rng.randint(1, 8))
+        wanted = rng.choice(
+            [shape(*size, rng.randint(1, 9), part * parts, part=part), shared(*size, size[1])]
+        )
+        if fits(nodes, wanted):
+            continue
+        refused += 1
+        for smaller in _nearest(nodes, wanted):
+            assert fits(nodes, smaller), (nodes, wanted, smaller)
+            assert smaller != wanted
+        enough = 1 if wanted.shared else 1 + wanted.num_engines
+        if sum(node.free for node in nodes) >= enough and wanted.parts_per_engine == 1:
+            assert _nearest(nodes, wanted), (nodes, wanted)
+    assert refused > 100
 
 
 def test_a_cluster_without_any_slot_says_that_nothing_fits():
-    with pytest.raises(ConfigError, match="No smaller run would fit"):
-        plan(cluster(0), shape(1, 1))
+    assert "No smaller run would fit." in refusal(cluster(0), shape(1, 1))
 
 
 def test_the_table_has_a_line_for_each_node():

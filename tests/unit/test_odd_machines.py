@@ -104,3 +104,16 @@ def test_several_nodes_need_a_cluster(tmp_path, monkeypatch):
         assert "RAY_ADDRESS" in problem
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert check_slots(cfg) == []
+
+
+def test_an_engine_over_several_nodes_needs_a_cluster(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    flags = {"actor_gpus_per_node": 1, "rollout_gpus_asked": 2, "gpus_per_engine": 2}
+    cfg = make_config(tmp_path, cluster={**flags, "gpus_per_node": 1, "cpu_slots": 3})
+    (problem,) = check_slots(cfg)
+    assert problem.startswith(
+        "--rollout-num-gpus-per-engine 2 is more than --num-gpus-per-node 1, so an engine needs 2 "
+        "nodes of a Ray cluster."
+    )
+    cfg = make_config(tmp_path, cluster={**flags, "gpus_per_node": 2, "cpu_slots": 3})
+    assert check_slots(cfg) == []

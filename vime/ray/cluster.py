@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
+import time
 
 import ray
 from ray._private.state import available_resources_per_node
@@ -12,9 +12,11 @@ from vime.addresses import host_and_port, listening
 from vime.config import Config
 from vime.errors import ConfigError
 from vime.platform import CPU, CUDA, Platform, choose, current
-from vime.ray.node_plan import Node, NodePlan, Shape, plan
+from vime.ray.node_plan import Node, NodePlan, Shape, fits, idle, plan
 
 _CONNECT_TIMEOUT_S = 10.0
+_SETTLE_S = 5.0
+_POLL_S = 0.25
 
 
 def join(working_dir: str | None = None) -> None:
@@ -60,10 +62,18 @@ def _check_address(address: str) -> None:
 
 
 def planned(cfg: Config) -> tuple[list[Node], NodePlan]:
-    """The cluster's nodes, and the plan of those that the run uses. Raises ConfigError."""
-    on = current()
-    found = nodes(on)
-    return found, plan(found, Shape.of(cfg), unit=on.slots_name)
+    """The cluster's nodes, and the plan of those that the run uses. Raises ConfigError.
+
+    A run that has just ended still holds slots for a moment. So a run that would fit without others
+    gets a moment too.
+    """
+    on, shape, deadline = current(), Shape.of(cfg), time.monotonic() + _SETTLE_S
+    while True:
+        found = nodes(on)
+        settled = fits(found, shape) or not fits(idle(found), shape)
+        if settled or time.monotonic() > deadline:
+            return found, plan(found, shape, driver=driver_node(), unit=on.slots_name)
+        time.sleep(_POLL_S)
 
 
 def nodes(on: Platform) -> list[Node]:
@@ -79,16 +89,7 @@ def nodes(on: Platform) -> list[Node]:
         for node in ray.nodes()
         if node["Alive"]
     ]
-    return sorted(found, key=_by_address)
-
-
-def _by_address(node: Node) -> tuple[int, int, str, str]:
-    """Numbers in the order of numbers: 10.0.0.9 comes before 10.0.0.10."""
-    try:
-        parsed = ipaddress.ip_address(node.address)
-    except ValueError:  # a host's name
-        return 0, 0, node.address, node.id
-    return parsed.version, int(parsed), "", node.id
+    return sorted(found, key=lambda node: node.order)
 
 
 def driver_node() -> str:

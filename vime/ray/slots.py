@@ -7,6 +7,7 @@ import os
 from vime.config import Config
 from vime.config.sections.cluster import ClusterConfig
 from vime.platform import Platform, current
+from vime.ray.node_plan import Shape
 
 
 def local_slots(cluster: ClusterConfig) -> int:
@@ -38,7 +39,19 @@ def check_slots(cfg: Config) -> list[str]:
         slots = torch.cuda.device_count()
     else:
         slots = local_slots(cfg.cluster)
-    return too_many(cfg, platform, slots)
+    return too_many(cfg, platform, slots) or _engines_over_nodes(cfg)
+
+
+def _engines_over_nodes(cfg: Config) -> list[str]:
+    cluster, shape = cfg.cluster, Shape.of(cfg)
+    if shape.num_engines == 0 or shape.parts_per_engine == 1:
+        return []
+    return [
+        f"--rollout-num-gpus-per-engine {cluster.gpus_per_engine} is more than --num-gpus-per-node "
+        f"{cluster.gpus_per_node}, so an engine needs {shape.parts_per_engine} nodes of a Ray "
+        "cluster. Start one and set RAY_ADDRESS to its address (docs/clusters.md), or raise "
+        "--num-gpus-per-node if this machine has more."
+    ]
 
 
 def too_many(cfg: Config, platform: Platform, slots: float) -> list[str]:

@@ -40,25 +40,26 @@ def engine_fits_the_model(cfg: Config) -> Iterator[str]:
         )
 
 
-def engines_fit_a_node(cfg: Config) -> Iterator[str]:
-    size, node = cfg.cluster.gpus_per_engine, cfg.cluster.gpus_per_node
-    if size > node:
-        yield (
-            f"--rollout-num-gpus-per-engine {size} is more than --num-gpus-per-node {node}, and an "
-            "engine runs on one node. Lower the first."
-        )
+def engines_fit_the_nodes(cfg: Config) -> Iterator[str]:
+    """An engine lies on one node, or on several with all GPUs that the run may use there.
 
-
-def engines_fit_the_trainer_s_nodes(cfg: Config) -> Iterator[str]:
-    """Under --colocate an engine uses the trainer's GPUs of one node, or of several whole nodes."""
-    c = cfg.cluster
-    size, node = c.gpus_per_engine, c.actor_gpus_per_node
-    if not c.colocate or c.actor_num_nodes == 1 or cfg.debug.no_engines:
+    Under --colocate these are the trainer's GPUs.
+    """
+    c, size = cfg.cluster, cfg.cluster.gpus_per_engine
+    if cfg.debug.no_engines:
         return
-    if node % size and size % node:
+    if c.colocate and not cfg.debug.rollout_only:
+        if c.actor_num_nodes == 1:  # such an engine does not divide the trainer's GPUs
+            return
+        name, node = "--actor-num-gpus-per-node", c.actor_gpus_per_node
+        wrong, remedy = node % size and size % node, f"a divisor or a multiple of {node}"
+    else:
+        name, node = "--num-gpus-per-node", c.gpus_per_node
+        wrong, remedy = size > node and size % node, f"at most {node}, or a multiple of {node}"
+    if wrong:
         yield (
             f"--rollout-num-gpus-per-engine {size} would put an engine on parts of two nodes, with "
-            f"--actor-num-gpus-per-node {node}. Give a divisor or a multiple of {node}."
+            f"{name} {node}. Give {remedy}."
         )
 
 

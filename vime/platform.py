@@ -58,11 +58,21 @@ def current() -> Platform:
     """The platform of this run, or of this machine if nothing was chosen."""
     if chosen := os.environ.get(_CHOICE):
         return _BY_NAME[chosen]
+    return CUDA if has_cuda() else CPU
+
+
+def has_cuda() -> bool:
+    """Whether this process can use a GPU."""
     if not any(Path(file).exists() for file in _DEVICE_FILES):
-        return CPU
+        return False
     import torch
 
-    return CUDA if torch.cuda.is_available() else CPU
+    return torch.cuda.is_available()
+
+
+def named(device: str) -> Platform:
+    """The platform of "cuda" or "cpu"."""
+    return _BY_NAME[device]
 
 
 def choose(platform: Platform) -> None:

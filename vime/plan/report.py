@@ -12,7 +12,7 @@ from vime.plan.parts import GIB, Part, total
 from vime.plan.shape import Shape, shape_of
 from vime.plan.tokens import tokens_per_micro_batch
 from vime.plan.trainer_memory import trainer_memory
-from vime.platform import CUDA, Platform, current
+from vime.platform import CUDA, Platform, current, has_cuda
 
 
 def batch(cfg: Config) -> Iterator[str]:
@@ -63,7 +63,9 @@ def gpu_gib(cfg: Config) -> float | None:
     """Memory of the planned GPU in GiB; None when neither a flag nor this machine has one."""
     if cfg.debug.plan_gpu_gib:
         return cfg.debug.plan_gpu_gib
-    return torch.cuda.get_device_properties(0).total_memory / GIB if current().is_cuda else None
+    if not current().is_cuda or not has_cuda():  # a cluster's driver may have no GPU itself
+        return None
+    return torch.cuda.get_device_properties(0).total_memory / GIB
 
 
 def memory(cfg: Config) -> Iterator[str]:

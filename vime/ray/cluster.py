@@ -8,57 +8,40 @@ import time
 import ray
 from ray._private.state import available_resources_per_node
 
-from vime.addresses import host_and_port, listening
 from vime.config import Config
 from vime.errors import ConfigError
-from vime.platform import CPU, CUDA, Platform, choose, current
+from vime.platform import CPU, CUDA, Platform, choose, current, named
+from vime.ray.address_check import check_address
 from vime.ray.node_plan import Node, NodePlan, Shape, fits, idle, plan
 
-_CONNECT_TIMEOUT_S = 10.0
 _SETTLE_S = 5.0
 _POLL_S = 0.25
 
 
-def join(working_dir: str | None = None) -> None:
-    """Connect to the cluster of RAY_ADDRESS, and choose GPUs or CPUs by its nodes.
+def join(working_dir: str | None = None, device: str = "auto") -> None:
+    """Connect to the cluster of RAY_ADDRESS, and choose GPUs or CPUs.
 
     working_dir  a folder that Ray copies to every node. The folder of a submitted job comes first
+    device       --device; auto: GPUs if any node has them
 
     Does nothing if this process is connected. Raises ConfigError.
     """
     if not ray.is_initialized():
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        address = os.environ["RAY_ADDRESS"]
-        _check_address(address)
+        given = os.environ["RAY_ADDRESS"]
+        address = check_address(given)
         in_job = "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
         env = {"working_dir": working_dir} if working_dir and not in_job else None
         try:
             ray.init(address=address, runtime_env=env, logging_level="ERROR")
-        except (Exception, SystemExit) as error:  # versions that differ, no token, not a Ray
+        except (Exception, SystemExit) as error:  # versions differ, or no cluster for "auto"
+            reason = " ".join(str(error).split())
             raise ConfigError(
-                f"RAY_ADDRESS {address}: Ray cannot join this cluster: {error}. Use the cluster's "
-                "versions of Ray and Python, and its token if it has one."
+                f"RAY_ADDRESS {given}: Ray cannot join this cluster: {reason}. Start the driver on "
+                "a node of the cluster, with the cluster's versions of Ray and Python."
             ) from None
-    choose(CUDA if ray.cluster_resources().get(CUDA.ray_resource) else CPU)
-
-
-def _check_address(address: str) -> None:
-    """Ray itself waits for more than a minute if nobody listens, and then ends the process."""
-    if address == "auto":
-        return
-    name = f"RAY_ADDRESS {address}"
-    try:
-        host, port = host_and_port(f"tcp://{address}")
-    except ValueError:
-        raise ConfigError(
-            f"{name} is not an address of a Ray cluster. Give HOST:PORT as `ray start --head` "
-            "prints it; the port is usually 6379."
-        ) from None
-    if not listening(host, port, _CONNECT_TIMEOUT_S):
-        raise ConfigError(
-            f"{name}: nobody listens there, or a firewall is between. Start the cluster with "
-            "`ray start --head` (docs/clusters.md), or unset RAY_ADDRESS to use this machine alone."
-        )
+    has_gpus = ray.cluster_resources().get(CUDA.ray_resource)
+    choose(named(device) if device != "auto" else CUDA if has_gpus else CPU)
 
 
 def planned(cfg: Config) -> tuple[list[Node], NodePlan]:

@@ -20,6 +20,7 @@ from vime.platform import LONGEST_SOCKET_PATH, current
 from vime.ray.slots import joins_cluster, local_slots
 
 if TYPE_CHECKING:
+    from vime.observe import RunLog
     from vime.ray.run import Run
 
 
@@ -37,8 +38,7 @@ def launch(cfg: Config) -> Iterator[Run]:
         from vime.ray.placement_group import reserve
         from vime.ray.run import Run
 
-        # Processes on other nodes do not share the driver's current folder.
-        cfg = replace(cfg, log=replace(cfg.log, run_dir=str(log.run_dir.absolute())))
+        cfg = _decided(cfg, log)
         run = Run(cfg, reserve(cfg), log)
         try:
             yield run
@@ -50,6 +50,16 @@ def launch(cfg: Config) -> Iterator[Run]:
         run.stop()
 
 
+def _decided(cfg: Config, log: RunLog) -> Config:
+    """The configuration with the decisions that the driver makes for all processes."""
+    return replace(
+        cfg,
+        cluster=replace(cfg.cluster, device=current().device_type),
+        # Processes on other nodes do not share the driver's current folder.
+        log=replace(cfg.log, run_dir=str(log.run_dir.absolute())),
+    )
+
+
 @contextmanager
 def _ray(cfg: Config) -> Iterator[None]:
     import ray
@@ -57,7 +67,7 @@ def _ray(cfg: Config) -> Iterator[None]:
     from vime.ray import cluster
 
     if joins_cluster():
-        cluster.join(cfg.cluster.working_dir)
+        cluster.join(cfg.cluster.working_dir, cfg.cluster.device)
     else:
         _start_ray(cfg)
     signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which sets its own handler

@@ -6,19 +6,19 @@ A check imports its library when it runs, so `--help` and the refusal of a wrong
 from vime.config import Config
 from vime.config.plugins import check_plugins
 from vime.data.checks import check_chat_template
-from vime.ray.slots import check_slots, joins_cluster
+from vime.ray.slots import check_slots, choose_here, joins_cluster
 
 
 def check_cluster(cfg: Config) -> list[str]:
-    """Joins the cluster of RAY_ADDRESS, whose nodes decide whether the run uses GPUs or CPUs.
+    """Chooses GPUs or CPUs, and joins the cluster of RAY_ADDRESS, whose nodes decide it.
 
     The other checks need that decision, so this one is the first. A dry run joins nothing.
     """
     if cfg.debug.dry_run or not joins_cluster():
-        return []
+        return choose_here(cfg)
     from vime.ray import cluster
 
-    cluster.join(cfg.cluster.working_dir)
+    cluster.join(cfg.cluster.working_dir, cfg.cluster.device)
     cluster.planned(cfg)
     return []
 

@@ -6,7 +6,7 @@ import os
 
 from vime.config import Config
 from vime.config.sections.cluster import ClusterConfig
-from vime.platform import Platform, current
+from vime.platform import Platform, choose, current, has_cuda, named
 from vime.ray.node_plan import Shape
 
 
@@ -18,6 +18,19 @@ def local_slots(cluster: ClusterConfig) -> int:
 def joins_cluster() -> bool:
     """Whether the run joins the cluster of RAY_ADDRESS. Otherwise it starts a Ray of its own."""
     return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+
+
+def choose_here(cfg: Config) -> list[str]:
+    """Chooses the platform of --device for a run on this machine; a problem if it has no GPU."""
+    device = cfg.cluster.device
+    if device == "cuda" and not cfg.debug.dry_run and not has_cuda():
+        return [
+            "--device cuda: torch finds no GPU on this machine. Look at nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES, or leave the flag out to run on CPU."
+        ]
+    if device != "auto":
+        choose(named(device))
+    return []
 
 
 def check_slots(cfg: Config) -> list[str]:

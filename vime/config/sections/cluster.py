@@ -62,6 +62,13 @@ class ClusterConfig(Section):
         default=None,
         at_least=1,
     )
+    device: str = flag(
+        "--device",
+        "train and generate on GPUs (cuda) or on CPU slots (cpu); auto: on GPUs if the cluster of "
+        "RAY_ADDRESS has any, without it if this machine has any",
+        default="auto",
+        choices=("auto", "cuda", "cpu"),
+    )
     node_interface: str | None = flag(
         "--node-interface",
         "network interface whose address processes on other nodes use (default: Ray's address)",

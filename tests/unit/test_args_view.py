@@ -83,6 +83,13 @@ def test_an_unknown_name_suggests_the_nearest(tmp_path):
     assert getattr(args, "nothing_like_it", None) is None
 
 
+def test_its_text_has_no_keys(tmp_path):
+    args = view(tmp_path, vllm_api_key="s3cret")
+    assert args.vllm_api_key == "s3cret"
+    assert "vllm_api_key='(hidden)'" in repr(args)
+    assert "s3cret" not in repr(args)
+
+
 def test_it_can_be_sent_to_other_processes(tmp_path):
     args = view(tmp_path, vllm_router_port=8123)
     for twin in (pickle.loads(pickle.dumps(args)), copy.deepcopy(args)):

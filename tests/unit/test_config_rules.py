@@ -42,8 +42,13 @@ REFUSED = {
     ),
     "variables that are not texts": (
         {"--train-env-vars": '{"NCCL_NTHREADS":64}'},
-        '--train-env-vars {"NCCL_NTHREADS": 64}: the values of environment variables are texts. '
-        'Put them into quotes: {"NAME": "1"}.',
+        "--train-env-vars: NCCL_NTHREADS is 64, and the values of environment variables are texts. "
+        'Put it into quotes: {"NCCL_NTHREADS": "64"}.',
+    ),
+    "a name that no variable can have": (
+        {"--train-env-vars": '{"A=B":"1"}'},
+        "--train-env-vars: 'A=B' cannot be an environment variable. Give names without \"=\", and "
+        "neither names nor values with a zero byte.",
     ),
     "a policy without advantages": (
         {"--disable-compute-advantages-and-returns": None},

@@ -45,6 +45,14 @@ def test_it_prints_the_plan_and_exits_with_0(capsys, tmp_path):
         assert line in text
 
 
+def test_keys_are_not_shown(capsys, tmp_path):
+    variables = '{"WANDB_API_KEY":"s3cret","NCCL_DEBUG":"INFO"}'
+    text = plan(capsys, tmp_path, {"--vllm-api-key": "s3cret", "--train-env-vars": variables})
+    assert "--vllm-api-key (hidden)" in text
+    assert "{'WANDB_API_KEY': '(hidden)', 'NCCL_DEBUG': 'INFO'}" in text
+    assert "s3cret" not in text
+
+
 def test_a_wrong_configuration_is_refused_and_not_shown(capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         parse_config(words(tmp_path, {"--dry-run": None, "--num-steps-per-rollout": "3"}))

@@ -209,6 +209,10 @@ def test_keys_and_settings_of_libraries_reach_the_workers_and_paths_of_a_node_do
     assert variables_for_workers({**passed, **kept}) == passed
 
 
+def test_a_key_of_a_node_does_not_count_if_the_driver_has_none():
+    assert variables_for_workers({"PATH": "/bin"}) == {"VLLM_API_KEY": ""}
+
+
 def test_the_choice_of_a_platform_reaches_child_processes(monkeypatch):
     monkeypatch.delenv("VIME_DEVICE", raising=False)
     here = platform.current()

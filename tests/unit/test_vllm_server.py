@@ -138,6 +138,24 @@ def test_packed_answers_do_not_bypass_an_api_key(folder, monkeypatch):
     assert (server.api_key(cfg), server.api_key(with_flag)) == ("k3", "k1")
 
 
+def test_a_key_is_in_the_environment_of_an_engine_and_not_on_its_command_line(folder, monkeypatch):
+    """Every user of a machine sees the command lines of its processes."""
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    for given in ("k1", ["k1"]):
+        cfg = make_config(folder, engine={"vllm_args": {"api_key": given}})
+        assert "k1" not in argv(cfg)
+        assert key_of(cfg) == "k1"
+    several = make_config(folder, engine={"vllm_args": {"api_key": ["k1", "k2"]}})
+    assert argv(several)[-3:] == ["--api-key", "k1", "k2"]
+    monkeypatch.setenv("VLLM_API_KEY", "")
+    assert not key_of(make_config(folder))
+
+
+def key_of(cfg) -> str | None:
+    env = server.environment(cfg, [0], dialect=dialect_of("0.32.0"), on=platform.CPU)
+    return env.get("VLLM_API_KEY")
+
+
 def test_on_cpu_the_share_of_gpu_memory_is_dropped_with_a_notice(folder, monkeypatch):
     cfg = make_config(folder, engine={"vllm_args": {"gpu_memory_utilization": "0.7"}})
     assert "--gpu-memory-utilization" not in argv(cfg)

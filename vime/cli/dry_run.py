@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from vime.config import Config
 from vime.config.fields import flags_in
+from vime.config.secrets import without_secrets
 from vime.config.spelling import as_flag
 from vime.config.view import SECTIONS, resolved
 from vime.plan import report as plan
@@ -24,7 +25,7 @@ def report(cfg: Config) -> str:
 
 
 def _configuration(cfg: Config) -> Iterator[str]:
-    values = resolved(cfg)
+    values = without_secrets(resolved(cfg))
     for name in SECTIONS:
         yield f"[{name}]"
         section = getattr(cfg, name)
@@ -38,7 +39,7 @@ def _configuration(cfg: Config) -> Iterator[str]:
     ):
         if extra:
             yield f"[{title}]"
-            for key, value in extra.items():
+            for key, value in without_secrets(extra).items():
                 yield f"  {as_flag(key, prefix)} {_shown(value)}".rstrip()
     if cfg.optimizer.critic_overrides:
         yield "[critic]"

@@ -8,6 +8,7 @@ from typing import Any
 
 from vime.config import Config
 from vime.config.fields import flags_in
+from vime.config.secrets import without_secrets
 from vime.config.spelling import as_flag, as_key, did_you_mean
 from vime.errors import PluginError
 
@@ -64,7 +65,8 @@ class ArgsView:
         return [*self._values, "config"]
 
     def __repr__(self) -> str:
-        return "ArgsView(" + ", ".join(f"{k}={v!r}" for k, v in self._values.items()) + ")"
+        shown = without_secrets(self._values)
+        return "ArgsView(" + ", ".join(f"{k}={v!r}" for k, v in shown.items()) + ")"
 
     def __reduce__(self):
         return _rebuild, (self._config, self._runtime)

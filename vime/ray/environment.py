@@ -16,19 +16,24 @@ _PREFIXES = (
     "VIME_", "VLLM_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "TOKENIZERS_", "SAFETENSORS_",
     "TORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "FLASHINFER_", "NVTE_",
     "CUDA_DEVICE_", "CUDA_LAUNCH_", "CUBLAS_", "CUDNN_", "NCCL_", "GLOO_", "UCX_",
-    "OMP_", "MKL_", "OPENBLAS_", "KMP_", "WANDB_",
+    "OMP_", "MKL_", "OPENBLAS_", "KMP_", "WANDB_", "FI_",
 )  # fmt: skip
-_SUFFIXES = ("_API_KEY", "_TOKEN", "_SECRET", "_proxy", "_PROXY")
+_SUFFIXES = ("_API_KEY", "_TOKEN", "_SECRET", "_PASSWORD", "_proxy", "_PROXY")
 _OF_ONE_NODE = ("VLLM_HOST_IP", "RAY_AUTH_TOKEN")
 
 
 def variables_for_workers(env: Mapping[str, str]) -> dict[str, str]:
-    """The part of the driver's environment that every process of the run needs."""
-    return {
+    """The part of the driver's environment that every process of the run needs.
+
+    The engines' key is that of the driver. If the driver has none, a node's own must not count:
+    clients of its engine would not know it.
+    """
+    passed = {
         name: value
         for name, value in env.items()
         if (name.startswith(_PREFIXES) or name.endswith(_SUFFIXES)) and name not in _OF_ONE_NODE
     }
+    return {"VLLM_API_KEY": "", **passed}
 
 
 def remote(cls: type, env: Mapping[str, str], **options: Any) -> Any:

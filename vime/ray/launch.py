@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vime.config import Config
+from vime.config.secrets import without_secrets
 from vime.config.view import resolved
 from vime.errors import ConfigError
 from vime.platform import LONGEST_SOCKET_PATH, current
@@ -33,7 +34,7 @@ def launch(cfg: Config) -> Iterator[Run]:
     """
     from vime.observe import RunLog
 
-    flags = {name: value for name, value in resolved(cfg).items() if name != "vllm_api_key"}
+    flags = without_secrets(resolved(cfg))
     with RunLog(cfg.log, fallback_dir=cfg.checkpoint.save, config=flags) as log, _ray(cfg):
         from vime.ray.placement_group import reserve
         from vime.ray.run import Run

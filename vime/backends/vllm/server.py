@@ -54,6 +54,8 @@ def command(
     else:
         ours |= cpu.flags(cfg, dialect)
         given.pop("gpu_memory_utilization", None)  # a share of GPU memory: `cpu.memory_notice`
+    if "api_key" in given and given["api_key"] in (api_key(cfg), [api_key(cfg)]):
+        del given["api_key"]  # a single key is in the environment, where other users cannot see it
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *dialect.generate_flags]
     if api_key(cfg) is None:  # a request would pass this middleware before vLLM checks its key
         argv += ["--middleware", "vime.backends.vllm.plugin_route.PackedAnswers"]
@@ -88,6 +90,8 @@ def environment(
         "VLLM_CONFIGURE_LOGGING": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if key := api_key(cfg):
+        env["VLLM_API_KEY"] = key
     if not is_loopback(host):
         env["VLLM_HOST_IP"] = host
     if not on.is_cuda:

@@ -131,11 +131,18 @@ class ClusterConfig(Section):
                 yield f"{name} has no effect without --colocate. Add that, or leave it out."
             if self.offload and asked is False:
                 yield f"--offload asks for {name}, and --no{name[1:]} forbids it. Leave one out."
-        if not all(isinstance(value, str) for value in self.train_env_vars.values()):
-            yield (
-                f"--train-env-vars {json.dumps(self.train_env_vars)}: the values of environment "
-                'variables are texts. Put them into quotes: {"NAME": "1"}.'
-            )
+        for name, value in self.train_env_vars.items():
+            if not isinstance(value, str):
+                given = json.dumps(value)
+                yield (
+                    f"--train-env-vars: {name} is {given}, and the values of environment variables "
+                    f'are texts. Put it into quotes: {{"{name}": {json.dumps(given)}}}.'
+                )
+            elif not name or set(name) & set("=\0") or "\0" in value:
+                yield (
+                    f"--train-env-vars: {name!r} cannot be an environment variable. Give names "
+                    'without "=", and neither names nor values with a zero byte.'
+                )
         if self.actor_gpus_per_node > self.gpus_per_node:
             yield (
                 f"--actor-num-gpus-per-node {self.actor_gpus_per_node} is more than "

@@ -6,8 +6,8 @@
 
 Each node is a set of Linux namespaces: it has its own network interfaces, addresses, processes,
 host name, /etc/hosts, /dev/shm and /tmp/ray. All other files are shared, as on a cluster with a
-shared disk. `exec` runs a command on a node, with RAY_ADDRESS set. For example, these commands give
-node 2 a view of its own:
+shared disk. `exec` runs a command on a node, with RAY_ADDRESS set. For example, these commands
+give node 2 a view of its own:
 
     two_nodes.py exec 2 mount -t tmpfs none /data       node 2 does not see the files in /data
     two_nodes.py firewall 2 on                          nobody reaches its ports above 32767 (eth0)
@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,6 +101,11 @@ class Cluster:
         return {**RAY_ENV, "RAY_ADDRESS": self.address}
 
 
+def folder_of(name: str) -> Path:
+    """Where the cluster of this name has its record and its logs."""
+    return Path(tempfile.gettempdir()) / f"vime-{name}"
+
+
 def why_not() -> str | None:
     """Why this machine cannot make the nodes. None if it can."""
     if sys.platform != "linux" or os.geteuid() != 0:
@@ -132,11 +137,13 @@ def up(
     slots: Sequence[int] = (1, 1),
     ipv4: bool = True,
     num_interfaces: int = 1,
+    env: Mapping[str, str] | None = None,
 ) -> Cluster:
     """Starts a cluster with one node for each entry of `slots`, which is its number of CPU slots.
 
     folder  gets cluster.json, for `down`, and the logs of Ray
     ipv4    False: the nodes have IPv6 addresses only
+    env     more variables for Ray, and so for its workers
 
     Raises OSError if the cluster does not start. Nothing is left of it then.
     """
@@ -152,7 +159,7 @@ def up(
         _join(members, ipv4, num_interfaces)
         for node in members[1:]:
             _give_own_files(folder, node, members[1:])
-        _start_ray(folder, members[1:], slots)
+        _start_ray(folder, members[1:], slots, {**os.environ, **RAY_ENV, **(env or {})})
     except BaseException:
         down(folder, keep_logs=True)
         raise
@@ -166,9 +173,9 @@ def down(folder: Path, *, keep_logs: bool = False) -> None:
         return
     for entry in json.loads(record.read_text()):
         node = Node(**entry)
-        if _start_time(node.init) == node.started:
+        if start_time(node.init) == node.started:
             os.kill(node.init, signal.SIGKILL)
-            while _start_time(node.init) == node.started:
+            while start_time(node.init) == node.started:
                 time.sleep(0.05)
     record.unlink()
     if not keep_logs:
@@ -204,7 +211,9 @@ def call(*words: str) -> str:
 
 
 def _write(folder: Path, members: list[Node]) -> None:
-    (folder / "cluster.json").write_text(json.dumps([asdict(m) for m in members]))
+    new = folder / "cluster.json.new"
+    new.write_text(json.dumps([asdict(m) for m in members]))
+    new.rename(folder / "cluster.json")
 
 
 def _hold(name: str, address: str) -> Node:
@@ -225,7 +234,7 @@ def _hold(name: str, address: str) -> Node:
             outer.kill()
             raise OSError(f"unshare does not start {name}")
         time.sleep(0.02)
-    return Node(name, address, int(found[0]), _start_time(int(found[0])))
+    return Node(name, address, int(found[0]), start_time(int(found[0])))
 
 
 def _is_ready(pid: int) -> bool:
@@ -235,7 +244,7 @@ def _is_ready(pid: int) -> bool:
     )
 
 
-def _start_time(pid: int) -> str:
+def start_time(pid: int) -> str:
     """When a process started, in ticks. "" if it does not run; a zombie does not."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -292,20 +301,20 @@ def _give_own_files(folder: Path, node: Node, nodes: list[Node]) -> None:
     node.run("mount", "--bind", str(own / "hosts"), "/etc/hosts")
 
 
-def _start_ray(folder: Path, nodes: list[Node], slots: Sequence[int]) -> None:
+def _start_ray(folder: Path, nodes: list[Node], slots: Sequence[int], env: dict[str, str]) -> None:
     head, *others = nodes
     first = ["--head", f"--port={RAY_PORT}", f"--dashboard-port={DASHBOARD_PORT}"]
     first += [f"--dashboard-host={head.address}"]
-    started = [_start_node(folder, head, slots[0], first)]
+    started = [_start_node(folder, head, slots[0], first, env)]
     _wait_for_ray(started)
     for node, num_slots in zip(others, slots[1:], strict=True):
         where = [f"--address={at(head.address, RAY_PORT)}"]
-        started.append(_start_node(folder, node, num_slots, where))
+        started.append(_start_node(folder, node, num_slots, where, env))
     _wait_for_ray(started)
 
 
 def _start_node(
-    folder: Path, node: Node, num_slots: int, flags: list[str]
+    folder: Path, node: Node, num_slots: int, flags: list[str], env: dict[str, str]
 ) -> tuple[subprocess.Popen, Path]:
     ports = [f"--{name}={FIRST_OWN_PORT + i}" for i, name in enumerate(OWN_PORTS)]
     flags = [
@@ -328,7 +337,7 @@ def _start_node(
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, **RAY_ENV},
+            env=env,
         )
     return process, log
 
@@ -361,7 +370,7 @@ def main() -> int:
     wall.add_argument("state", choices=["on", "off"])
     commands.add_parser("down", help="end the cluster")
     given = parser.parse_args()
-    folder = Path(tempfile.gettempdir()) / f"vime-{given.name}"
+    folder = folder_of(given.name)
     if reason := why_not():
         print(f"skipped: {reason}", file=sys.stderr)
         return 3

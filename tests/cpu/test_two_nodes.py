@@ -217,15 +217,13 @@ def test_the_async_loop_runs_over_ipv6_as_a_job_submitted_on_the_head(jobs):
 
 
 def refusal(job: Job) -> str:
-    """The error of a run that is refused. It starts nothing and is told in seconds."""
-    began = time.monotonic()
-    process = job.start()
-    code = process.wait(TOLD_WITHIN_S)
+    """The words of a run that is refused within TOLD_WITHIN_S, before an engine starts."""
+    code = job.start().wait(TOLD_WITHIN_S)
     text = job.log.read_text()
     assert code == 2, text[-6000:]
     assert "Traceback" not in text
-    assert not (job.folder / "logs").exists(), f"engines started within {time.monotonic() - began}"
-    return " ".join(text[text.index("error:") :].split())
+    assert not (job.folder / "logs").exists()
+    return " ".join(text.split())
 
 
 @contextmanager
@@ -285,8 +283,7 @@ def test_all_faults_of_a_node_are_told_together(cluster, jobs, tmp_path):
     assert "--custom-rm-path driver_only.share_of_sevens: node 10.199.0.2" in said
     assert "node 10.199.0.2 has another version of vime" in said
     assert f"node 10.199.0.2 has {vllm} 0.0.1" in said
-    (of_first_node,) = [s for s in said.split("error: ") if "node 10.199.0.1" in s]
-    assert "driver_only" in of_first_node
+    assert said.count("node 10.199.0.1") == 1  # the module is missing there, too
 
 
 def other_version_of_vllm(folder: Path) -> tuple[str, Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from vime import platform
 from vime.ray.environment import variables_for_workers
 from vime.ray.node_judge import Asked, paths_to_read, problems_of, tokens, user_modules
 from vime.ray.node_probe import NodeProbe, digest_of_module, sight_of
+from vime.ray.preflight import CHECKS, find_own_code
 
 
 def look(folder: Path, **asked) -> dict:
@@ -223,3 +225,12 @@ def test_the_choice_of_a_platform_reaches_child_processes(monkeypatch):
     platform.choose(other)
     assert json.dumps(dict(os.environ)).count('"VIME_DEVICE"') == 1
     assert platform.current() is other
+
+
+def test_a_folder_of_code_is_on_the_path_before_the_checks_import_from_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    assert find_own_code(make_config("none", cluster={"working_dir": "code"})) == []
+    assert sys.path[0] == str(tmp_path / "code")
+    names = [check.__name__ for check in CHECKS]
+    assert names.index("find_own_code") < names.index("check_plugins")

@@ -18,6 +18,11 @@ _SETTLE_S = 5.0
 _POLL_S = 0.25
 
 
+def with_code(working_dir: str | None) -> dict[str, str] | None:
+    """Ray's runtime environment that copies a folder to every node and puts it on the path."""
+    return None if working_dir is None else {"working_dir": os.path.abspath(working_dir)}
+
+
 def join(working_dir: str | None = None, device: str = "auto") -> None:
     """Connect to the cluster of RAY_ADDRESS, and choose GPUs or CPUs.
 
@@ -31,7 +36,7 @@ def join(working_dir: str | None = None, device: str = "auto") -> None:
         given = os.environ["RAY_ADDRESS"]
         address = check_address(given)
         in_job = "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
-        env = {"working_dir": working_dir} if working_dir and not in_job else None
+        env = None if in_job else with_code(working_dir)
         try:
             ray.init(address=address, runtime_env=env, logging_level="ERROR")
         except (Exception, SystemExit) as error:  # versions differ, or no cluster for "auto"

@@ -82,11 +82,15 @@ def _start_ray(cfg: Config) -> None:
     """Start a Ray of our own, even if another cluster runs on this machine."""
     import ray
 
+    from vime.ray.cluster import with_code
+
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     keep_socket_paths_short()
-    slots = {} if current().is_cuda else {"num_cpus": local_slots(cfg.cluster)}
-    ray.init(address="local", include_dashboard=False, logging_level="ERROR", **slots)
+    options: dict[str, Any] = {"runtime_env": with_code(cfg.cluster.working_dir)}
+    if not current().is_cuda:
+        options["num_cpus"] = local_slots(cfg.cluster)
+    ray.init(address="local", include_dashboard=False, logging_level="ERROR", **options)
 
 
 def keep_socket_paths_short() -> None:

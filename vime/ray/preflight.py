@@ -3,16 +3,26 @@
 A check imports its library when it runs, so `--help` and the refusal of a wrong flag stay fast.
 """
 
+import os
+import sys
+
 from vime.config import Config
 from vime.config.plugins import check_plugins
 from vime.data.checks import check_chat_template
 from vime.ray.slots import check_slots, choose_here, joins_cluster
 
 
+def find_own_code(cfg: Config) -> list[str]:
+    """Puts --working-dir on the path: the checks that follow import the user's functions."""
+    if folder := cfg.cluster.working_dir:
+        sys.path.insert(0, os.path.abspath(folder))
+    return []
+
+
 def check_cluster(cfg: Config) -> list[str]:
     """Chooses GPUs or CPUs, and joins the cluster of RAY_ADDRESS, whose nodes decide it.
 
-    The other checks need that decision, so this one is the first. A dry run joins nothing.
+    The checks of the model need that decision, so they come later. A dry run joins nothing.
     """
     if cfg.debug.dry_run or not joins_cluster():
         return choose_here(cfg)
@@ -72,6 +82,7 @@ def check_decoupled(cfg: Config) -> list[str]:
 
 
 CHECKS = (
+    find_own_code,
     check_cluster,
     check_model,
     check_checkpoints,

@@ -34,8 +34,8 @@ async def share_of_sevens(args, sample, **kwargs) -> float:
 
 
 def asked_without_key(log: Path) -> list:
-    """[the address in an engine's command line, the status of a request without a key]"""
-    host, port = re.search(r"--host (\S+).* --port (\d+)", log.read_text()).groups()
+    """[the address on which an engine listens, the status of a request without a key]"""
+    host, port = re.search(r"'host': '(\S+)', 'port': (\d+)", log.read_text()).groups()
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:

@@ -76,7 +76,7 @@ class ClusterConfig(Section):
     )
     working_dir: Path | None = flag(
         "--working-dir",
-        "folder that Ray copies to every node of a cluster, for code beside the run",
+        "folder of your code: it is put on the path, and Ray copies it to every node",
         default=None,
     )
     train_env_vars: dict = flag(

@@ -224,25 +224,19 @@ def _refusal(nodes: Sequence[Node], shape: Shape, unit: str) -> str:
 def _nearest(nodes: Sequence[Node], shape: Shape) -> list[Shape]:
     """Shapes that fit, the largest first. Each changes one thing, and the number of engines.
 
-    If none of these fits: the largest shape with changes of all kinds.
+    If none of these fits: a shape with changes of all kinds.
     """
     num_nodes, num_slots = range(shape.trainer_nodes, 0, -1), range(shape.per_node, 0, -1)
-    smaller_engines = list(_smaller_engines(shape))
     kinds = [
         [shape],
         [_resized(shape, n, shape.per_node) for n in num_nodes],
         [_resized(shape, shape.trainer_nodes, m) for m in num_slots if num_nodes],
-        smaller_engines,
+        list(_smaller_engines(shape)),
         list(_engines_over_more_nodes(shape)),
     ]
     found = [_largest(nodes, kind) for kind in kinds]
     if not any(found):
-        engines = [shape, *smaller_engines]
-        found = [
-            _largest(
-                nodes, [_resized(s, n, m) for s in engines for n in num_nodes for m in num_slots]
-            )
-        ]
+        found = [_much_smaller(nodes, shape)]
     different = list(dict.fromkeys(filter(None, found)))
     return sorted(different, key=lambda s: s.num_slots, reverse=True)[:_NUM_SHOWN]
 
@@ -251,6 +245,21 @@ def _largest(nodes: Sequence[Node], shapes: Sequence[Shape | None]) -> Shape | N
     """The largest of the shapes that fit; if none does, the largest with fewer engines."""
     filled = [s for shape in shapes if shape and (s := _filled(nodes, shape))]
     return max(filled, key=lambda s: (s in shapes, s.num_slots), default=None)
+
+
+def _much_smaller(nodes: Sequence[Node], shape: Shape) -> Shape | None:
+    """The largest engines that fit at all, then the largest trainer beside one of them."""
+    for engines in [shape, *_smaller_engines(shape)]:
+        found = []
+        for m in range(shape.per_node, 0, -1):
+            room = sum(node.free >= m for node in nodes)
+            smaller = (
+                _resized(engines, n, m) for n in range(min(room, shape.trainer_nodes), 0, -1)
+            )
+            found.append(next((f for s in smaller if s and (f := _filled(nodes, s))), None))
+        if any(found):
+            return max(filter(None, found), key=lambda s: s.num_slots)
+    return None
 
 
 def _filled(nodes: Sequence[Node], shape: Shape) -> Shape | None:

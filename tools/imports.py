@@ -32,7 +32,7 @@ ROWS = (
     ("config",),
     ("plugins", "algorithms", "observe", "rollout.rm_hub", "rendezvous"),
     ("types", "platform", "addresses"),
-    ("errors", "files", "patches"),
+    ("errors", "files", "number_lists", "patches"),
 )
 HEIGHT = {room: -row for row, rooms in enumerate(ROWS) for room in rooms}
 WINGS = ("backends.megatron", "backends", "rollout")  # their parts are rooms too

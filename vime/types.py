@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from vime.number_lists import listed, number_lists, stored
+
 
 class Status(StrEnum):
     """The state of a sample. An ABORTED one may continue; `Sample.failure` says why one FAILED."""
@@ -23,9 +25,13 @@ class Status(StrEnum):
 FINISHED = (Status.COMPLETED, Status.TRUNCATED)  # the response can be graded
 
 
+@number_lists("tokens", "rollout_log_probs", "weight_versions")
 @dataclass(slots=True, kw_only=True)
 class Sample:
-    """One prompt with one response. Lists marked [R] have one entry for each response token."""
+    """One prompt with one response. Lists marked [R] have one entry for each response token.
+
+    The engine's numbers are arrays until somebody reads their lists (`vime/number_lists.py`).
+    """
 
     group_index: int | None = None  # shared by the samples of one prompt, which have one baseline
     index: int | None = None  # unique in a run
@@ -61,7 +67,7 @@ class Sample:
 
     @property
     def prompt_length(self) -> int:
-        return len(self.tokens) - self.response_length
+        return len(stored(self, "tokens")) - self.response_length
 
     @property
     def effective_response_length(self) -> int:
@@ -78,7 +84,7 @@ class Sample:
 
     def to_dict(self) -> dict[str, Any]:
         """A copy that shares nothing mutable with the sample."""
-        values = {f.name: _copied(getattr(self, f.name)) for f in fields(self)}
+        values = {f.name: _copied(listed(self, f.name)) for f in fields(self)}
         return {**values, "status": self.status.value}
 
     @classmethod

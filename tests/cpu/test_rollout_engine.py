@@ -11,9 +11,19 @@ import requests
 
 from tests.cpu.rollout_setting import router, setting  # noqa: F401, fixtures
 from tests.unit.fake_engine import write_prompts
+from vime.data import chat
 from vime.rollout.teacher import check_teacher
 from vime.rollout.vllm_rollout import generate_rollout
-from vime.rollout.wire import PACKED, PATH, build_request, parse_response
+from vime.rollout.wire import (
+    ALL,
+    MAGIC,
+    PACKED,
+    PATH,
+    PLAIN,
+    TEXT,
+    build_request,
+    parse_response,
+)
 from vime.types import Status
 
 
@@ -162,12 +172,14 @@ def test_a_deterministic_rollout_repeats_itself_with_split_prompts(setting, tmp_
     assert sum(a != b for a, b in zip(first, other, strict=True)) > 80
 
 
-def ask(url, packed, token_ids=(5, 6, 7), **params):
+def ask(url, packed, token_ids=(5, 6, 7), text=None, **params):
     given = {"temperature": 0.0, "max_tokens": 8} | params
     return requests.post(
         url + PATH,
         data=build_request(list(token_ids), given),
-        headers={"Content-Type": "application/json"} | ({PACKED: "1"} if packed else {}),
+        headers={"Content-Type": "application/json"}
+        | ({PACKED: "1"} if packed else {})
+        | ({TEXT: text} if text else {}),
         timeout=60,
     )
 
@@ -175,7 +187,7 @@ def ask(url, packed, token_ids=(5, 6, 7), **params):
 def test_a_packed_answer_equals_the_engines_own(router):
     packed, stock = ask(router, True), ask(router, False)
     assert "choices" in stock.json()
-    assert "choices" not in packed.json()
+    assert packed.content.startswith(MAGIC)
     found, expected = parse_response(packed.content), parse_response(stock.content)
     assert len(found.token_ids) == 8
     assert found.token_ids == expected.token_ids
@@ -185,6 +197,17 @@ def test_a_packed_answer_equals_the_engines_own(router):
     ended = parse_response(ask(router, True, stop_token_ids=found.token_ids[:1]).content)
     assert ended.status is Status.COMPLETED
     assert ended.token_ids == found.token_ids[:1]
+
+
+def test_the_engine_gives_the_text_that_the_client_would_decode(router, tied_checkpoint):
+    tokenizer = chat.load_tokenizer(str(tied_checkpoint))
+    assert parse_response(ask(router, True).content).text is None
+    for text, skips in ((ALL, False), (PLAIN, True)):
+        params = {"temperature": 2.0, "max_tokens": 64, "seed": 1, "ignore_eos": True}
+        found = parse_response(ask(router, True, text=text, **params).content)
+        assert len(found.token_ids) == 64
+        expected = chat.decode(tokenizer, found.token_ids, skip_special_tokens=skips)
+        assert found.text == expected
 
 
 @pytest.mark.parametrize(

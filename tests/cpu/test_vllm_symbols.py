@@ -94,6 +94,7 @@ def test_vllm_finds_the_plugin():
 
 
 def test_the_packed_route_finds_what_it_uses():
+    from vllm.config import ModelConfig
     from vllm.logprobs import FlatLogprobs
     from vllm.sampling_params import RequestOutputKind, SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -103,6 +104,8 @@ def test_the_packed_route_finds_what_it_uses():
     fields = {"flat_logprobs", "skip_clone", "output_kind", "logprobs", "detokenize"}
     assert fields <= set(SamplingParams.__struct_fields__)
     assert {"logprobs", "start_indices"} <= set(FlatLogprobs.__dataclass_fields__)
+    assert "tokenizer" in ModelConfig.__dataclass_fields__
+    assert "self.model_config = " in inspect.getsource(AsyncLLM.__init__)
     assert [*inspect.signature(AsyncLLM.generate).parameters][1:4] == [
         "prompt",
         "sampling_params",

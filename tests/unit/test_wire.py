@@ -1,5 +1,5 @@
 import json
-from base64 import b64encode
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,15 +28,13 @@ def test_answers_of_both_engine_versions_are_read():
     assert old == wire.Generation([0, 1, 2], [0.0, -0.5, -1.0], [9, 9, 9], Status.COMPLETED)
 
 
-def packed(tokens=(7, 8, 70_000), log_probs=(-0.5, -1.5, 0.0), reason="stop", spans=None):
-    return json.dumps(
-        {
-            "finish_reason": reason,
-            "token_ids": b64encode(np.array(tokens, np.int32)).decode(),
-            "log_probs": b64encode(np.array(log_probs, np.float32)).decode(),
-            "weight_versions": spans,
-        }
-    ).encode()
+def packed(
+    tokens=(7, 8, 70_000), log_probs=(-0.5, -1.5, 0.0), reason="stop", spans=None, text=None
+):
+    head = {"finish_reason": reason, "num_tokens": len(tokens), "weight_versions": spans}
+    line = json.dumps(head | ({} if text is None else {"text": text})).encode()
+    arrays = np.array(tokens, np.int32), np.array(log_probs, np.float32)
+    return wire.MAGIC + line + b"\n" + b"".join(a.tobytes() for a in arrays)
 
 
 def test_a_packed_answer_is_read_like_any_other():
@@ -50,7 +48,22 @@ def test_a_packed_answer_is_read_like_any_other():
 
 def test_client_and_engine_name_the_same_route():
     route = pytest.importorskip("vime.backends.vllm.plugin_route", reason="needs msgspec")
-    assert (route.PATH, route.PACKED) == (wire.PATH, wire.PACKED)
+    for name in ("PATH", "PACKED", "TEXT", "ALL", "PLAIN", "MAGIC"):
+        assert getattr(route, name) == getattr(wire, name)
+
+
+def test_the_client_reads_the_answers_that_the_route_packs():
+    route = pytest.importorskip("vime.backends.vllm.plugin_route", reason="needs msgspec")
+    output = SimpleNamespace(
+        finish_reason="length",
+        token_ids=[5, 70_000, 6],
+        logprobs=SimpleNamespace(logprobs=[-0.5, -1.0, -0.25], start_indices=[0, 1, 2]),
+        weight_versions=[SimpleNamespace(version="2", start=0, end=3)],
+    )
+    read = wire.parse_response(route.pack(output, "two\nlines \u2028 é"))
+    numbers = [5, 70_000, 6], [-0.5, -1.0, -0.25], [2, 2, 2]
+    assert read == wire.Generation(*numbers, Status.TRUNCATED, "two\nlines \u2028 é")
+    assert wire.parse_response(route.pack(output)).text is None
 
 
 def test_a_missing_weight_version_is_marked_unknown():
@@ -82,6 +95,8 @@ def test_an_abort_before_the_first_token_is_an_empty_answer():
         (packed(log_probs=(-1.0,)), "3 tokens came with 1 log"),
         (packed(log_probs=(-1.0, float("nan"), -1.0)), "no finite log-probability"),
         (packed(log_probs=(-1.0, -float("inf"), -1.0)), "no finite log-probability"),
+        (packed()[:-3], "not an answer"),
+        (packed(tokens=())[:9], "not an answer"),
         (b'{"token_ids": "AAA"}', "not an answer"),
         (b'{"choices": []}', "not an answer"),
         (b"<html>", "not an answer"),

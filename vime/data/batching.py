@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
 
+import numpy as np
+
 from vime.config import Config
 from vime.data.rewards import overlong_penalty, score_samples
 from vime.data.sample_metrics import is_usable, of_groups, of_rewards, of_samples
 from vime.data.sequences import train_sequence
 from vime.data.train_batch import Weigh, plan_batch, steps_of
 from vime.errors import PluginError
+from vime.number_lists import Runs, array_of, stored
 from vime.types import Group, Sample, Status, TrainBatch, TrainSequence
 
 # The usable samples of all groups -> (raw rewards, scores), one of each per sample.
@@ -85,13 +88,14 @@ def build_train_batch(
 
 def _newest_version(samples: Sequence[Sample], sequences: Sequence[TrainSequence]) -> int | None:
     """The newest weight version of a token with loss. Versions below 0 are unknown."""
-    known = [
-        version
-        for sample, sequence in zip(samples, sequences, strict=True)
-        for version, m in zip(sample.weight_versions, sequence.loss_mask, strict=False)
-        if m and version >= 0
-    ]
-    return max(known, default=None)
+    newest = -1
+    for sample, sequence in zip(samples, sequences, strict=True):
+        versions = stored(sample, "weight_versions")
+        if max(versions.values if isinstance(versions, Runs) else versions, default=-1) > newest:
+            versions_R = np.asarray(array_of(sample, "weight_versions"))[: sequence.response_length]
+            with_loss_R = sequence.loss_mask[: len(versions_R)] > 0
+            newest = max(newest, int(versions_R[with_loss_R].max(initial=-1)))
+    return None if newest < 0 else newest
 
 
 def _minus_overlong_penalty(
@@ -133,17 +137,17 @@ def _reward(sample: Sample, cfg: Config) -> float:
 
 
 def _sequence(sample: Sample, group_id: int, score: float, raw_reward: float) -> TrainSequence:
-    removed = [0.0] * sample.response_length if sample.remove_sample else None
+    removed = np.zeros(sample.response_length, np.float32) if sample.remove_sample else None
     return train_sequence(
         f"sample {sample.index}",
         index=-1 if sample.index is None else sample.index,
         group=group_id,
-        tokens=sample.tokens,
+        tokens=array_of(sample, "tokens"),
         response_length=sample.response_length,
         reward=score,
         raw_reward=raw_reward,
-        loss_mask=removed or sample.loss_mask,
-        rollout_log_probs=sample.rollout_log_probs,
+        loss_mask=sample.loss_mask if removed is None else removed,
+        rollout_log_probs=array_of(sample, "rollout_log_probs"),
         teacher_log_probs=sample.teacher_log_probs,
         train_metadata=sample.train_metadata,
     )

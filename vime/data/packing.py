@@ -148,20 +148,23 @@ def _fill(
 def _split_to(bins: list[Bin], count: int, size_of: dict[int, int]) -> list[Bin]:
     """Exactly `count` bins: halves the largest bins; adds empty bins if none can be halved."""
     bins = list(bins)
+    heap = [(-sum(size_of[p] for p in b), i) for i, b in enumerate(bins) if len(b) > 1]
+    heapq.heapify(heap)  # the largest first, of equal ones the first
     while len(bins) < count:
-        candidates = [i for i, b in enumerate(bins) if len(b) > 1]
-        if not candidates:
+        if not heap:
             return bins + [()] * (count - len(bins))
-        largest = max(candidates, key=lambda i: sum(size_of[p] for p in bins[i]))
-        whole = bins[largest]
+        _, largest = heapq.heappop(heap)
         halves: tuple[list[int], list[int]] = ([], [])
         loads = [0, 0]
-        for p in sorted(whole, key=lambda p: -size_of[p]):
+        for p in sorted(bins[largest], key=lambda p: -size_of[p]):
             side = int(loads[1] < loads[0])
             halves[side].append(p)
             loads[side] += size_of[p]
         bins[largest] = tuple(sorted(halves[0]))
         bins.append(tuple(sorted(halves[1])))
+        for i, half, load in zip((largest, len(bins) - 1), halves, loads, strict=True):
+            if len(half) > 1:
+                heapq.heappush(heap, (-load, i))
     return bins
 
 

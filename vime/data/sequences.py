@@ -44,7 +44,7 @@ def train_sequence(
         "teacher_log_probs": teacher_log_probs,
     }
     arrays = {
-        name: None if values is None else np.asarray(values, dtype=np.float32)
+        name: None if values is None else np.array(values, dtype=np.float32)
         for name, values in lists.items()
     }
     for name, array in arrays.items():
@@ -57,7 +57,7 @@ def train_sequence(
     return TrainSequence(
         index=index,
         group=group,
-        tokens=np.asarray(tokens, dtype=np.int64),
+        tokens=np.array(tokens, dtype=np.int64),
         response_length=response_length,
         loss_mask=np.ones(response_length, dtype=np.float32) if mask is None else mask,
         weight=np.zeros(0, dtype=np.float32),

@@ -111,8 +111,8 @@ def check_numbers(sequences: Sequence[TrainSequence], cfg: Config) -> None:
                         f"sample {s.index} has the {kind} {value}, which is not a finite number in "
                         "float32. Correct the function that makes it."
                     )
-        wrong = s.loss_mask[~((s.loss_mask >= 0) & np.isfinite(s.loss_mask))]
-        if len(wrong):
+        if not (s.loss_mask.min(initial=0) >= 0 and s.loss_mask.max(initial=0) <= _LARGEST):
+            wrong = s.loss_mask[~((s.loss_mask >= 0) & np.isfinite(s.loss_mask))]
             raise ValueError(
                 f"sample {s.index} has a loss_mask with {wrong[0]}. Give 0 or 1 for each response "
                 "token."

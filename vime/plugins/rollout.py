@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vime.number_lists import stored
 from vime.plugins.hook import Hook, described
 from vime.types import DynamicFilterOutput, RolloutFnEvalOutput, RolloutFnTrainOutput, Sample
 
@@ -108,11 +109,11 @@ def _sample_problem(made: Any, given: Sample) -> str | None:
         return "returned a Sample without index"
     if made.group_index != given.group_index:
         return f"returned a Sample of group {made.group_index} for group {given.group_index}"
-    size, num_tokens = made.response_length, len(made.tokens)
+    size, num_tokens = made.response_length, len(stored(made, "tokens"))
     if not 0 <= size <= num_tokens:
         return f"returned a Sample with response_length {size} and {num_tokens} tokens"
     for name in ("loss_mask", "rollout_log_probs", "teacher_log_probs"):
-        values = getattr(made, name)
+        values = stored(made, name)
         if values is not None and len(values) != size:
             return f"returned a Sample with {len(values)} {name} for {size} response tokens"
     return None

@@ -20,6 +20,7 @@ from vime.ray.placement_group import Placement
 from vime.ray.wait import stacks_if_longer_than
 from vime.rollout import debug_data
 from vime.rollout.ahead import Ahead, load_ahead, save_ahead
+from vime.rollout.sockets import raise_file_limit
 from vime.rollout.train_data import eval_metrics, make_train_batch, rollout_metrics
 from vime.types import RolloutFnEvalOutput, RolloutFnTrainOutput, TrainBatch
 
@@ -41,6 +42,7 @@ class RolloutManager:
 
         Returns the engines' URLs.
         """
+        raise_file_limit()
         self.engines = EngineGroup(self.cfg, placement) if placement else None
         # The first use of a tokenizer takes seconds. The engines start meanwhile.
         load_tokenizer(self.cfg.model.hf_checkpoint)

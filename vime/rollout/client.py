@@ -69,21 +69,24 @@ class GenerateClient:
         token_ids: list[int],
         sampling_params: dict[str, Any],
         session_id: str | None = None,
+        text: str | None = None,
     ) -> Generation:
         """One answer. After `abort`, sends nothing and returns an empty answer with status ABORTED.
 
         session_id  a --vllm-router-policy with sessions sends all requests of a session to the
                     engine that has their prefix in its cache
+        text        wire.ALL or wire.PLAIN: ask for the text, too
         Raises RequestFailed.
         """
         async with self._slots:
             if self.aborting:
                 return Generation()
+            headers = {SESSION_HEADER: session_id, wire.TEXT: text}
             with self._in_flight():
                 answer = await self.endpoint.post(
                     self._session,
                     wire.build_request(token_ids, sampling_params),
-                    {SESSION_HEADER: session_id} if session_id else None,
+                    {name: value for name, value in headers.items() if value},
                     stopped=lambda: self.aborting,
                 )
         if answer is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,20 +16,26 @@ from copy import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
+
 from vime.addresses import url_of
 from vime.config import Config
 from vime.data import chat
 from vime.errors import PluginError
+from vime.number_lists import Numbers, Runs, extend, listed, stored
 from vime.plugins.hook import Plugin
 from vime.plugins.rollout import GENERATE
-from vime.rollout import grading
+from vime.rollout import grading, wire
 from vime.rollout.client import GenerateClient
 from vime.rollout.deadline import Overran, Stopped, ended_by
 from vime.rollout.failures import Failure, fail, failing
 from vime.rollout.posting import RequestFailed
+from vime.rollout.sockets import most_requests
 from vime.rollout.teacher import TeacherClient
 from vime.rollout.wire import UNKNOWN_VERSION
 from vime.types import Group, Sample, Status
+
+logger = logging.getLogger(__name__)
 
 _SEED_STRIDE = 1_000_003  # a sample that is continued gets a new seed for the new part
 ABORT_GRACE_S = 30.0  # the time that a generation function has for its tools after an abort
@@ -102,13 +109,28 @@ def current_rollout() -> Rollout:
 
 
 def make_client(args: Any) -> GenerateClient:
-    """A client of the router in `args`. --vllm-server-concurrency bounds requests per engine."""
+    """A client of the router in `args`. --vllm-server-concurrency bounds requests per engine.
+
+    The machine's limits of files and ports bound the requests of all engines together.
+    """
     cfg: Config = args.config
     urls = tuple(args.vllm_engine_urls)
+    asked = cfg.rollout.concurrency * max(1, len(urls))
+    most, setting = most_requests()
+    batch = (cfg.rollout.over_sampling or cfg.batch.prompts) * cfg.batch.samples_per_prompt
+    if most < min(asked, batch):
+        logger.warning(
+            "only %d requests are open at once, because of %s on this machine. %d engines could "
+            "have %d. Raise it if engines have too little work.",
+            most,
+            setting,
+            max(1, len(urls)),
+            min(asked, batch),
+        )
     return GenerateClient(
         url_of(args.vllm_router_ip, args.vllm_router_port),
         urls,
-        concurrency=cfg.rollout.concurrency * max(1, len(urls)),
+        concurrency=min(asked, most),
         timeout_s=cfg.engine.request_timeout_s,
         known_version=getattr(args, "weight_version", None),
         api_key=getattr(args, "vllm_api_key", None),
@@ -206,7 +228,7 @@ def _late(function: Plugin, limit_s: float) -> str:
 
 def _copy(sample: Sample) -> Sample:
     """A copy with its own lists and dicts; their entries are shared."""
-    values = {f.name: getattr(sample, f.name) for f in fields(sample)}
+    values = {f.name: stored(sample, f.name) for f in fields(sample)}
     return Sample(**{n: copy(v) if isinstance(v, list | dict) else v for n, v in values.items()})
 
 
@@ -242,11 +264,11 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any]) -
     rollout = current_rollout()
     params = dict(sampling_params)
     context = params.pop("max_context_len", None)
-    if not sample.tokens:
+    if not len(stored(sample, "tokens")):
         sample.tokens = _prompt_tokens(rollout, sample)
     left = params["max_tokens"] - sample.response_length
     if context is not None:
-        left = min(left, context - len(sample.tokens))
+        left = min(left, context - len(stored(sample, "tokens")))
     if left <= 0:
         sample.status = Status.TRUNCATED
         return sample
@@ -255,15 +277,22 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any]) -
         params["seed"] += _SEED_STRIDE * sample.response_length
     number = id(sample) if sample.index is None else sample.index
     session = sample.session_id or f"{rollout.rollout_id}-{number}"
-    generation = await rollout.client.generate(sample.tokens, params, session)
+    plain = bool(params.get("skip_special_tokens"))
+    # The engine knows the text of a whole response only. A client would need 5 ms for 8k tokens.
+    text = None if sample.response_length else wire.PLAIN if plain else wire.ALL
+    generation = await rollout.client.generate(listed(sample, "tokens"), params, session, text)
     append(sample, generation)
-    if generation.token_ids:
-        sample.response = chat.decode(
-            rollout.tokenizer,
-            sample.tokens[sample.prompt_length :],
-            skip_special_tokens=bool(params.get("skip_special_tokens")),
-        )
+    if generation.text is not None:
+        sample.response = generation.text
+    elif len(generation):
+        sample.response = _text(rollout.tokenizer, sample, skip_special_tokens=plain)
     return sample
+
+
+def _text(tokenizer: Any, sample: Sample, *, skip_special_tokens: bool = False) -> str:
+    """The text of the response."""
+    ids = listed(sample, "tokens")[sample.prompt_length :]
+    return chat.decode(tokenizer, ids, skip_special_tokens=skip_special_tokens)
 
 
 def _prompt_tokens(rollout: Rollout, sample: Sample) -> list[int]:
@@ -277,12 +306,12 @@ def _prompt_tokens(rollout: Rollout, sample: Sample) -> list[int]:
 
 def append(sample: Sample, generation: Any) -> None:
     """Appends an answer's tokens to a sample. Each [R] list keeps one entry per token."""
-    count = len(generation.token_ids)
+    count = len(stored(generation, "token_ids"))
     if sample.loss_mask is not None:
         sample.loss_mask = sample.loss_mask + [1] * count
-    sample.tokens = sample.tokens + generation.token_ids
-    sample.rollout_log_probs = (sample.rollout_log_probs or []) + generation.log_probs
-    sample.weight_versions = sample.weight_versions + generation.weight_versions
+    extend(sample, "tokens", stored(generation, "token_ids"))
+    extend(sample, "rollout_log_probs", stored(generation, "log_probs"))
+    extend(sample, "weight_versions", stored(generation, "weight_versions"))
     sample.response_length += count
     sample.status = generation.status
 
@@ -295,11 +324,12 @@ def append_observation(sample: Sample, text: str) -> None:
     """
     tokenizer = current_rollout().tokenizer
     ids = chat.encode(tokenizer, [text])[0]
+    count = len(ids)
     if sample.loss_mask is None:
         sample.loss_mask = [1] * sample.response_length
-    sample.loss_mask = sample.loss_mask + [0] * len(ids)
-    sample.tokens = sample.tokens + ids
-    sample.rollout_log_probs = (sample.rollout_log_probs or []) + [0.0] * len(ids)
-    sample.weight_versions = sample.weight_versions + [UNKNOWN_VERSION] * len(ids)
-    sample.response_length += len(ids)
-    sample.response = chat.decode(tokenizer, sample.tokens[sample.prompt_length :])
+    sample.loss_mask = sample.loss_mask + [0] * count
+    extend(sample, "tokens", Numbers(np.asarray(ids, np.int32)))
+    extend(sample, "rollout_log_probs", Numbers(np.zeros(count, np.float32)))
+    extend(sample, "weight_versions", Runs((UNKNOWN_VERSION,), (count,)))
+    sample.response_length += count
+    sample.response = _text(tokenizer, sample)

@@ -115,10 +115,11 @@ async def _by_registry(args: Any, sample: Sample, rm_type: str) -> float | dict[
         raise GradingFailed(f"{rm_type} {problem}")
     if rm_type.startswith(BOXED):
         response = last_boxed(response) or ""
-        sample = replace(sample, response=response)
     if grader.needs_label and sample.label is None:
         raise GradingFailed(f"{name} compares with a label, and the prompt has no label")
     if grader.takes_sample:
+        if rm_type.startswith(BOXED):
+            sample = replace(sample, response=response)
         return await grader.grade(args, sample)
     quick = grader.quick and grader.quick(response, sample.label, sample.metadata)
     if quick is not None:

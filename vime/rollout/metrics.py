@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vime.number_lists import Runs, stored
 from vime.rollout.failures import Failure, kind_of
 from vime.rollout.sampling import Sampled
 from vime.rollout.wire import UNKNOWN_VERSION
@@ -64,14 +65,20 @@ def timed_out(sample: Sample) -> bool:
 def repeats_itself(sample: Sample) -> bool:
     """Whether the end of a long response repeats itself: zlib compresses it tenfold."""
     text = sample.response[-REPETITION_CHARACTERS:].encode()
-    return len(text) >= REPETITION_CHARACTERS and len(zlib.compress(text, 1)) * 10 < len(text)
+    if len(text) < REPETITION_CHARACTERS:
+        return False
+    # A window that holds the text. The usual one takes twice as long, to be cleared each time.
+    packer = zlib.compressobj(level=1, wbits=13, memLevel=5)
+    return (len(packer.compress(text)) + len(packer.flush())) * 10 < len(text)
 
 
 def _versions(sample: Sample) -> set[int]:
     """The weight versions of the tokens with loss. A tool's tokens have none."""
+    versions = stored(sample, "weight_versions")
     if sample.loss_mask is None:
-        return set(sample.weight_versions)
-    return set(itertools.compress(sample.weight_versions, sample.loss_mask))
+        return set(versions.values if isinstance(versions, Runs) else versions)
+    versions = versions.tolist() if isinstance(versions, Runs) else versions
+    return set(itertools.compress(versions, sample.loss_mask))
 
 
 def of_evaluation(name: str, groups: Sequence[Group], rewards: Sequence[Sequence[float]]) -> dict:

@@ -14,6 +14,7 @@ import requests
 
 from vime.config import Config
 from vime.data import chat
+from vime.number_lists import listed
 from vime.rollout.failures import Failure, fail
 from vime.rollout.posting import Endpoint, RequestFailed
 from vime.types import FINISHED, Group, Sample
@@ -67,7 +68,12 @@ class TeacherClient:
 
     async def _judge(self, sample: Sample) -> None:
         # The server must generate at least one token. Nobody reads it.
-        body = {"prompt": sample.tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        body = {
+            "prompt": listed(sample, "tokens"),
+            "max_tokens": 1,
+            "temperature": 0,
+            "prompt_logprobs": 0,
+        }
         async with self._slots:
             try:
                 answer = await self.endpoint.post(
@@ -82,7 +88,9 @@ class TeacherClient:
         """[R], a log-probability for each response token. Raises RequestFailed."""
         try:
             entries = json.loads(answer)["choices"][0]["prompt_logprobs"]
-            pairs = list(zip(entries, sample.tokens, strict=True))[sample.prompt_length :]
+            pairs = list(zip(entries, listed(sample, "tokens"), strict=True))[
+                sample.prompt_length :
+            ]
             return [float(entry[str(token)]["logprob"]) for entry, token in pairs]
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise RequestFailed(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -42,13 +44,38 @@ def generate_rollout(
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
-    """`asyncio.run`, with uvloop if it is installed, because that needs less CPU per request."""
+    """`asyncio.run`, with uvloop if it is installed, because that needs less CPU per request.
+
+    The loop's task returns nothing: asyncio's handler of SIGINT refers to the task, and the signal
+    module prints the handler, result included, to find its name. That took 29 ms a sample.
+    """
+    answers: list[Any] = []
+
+    async def main() -> None:
+        answers.append(await work)
+
     try:
         from uvloop import new_event_loop
     except ImportError:
         new_event_loop = None
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(work)
+    with _few_collections(), asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(main())
+    return answers[0]
+
+
+@contextmanager
+def _few_collections() -> Iterator[None]:
+    """Python looks for unreachable cycles a hundred times less often.
+
+    A rollout makes hundreds of thousands of objects that live until its end. Looking at them again
+    and again takes a fifth of the client's time.
+    """
+    usual = gc.get_threshold()
+    gc.set_threshold(100 * usual[0], *usual[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
 
 
 async def _generate_rollout(args: Any, rollout_id: int, data_source: Any) -> RolloutFnTrainOutput:

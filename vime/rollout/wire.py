@@ -2,19 +2,19 @@
 
 Only this file knows how the answers of engine versions differ. vLLM 0.32 reports the weight version
 of each token. vLLM 0.25 does not, so its tokens get UNKNOWN_VERSION. Engines that vime starts
-answer with arrays if a request has the header `PACKED` (`vime.backends.vllm.plugin_route`). Other
-engines ignore the header and answer as vLLM does.
+answer with arrays if a request has the header `PACKED` (`vime.backends.vllm.plugin_route`), and
+with the text if it has the header `TEXT`. Other engines ignore the headers and answer as vLLM does.
 """
 
 from __future__ import annotations
 
 import json
-from base64 import b64decode
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from vime.number_lists import Numbers, Runs, number_lists, stored
 from vime.types import Status
 
 try:
@@ -30,6 +30,9 @@ except ImportError:
 
 PATH = "/inference/v1/generate"
 PACKED = "x-vime-packed"  # a header; ASGI passes headers in lower case
+TEXT = "x-vime-text"  # ask for the text: ALL of it, or PLAIN without special tokens
+ALL, PLAIN = "all", "plain"
+MAGIC = b"vime\n"  # the beginning of a packed answer
 UNKNOWN_VERSION = -1
 LEAST_LOG_PROB = -9999.0  # the engine sends this in place of NaN and -inf
 
@@ -40,14 +43,22 @@ class WireError(ValueError):
     """An answer lacks something that training needs."""
 
 
+@number_lists("token_ids", "log_probs", "weight_versions")
 @dataclass(slots=True)
 class Generation:
-    """An answer of R tokens. `log_probs` and `weight_versions` have R entries, too."""
+    """An answer of R tokens. `log_probs` and `weight_versions` have R entries, too.
 
-    token_ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    weight_versions: list[int] = field(default_factory=list)
+    text  of these tokens; None if the engine was not asked for it or cannot give it
+    """
+
+    token_ids: list[int] | Numbers = field(default_factory=list)
+    log_probs: list[float] | Numbers = field(default_factory=list)
+    weight_versions: list[int] | Runs = field(default_factory=list)
     status: Status = Status.ABORTED
+    text: str | None = None
+
+    def __len__(self) -> int:
+        return len(stored(self, "token_ids"))
 
 
 def build_request(token_ids: list[int], sampling_params: dict[str, Any]) -> bytes:
@@ -64,43 +75,61 @@ def parse_response(body: bytes, known_version: int | None = None) -> Generation:
     Raises WireError on an answer without a log-probability for every token.
     """
     try:
-        answer = loads(body)
-        token_ids, log_probs, spans, reason = (_stock if "choices" in answer else _packed)(answer)
+        read = _packed if body.startswith(MAGIC) else _stock
+        token_ids, log_probs, spans, reason, text = read(body)
     except (ValueError, LookupError, TypeError) as error:
         raise WireError(f"not an answer of {PATH}: {error!r} in {body[:200]!r}") from None
     if reason not in STATUS_OF:
         raise WireError(f"the engine ended the request with finish_reason {reason!r}")
     if len(log_probs) != len(token_ids):
         raise WireError(f"{len(token_ids)} tokens came with {len(log_probs)} log-probabilities")
-    if not (np.asarray(log_probs, np.float32) > LEAST_LOG_PROB).all():  # false for NaN, too
+    values = log_probs.values if isinstance(log_probs, Numbers) else log_probs
+    if not np.asarray(values, np.float32).min(initial=0.0) > LEAST_LOG_PROB:  # false for NaN, too
         raise WireError("a sampled token came with no finite log-probability")
     versions = _versions(spans, len(token_ids), known_version)
-    return Generation(token_ids, log_probs, versions, STATUS_OF[reason])
+    return Generation(token_ids, log_probs, versions, STATUS_OF[reason], text)
 
 
-def _stock(answer: dict) -> tuple[list[int], list[float], list[dict] | None, str]:
-    choice = answer["choices"][0]
+_Parts = tuple[list | Numbers, list | Numbers, list[dict] | None, str, str | None]
+
+
+def _stock(body: bytes) -> _Parts:
+    choice = loads(body)["choices"][0]
     content = (choice.get("logprobs") or {}).get("content") or []
     log_probs = [entry["logprob"] for entry in content]
-    reason = choice["finish_reason"]
-    return choice.get("token_ids") or [], log_probs, choice.get("weight_versions"), reason
+    spans = choice.get("weight_versions")
+    return choice.get("token_ids") or [], log_probs, spans, choice["finish_reason"], None
 
 
-def _packed(answer: dict) -> tuple[list[int], list[float], list[dict] | None, str]:
-    token_ids = np.frombuffer(b64decode(answer["token_ids"]), np.int32).tolist()
-    log_probs = np.frombuffer(b64decode(answer["log_probs"]), np.float32).tolist()
-    return token_ids, log_probs, answer.get("weight_versions"), answer["finish_reason"]
+def _packed(body: bytes) -> _Parts:
+    """`MAGIC`, a line of JSON, then R int32 token ids and the float32 log-probabilities."""
+    end = body.index(b"\n", len(MAGIC))
+    head = loads(body[len(MAGIC) : end])
+    count, first = head["num_tokens"], end + 1
+    token_ids = Numbers(np.frombuffer(body, np.int32, count, first).copy())
+    log_probs = Numbers(np.frombuffer(body, np.float32, offset=first + 4 * count).copy())
+    reason, text = head["finish_reason"], head.get("text")
+    return token_ids, log_probs, head.get("weight_versions"), reason, text
 
 
-def _versions(spans: list[dict] | None, count: int, known_version: int | None) -> list[int]:
+def _versions(spans: list[dict] | None, count: int, known_version: int | None) -> Runs:
     """One version per token, from spans [start, end). A label that is not a number is unknown."""
     default = UNKNOWN_VERSION if known_version is None else known_version
-    versions = [default] * count
-    for span in spans or ():
+    values, counts, at = [], [], 0
+
+    def add(version: int, end: int) -> None:
+        nonlocal at
+        if end > at:
+            values.append(version)
+            counts.append(end - at)
+            at = end
+
+    for span in sorted(spans or (), key=lambda span: span["start"]):
         try:
             version = int(span["version"])
         except ValueError:
             continue
-        start, end = span["start"], min(span["end"], count)
-        versions[start:end] = [version] * (end - start)
-    return versions
+        add(default, min(span["start"], count))
+        add(version, min(span["end"], count))
+    add(default, count)
+    return Runs(tuple(values), tuple(counts))

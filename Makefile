@@ -46,6 +46,9 @@ bench: install  ## time of a step on CPU by part; writes benchmarks/results/cpu_
 bench-rollout: install  ## rollout throughput through HTTP and router, against the engine in one process
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.rollout
 
+bench-rollout-scale: install  ## CPU time and memory of rollouts behind 256 fake engines, up to 25,000 samples of 8k
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/rollout_scale.py
+
 bench-long-prompt-file: install  ## memory of a start with ten million prompts, against the file's size
 	$(PYTHON) -m benchmarks.long_prompt_file
 

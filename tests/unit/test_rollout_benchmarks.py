@@ -1,6 +1,11 @@
 """The arithmetic of the rollout benchmarks, on invented measurements."""
 
-from benchmarks import grading, rollout
+import json
+
+import pytest
+
+from benchmarks import fake_engines, grading, rollout, rollout_scale
+from vime.rollout import wire
 
 
 def test_the_ratio_is_computed_for_each_run(monkeypatch):
@@ -44,3 +49,45 @@ def test_the_answers_are_of_every_kind_and_most_of_them_are_right():
     assert 0.1 < sum(reward is None for reward in quick) / 400 < 0.4  # these need algebra
     decided = [reward for reward in quick if reward is not None]
     assert 0.5 < sum(decided) / len(decided) < 0.8
+
+
+def scale_run(num_samples, seconds):
+    part = {"wall_s": 1.0, "peak_gib": num_samples / 1000, "kept_gib": 0.0}
+    parts = {name: {"cpu_s": cpu_s, **part} for name, cpu_s in seconds.items()}
+    return {"num_samples": num_samples, "num_tokens": num_samples * 8000, "parts": parts}
+
+
+def test_each_part_of_a_large_rollout_is_compared_with_generation(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1")
+    runs = [
+        scale_run(4000, {"generate": 4.0, "batch": 3.2}),
+        scale_run(1000, {"generate": 1.0, "batch": 0.2}),
+        scale_run(2000, {"generate": 2.0, "batch": 0.8}),
+    ]
+    # 4,000 samples of 8,000 tokens, at 12,500 tokens/s on 256 engines: 10 s
+    figures = {f["name"]: f for f in rollout_scale.summarize(runs, 12_500.0)}
+    generate, batch = figures["rollout_scale/generate"], figures["rollout_scale/batch"]
+    assert generate["value"] == 0.4
+    assert generate["spread"] == [0.4, 0.4]
+    assert generate["exponent"] == 1.0
+    assert batch["exponent"] == 2.0
+    assert batch["spread"] == [0.08, 0.32]
+    assert (generate["breaks_first"], batch["breaks_first"]) == (True, False)
+    assert generate["at_the_target_size"] == {
+        "num_samples": 100_000, "cpu_s": 100.0, "peak_gib": 100.0
+    }  # fmt: skip
+    (alone,) = rollout_scale.summarize([scale_run(1000, {"put": 1.0})], 12_500.0)
+    assert alone["exponent"] is None
+    assert json.loads(rollout_scale.RATE.read_text())["tok_per_s"] == rollout_scale.measured_rate()
+
+
+def test_a_fake_engine_answers_as_the_packed_route_does():
+    pytest.importorskip("msgspec", reason="the packed route needs it")
+    bodies = [b.split(b"\r\n\r\n", 1) for b in fake_engines.bodies(50, 151_936, seed=0)]
+    answers = [wire.parse_response(body) for _, body in bodies]
+    assert {len(a.token_ids) for a in answers} == {50}
+    assert {len(a.text) for a in answers} == {200}
+    assert len({a.text for a in answers}) == fake_engines.ANSWERS
+    assert answers[0].weight_versions == [3] * 50
+    head, body = bodies[0]
+    assert f"content-length: {len(body)}".encode() in head

@@ -51,8 +51,9 @@ class Part:
 
     cpu_s     CPU seconds of the process that does the work
     wall_s    on a machine with other work
-    peak_gib  memory above the memory from before the part, at its highest
-    kept_gib  memory above it at the end
+    peak_gib  memory above the memory from before the part, at its highest; pages of the object store
+              count
+    kept_gib  the process's own memory above it at the end
     """
 
     cpu_s: float
@@ -64,12 +65,12 @@ class Part:
 @contextlib.contextmanager
 def measured(parts: dict[str, Part], name: str) -> Iterator[None]:
     """Adds the cost of a block in this process to `parts`."""
-    before_gib = resident_gib()
+    before_gib, all_before_gib = resident_gib(), status_gib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
     cpu, wall = time.process_time(), time.perf_counter()
     yield
     cpu_s, wall_s = time.process_time() - cpu, time.perf_counter() - wall
-    part = Part(cpu_s, wall_s, status_gib("VmHWM") - before_gib, resident_gib() - before_gib)
+    part = Part(cpu_s, wall_s, status_gib("VmHWM") - all_before_gib, resident_gib() - before_gib)
     parts[name] = part
     print(
         f"  {name:24} {json.dumps({k: round(v, 3) for k, v in asdict(part).items()})}", flush=True

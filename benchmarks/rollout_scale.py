@@ -51,8 +51,7 @@ class Part:
 
     cpu_s     CPU seconds of the process that does the work
     wall_s    on a machine with other work
-    peak_gib  memory above the memory from before the part, at its highest; pages of the object store
-              count
+    peak_gib  memory above the memory from before the part, at its highest, with the object store's
     kept_gib  the process's own memory above it at the end
     """
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 def partial_path(path: Path) -> Path:
-    """The path to write to before `commit`: a hidden file beside `path`, for this process only."""
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """A new path to write to before `commit`: a hidden file beside `path`, for the caller only.
+
+    A process id would not do: on other nodes, processes of the same id may share the folder.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
 def commit(partial: Path, path: Path) -> None:

@@ -305,6 +305,44 @@ def test_a_full_disk_leaves_the_previous_checkpoint_in_force(folder: Path, tmp_p
     assert seen["after"] == 2
 
 
+def save_into_a_folder_that_is_not_shared(
+    rank: int, world: int, port: int, folder: Path, out: str
+) -> dict[str, Any]:
+    """Rank 1 writes its part of iteration 1 where rank 0 does not see it."""
+    from vime.backends.megatron.checkpoints import torch_dist
+
+    start_ranks(rank, world, port, folder)
+    here = Trainee(folder, {**TP2, "use_distributed_optimizer": True})
+    here.step()
+    here.save(out, 0)
+    here.step()
+    real = torch_dist.save
+
+    def save(state: Any, target: Path, fill: Any = None) -> None:
+        real(state, target, fill)
+        if rank == 1:
+            (target / "__1_0.distcp").rename(Path(out, "elsewhere"))
+        torch.distributed.barrier()
+
+    torch_dist.save = save
+    return {
+        "save": failure(lambda: here.save(out, 1)),
+        "tracker": Path(out, TRACKER).read_text(),
+        "rollout": here.load(out)[0],
+    }
+
+
+def test_a_checkpoint_without_the_files_of_another_node_is_not_committed(
+    folder: Path, tmp_path: Path
+) -> None:
+    for seen in run_ranks(
+        save_into_a_folder_that_is_not_shared, 2, folder=folder, out=str(tmp_path)
+    ):
+        for words in ("iter_0000001/__1_0.distcp is missing", "must share --save"):
+            assert words in seen["save"]
+        assert (seen["tracker"], seen["rollout"]) == ("0", 1)
+
+
 def save_behind_training(
     rank: int, world: int, port: int, folder: Path, out: str
 ) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -162,11 +163,18 @@ class MegatronTrainer:
         }
 
     def _gloo_group(self) -> Any:
-        """All ranks over gloo, when the default group uses NCCL."""
+        """All ranks over gloo, when the default group uses NCCL.
+
+        The other ranks may wait for as long as rank 0 waits for the engines.
+        """
         if not platform.current().is_cuda:
             return None
         if self.gloo is None:
-            self.gloo = dist.new_group(backend="gloo")
+            timeout = timedelta(
+                minutes=self.cfg.cluster.distributed_timeout_minutes,
+                seconds=self.cfg.engine.weight_transfer_timeout_s,
+            )
+            self.gloo = dist.new_group(backend="gloo", timeout=timeout)
         return self.gloo
 
     # -- saving ------------------------------------------------------------------------------------

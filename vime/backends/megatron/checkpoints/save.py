@@ -26,6 +26,8 @@ from vime.backends.megatron.checkpoints.state import CRITIC, critic_state, shard
 from vime.backends.megatron.hf.registry import model_args
 from vime.config import Config
 
+_NOT_SHARED = "The previous checkpoint stays in force. All nodes that train must share --save."
+
 
 def save_checkpoint(
     cfg: Config,
@@ -71,6 +73,7 @@ def save_checkpoint(
 
     def finish() -> None:
         if commit:
+            torch_dist.check_files(target, _NOT_SHARED)
             commit_checkpoint(folder, iteration)
             delete_old_checkpoints(folder, cfg.checkpoint.keep_last)
 

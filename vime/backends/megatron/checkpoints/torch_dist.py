@@ -128,7 +128,7 @@ def _named_failures() -> Iterator[None]:
         raise RuntimeError(f"rank {rank}: {cause}") from cause
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: Path, remedy: str = DAMAGED) -> None:
     """Compares the directory's files with its own metadata.
 
     Raises CheckpointError naming the first file that is missing or too short, and the remedy.
@@ -136,14 +136,14 @@ def check_files(folder: Path) -> None:
     gone = "is missing: the checkpoint is incomplete."
     for name in ("metadata.json", ".metadata"):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} {gone} {DAMAGED}")
+            raise CheckpointError(f"{folder / name} {gone} {remedy}")
     try:
         metadata = dcp.FileSystemReader(folder).read_metadata()
     except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{folder / '.metadata'} is damaged ({error!r}). {DAMAGED}") from None
+        raise CheckpointError(f"{folder / '.metadata'} is damaged ({error!r}). {remedy}") from None
     in_shards = any(k.startswith("common_state/") for k in metadata.state_dict_metadata)  # 0.19
     if not in_shards and not (folder / "common.pt").is_file():
-        raise CheckpointError(f"{folder / 'common.pt'} {gone} {DAMAGED}")
+        raise CheckpointError(f"{folder / 'common.pt'} {gone} {remedy}")
     stored = metadata.storage_data
     ends: dict[str, int] = {}
     for info in stored.values():
@@ -151,8 +151,8 @@ def check_files(folder: Path) -> None:
     for name, end in ends.items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{path} {gone} {DAMAGED}")
+            raise CheckpointError(f"{path} {gone} {remedy}")
         if path.stat().st_size < end:
             raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes of {end}: it was cut off. {DAMAGED}"
+                f"{path} has {path.stat().st_size} bytes of {end}: it was cut off. {remedy}"
             )

@@ -45,6 +45,20 @@ def test_the_plugin_registers_its_transports():
         assert callable(engine.trainer_send_weights), "abstract in vLLM 0.25"
 
 
+def test_vllm_runs_the_part_of_an_engine_that_has_no_server():
+    from vllm.config import ParallelConfig
+    from vllm.entrypoints.cli.serve import run_headless
+
+    from vime.backends.vllm.plugin_flags import serve_parser
+
+    assert list(inspect.signature(run_headless).parameters) == ["args"]
+    given = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "fd00::1"]
+    args = serve_parser().parse_args([*given, "--master-port", "29501", "--headless"])
+    assert (args.nnodes, args.node_rank, args.master_port) == (2, 1, 29501)
+    assert hasattr(args, "api_server_count")
+    assert hasattr(ParallelConfig, "node_rank_within_dp")
+
+
 def test_a_worker_reads_the_file_of_its_own_node(tmp_path, monkeypatch):
     from vime.backends.vllm.plugin_receivers import SharedBucket, SharedMemoryReceiver
     from vime.weight_sync import wire

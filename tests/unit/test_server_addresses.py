@@ -112,3 +112,20 @@ def test_an_engine_names_a_port_that_another_program_took(folder, monkeypatch):
         engine = VLLMEngine(make_config(folder), 3, [0])
         with pytest.raises(EngineError, match=f"vLLM engine 3 cannot listen on .*:{port}"):
             engine._hold_port(f"http://127.0.0.1:{port}")
+
+
+def test_the_parts_of_an_engine_meet_at_its_url_and_at_a_new_port_each_time(folder):
+    engine = VLLMEngine(make_config(folder), 0, [0], num_parts=2)
+    first = engine.meet()
+    again = engine.meet(first.url)
+    assert again.url == first.url
+    assert again.master_port != first.master_port
+    assert HeldPort(LOOPBACK).port not in (first.master_port, again.master_port)
+
+
+def test_the_parts_of_an_engine_have_their_own_names_and_logs(folder):
+    cfg = make_config(folder)
+    parts = [VLLMEngine(cfg, 3, [0], part=part, num_parts=2) for part in range(2)]
+    assert [part.log.name for part in parts] == ["engine-3.log", "engine-3-part-1.log"]
+    with pytest.raises(EngineError, match="vLLM engine 3, part 1 was not started"):
+        parts[1].check()

@@ -60,6 +60,52 @@ def value(words: list[str], flag: str) -> str | None:
     return words[words.index(flag) + 1] if flag in words else None
 
 
+def part_argv(cfg, index: int) -> list[str]:
+    part = server.Part(index, 2, "10.0.0.1", 4321)
+    where = {"host": "10.0.0.1", "port": 1234, "dialect": dialect_of("0.25.1")}
+    return server.command(cfg, 2, **where, on=platform.CUDA, part=part)
+
+
+def test_the_parts_of_an_engine_on_two_nodes_meet_on_the_first_which_alone_serves(folder):
+    cfg = make_config(folder, cluster={"gpus_per_engine": 16, "rollout_gpus_asked": 16})
+    leader, follower = part_argv(cfg, 0), part_argv(cfg, 1)
+    for words in (leader, follower):
+        assert value(words, "--nnodes") == "2"
+        assert value(words, "--master-addr") == "10.0.0.1"
+        assert value(words, "--master-port") == "4321"
+        assert value(words, "--tensor-parallel-size") == "16"
+        assert value(words, "--distributed-executor-backend") == "mp"
+    assert (value(leader, "--node-rank"), value(follower, "--node-rank")) == ("0", "1")
+    assert leader[2] == "vllm.entrypoints.openai.api_server"
+    assert (value(leader, "--host"), value(leader, "--port")) == ("10.0.0.1", "1234")
+    assert follower[2] == "vime.backends.vllm.plugin_headless"
+    assert not {"--host", "--port", "--middleware"} & set(follower)
+
+
+def test_the_parts_of_an_engine_run_the_same_model_in_the_same_way(folder):
+    cfg = make_config(folder, cluster={"gpus_per_engine": 16, "rollout_gpus_asked": 16})
+    shared = (set(part_argv(cfg, 0)) ^ set(part_argv(cfg, 1))) - {
+        "vllm.entrypoints.openai.api_server",
+        "vime.backends.vllm.plugin_headless",
+        "vime.backends.vllm.plugin_route.PackedAnswers",
+        *("--middleware", "--host", "--port", "1234", "0", "1"),
+    }
+    assert shared == set()
+
+
+def test_an_engine_on_one_node_has_no_flag_for_several(folder):
+    assert not {"--nnodes", "--node-rank", "--master-addr"} & set(argv(make_config(folder)))
+
+
+def test_the_workers_of_a_node_divide_its_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    large = SHAPE | {"hidden_size": 1024, "intermediate_size": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(large))
+    cfg = make_config(tmp_path, cluster={"rollout_gpus_asked": 8})
+    assert cpu.num_threads(cfg) == 2
+    assert cpu.num_threads(cfg, workers=4) == 4
+
+
 def test_releases_that_need_a_flag_for_token_ids_get_it(folder):
     cfg = make_config(folder)
     assert "--enable-scale-out" in argv(cfg)

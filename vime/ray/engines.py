@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+from itertools import groupby
 from typing import Any
 
 import ray
 
-from vime.backends.vllm.engine import VLLMEngine, logs_dir
+from vime.backends.vllm.engine import VLLMEngine, log_of
 from vime.backends.vllm.router import Router
 from vime.config import Config
 from vime.errors import EngineError
 from vime.ray.environment import remote
-from vime.ray.placement_group import Placement
+from vime.ray.placement_group import Placement, Slot
 from vime.ray.wait import wait, wait_all
 
 log = logging.getLogger(__name__)
@@ -29,15 +30,39 @@ class EngineGroup:
         self.placement = placement
         self.router = Router(cfg, host=placement.driver.address)
         self.urls: list[str] = []
-        self.owners = [self._owner(i) for i in range(cfg.cluster.num_engines)]
-        self._starting = [owner.start.remote() for owner in self.owners]
+        self.owners = [self._owners(i) for i in range(cfg.cluster.num_engines)]
+        self._starting = [self._start(i) for i in range(cfg.cluster.num_engines)]
 
-    def _owner(self, index: int) -> Any:
-        """The actor that will own an engine's server."""
+    def _owners(self, index: int) -> list[Any]:
+        """The actors that will own an engine's processes: one on each of its nodes."""
+        return [self._owner(index, part) for part in range(len(self._parts(index)))]
+
+    def _parts(self, index: int) -> list[list[Slot]]:
+        """The slots of an engine on each of its nodes."""
         slots = self.placement.engines[index]
-        owner = remote(VLLMEngine, {}, **self.placement.options("engine", slots[0]))
-        devices = [slot.device for slot in slots]
-        return owner.remote(self.cfg, index, devices, host=slots[0].node.address)
+        return [list(held) for _, held in groupby(slots, key=lambda slot: slot.node.id)]
+
+    def _owner(self, index: int, part: int) -> Any:
+        parts = self._parts(index)
+        first, *_ = slots = parts[part]
+        node = first.node
+        everywhere = [slot for engine in self.placement.engines for slot in engine]
+        owner = remote(VLLMEngine, {}, **self.placement.options("engine", first))
+        return owner.remote(
+            self.cfg,
+            index,
+            [slot.device for slot in slots],
+            host=node.address,
+            part=part,
+            num_parts=len(parts),
+            workers=sum(slot.node.id == node.id for slot in everywhere),
+        )
+
+    def _start(self, index: int, url: str | None = None) -> list[ray.ObjectRef]:
+        """The URL of an engine once it is healthy, from the owner of each of its parts."""
+        owners = self.owners[index]
+        meeting = owners[0].meet.remote(url) if len(owners) > 1 else None
+        return [owner.start.remote(url, meeting) for owner in owners]
 
     def wait_until_started(self) -> None:
         """Returns when all engines and the router are healthy."""
@@ -45,37 +70,46 @@ class EngineGroup:
         self.router.start(self.urls)
 
     def lost(self) -> list[int]:
-        """The engines that died or do not answer."""
-        checks, lost = [owner.check.remote() for owner in self.owners], []
-        for index, check in enumerate(checks):
-            try:
-                wait(check, what=f"vLLM engine {index} to answer", timeout_s=_CHECK_TIMEOUT_S)
-            except (EngineError, TimeoutError, ray.exceptions.RayError) as error:
-                reason = str(getattr(error, "cause", error)).partition(";")[0]
-                if isinstance(error, ray.exceptions.RayActorError):
-                    reason = f"the owner of vLLM engine {index} died"
-                where = logs_dir(self.cfg) / f"engine-{index}.log"
-                log.warning("engine lost: %s (see %s)", reason, where)
-                lost.append(index)
-        return lost
+        """The engines that died or do not answer, also if only one part of them did."""
+        checks = [[owner.check.remote() for owner in owners] for owners in self.owners]
+        return [
+            index
+            for index, of_parts in enumerate(checks)
+            if any([self._is_lost(index, part, check) for part, check in enumerate(of_parts)])
+        ]
+
+    def _is_lost(self, index: int, part: int, check: ray.ObjectRef) -> bool:
+        name = f"vLLM engine {index}" + (f", part {part}" if part else "")
+        try:
+            wait(check, what=f"{name} to answer", timeout_s=_CHECK_TIMEOUT_S)
+        except (EngineError, TimeoutError, ray.exceptions.RayError) as error:
+            reason = str(getattr(error, "cause", error)).partition(";")[0]
+            if isinstance(error, ray.exceptions.RayActorError):
+                reason = f"the owner of {name} died"
+            log.warning("engine lost: %s (see %s)", reason, log_of(self.cfg, index, part))
+            return True
+        return False
 
     def restart(self, lost: list[int]) -> None:
         """Start these engines again, each at its URL, with the weights of --hf-checkpoint."""
         for index in lost:
-            stop = self.owners[index].stop.remote()
-            try:
-                wait(stop, what=f"vLLM engine {index} to stop", timeout_s=_CHECK_TIMEOUT_S)
-            except (TimeoutError, ray.exceptions.RayError):  # its owner is lost too
-                ray.kill(self.owners[index])
-                self.owners[index] = self._owner(index)
-        self._wait([self.owners[index].start.remote(self.urls[index]) for index in lost])
+            stops = [owner.stop.remote() for owner in self.owners[index]]
+            for part, stop in enumerate(stops):
+                try:
+                    wait(stop, what=f"vLLM engine {index} to stop", timeout_s=_CHECK_TIMEOUT_S)
+                except (TimeoutError, ray.exceptions.RayError):  # its owner is lost too
+                    ray.kill(self.owners[index][part])
+                    self.owners[index][part] = self._owner(index, part)
+        self._wait([self._start(index, self.urls[index]) for index in lost])
 
-    def _wait(self, starts: list[ray.ObjectRef]) -> list[str]:
+    def _wait(self, starts: list[list[ray.ObjectRef]]) -> list[str]:
+        """The URLs of these engines, once all their parts have started."""
         what, timeout_s = f"{len(starts)} vLLM engines to start", self.cfg.engine.start_timeout_s
-        return wait_all(starts, what=what, timeout_s=timeout_s)
+        wait_all([ref for parts in starts for ref in parts], what=what, timeout_s=timeout_s)
+        return ray.get([parts[0] for parts in starts])
 
     def stop(self) -> None:
         """End the router and every engine, even if one fails to stop."""
         self.router.stop()
-        stops = [owner.stop.remote() for owner in self.owners]
+        stops = [owner.stop.remote() for owners in self.owners for owner in owners]
         wait_all(stops, what="the vLLM engines to stop", timeout_s=_STOP_TIMEOUT_S)

@@ -31,11 +31,14 @@ def flags(cfg: Config, dialect: Dialect) -> dict[str, Any]:
     return found
 
 
-def environment(cfg: Config, dialect: Dialect) -> dict[str, str]:
+def environment(cfg: Config, dialect: Dialect, workers: int | None = None) -> dict[str, str]:
+    """
+    workers  of all engines on this node; None: all engines are on it
+    """
     found = {
         "VLLM_CPU_CI_ENV": "1",  # no warm-up
         "TORCHDYNAMO_DISABLE": "1",
-        "OMP_NUM_THREADS": str(num_threads(cfg)),
+        "OMP_NUM_THREADS": str(num_threads(cfg, workers)),
     }
     if not dialect.kv_cache_bytes_flag:
         found["VLLM_CPU_KVCACHE_SPACE"] = str(-(-kv_cache_bytes(cfg) // GIB))
@@ -47,15 +50,15 @@ def environment(cfg: Config, dialect: Dialect) -> dict[str, str]:
     return found
 
 
-def num_threads(cfg: Config) -> int:
-    """Threads of one engine's matrix products: the cores, divided among the engines' workers.
+def num_threads(cfg: Config, workers: int | None = None) -> int:
+    """Threads of one engine's matrix products: the cores, divided among the node's workers.
 
     A tiny model is faster on one thread, with the server's own process on another core.
     """
     if num_parameters(cfg) < ONE_THREAD_PARAMETERS:
         return 1
     cores = len(os.sched_getaffinity(0))
-    return max(1, cores // (cfg.cluster.num_engines * cfg.cluster.gpus_per_engine))
+    return max(1, cores // (workers or cfg.cluster.num_engines * cfg.cluster.gpus_per_engine))
 
 
 def num_parameters(cfg: Config) -> int:

@@ -41,6 +41,10 @@ OWNED = {  # flags that vime sets: the remedy
     "enable_scale_out": "Leave it out: vime turns it on",
     "enable_sleep_mode": "Use --colocate",
     "data_parallel_size": "Use --rollout-num-gpus, which adds engines",
+    **dict.fromkeys(
+        ("nnodes", "node_rank", "master_addr", "master_port", "headless"),
+        "Use --rollout-num-gpus-per-engine: an engine larger than a node spans nodes",
+    ),
 }
 
 

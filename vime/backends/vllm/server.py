@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from vime.addresses import LOOPBACK, is_loopback
@@ -26,15 +27,39 @@ from vime.weight_sync.choice import engines_sleep, transport_name
 MODEL_NAME = "policy"  # the `model` of every request
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One node's part of an engine that spans `num` nodes. Part 0 has the HTTP server.
+
+    master_host, master_port  where the workers of all parts meet, on the node of part 0
+    """
+
+    index: int
+    num: int
+    master_host: str
+    master_port: int
+
+
 def command(
-    cfg: Config, index: int, *, host: str, port: int, dialect: Dialect, on: Platform
+    cfg: Config,
+    index: int,
+    *,
+    host: str,
+    port: int,
+    dialect: Dialect,
+    on: Platform,
+    part: Part | None = None,
 ) -> list[str]:
-    """The server's argv. The user's --vllm-* flags come last and win."""
+    """The argv of an engine's server, or of a part without one.
+
+    part  of an engine on several nodes; None: the engine is on one node
+
+    The user's --vllm-* flags come last and win.
+    """
+    serves = part is None or part.index == 0
     ours: dict[str, Any] = {
         "model": cfg.model.hf_checkpoint,
         "served_model_name": MODEL_NAME,
-        "host": host,
-        "port": port,
         "dtype": str(on.dtype(cfg.model.dtype)).removeprefix("torch."),
         "seed": cfg.algorithm.seed + index,
         "tensor_parallel_size": cfg.cluster.gpus_per_engine,
@@ -46,6 +71,16 @@ def command(
         "disable_uvicorn_access_log": True,
         "uvicorn_log_level": "warning",
     }
+    if serves:
+        ours |= {"host": host, "port": port}
+    if part is not None:
+        ours |= {
+            "nnodes": part.num,
+            "node_rank": part.index,
+            "master_addr": part.master_host,
+            "master_port": part.master_port,
+            "distributed_executor_backend": "mp",
+        }
     if (max_model_len := needed_model_len(cfg)) is not None:
         ours["max_model_len"] = max_model_len
     given = dict(cfg.engine.vllm_args)
@@ -56,8 +91,12 @@ def command(
         given.pop("gpu_memory_utilization", None)  # a share of GPU memory: `cpu.memory_notice`
     if "api_key" in given and given["api_key"] in (api_key(cfg), [api_key(cfg)]):
         del given["api_key"]  # a single key is in the environment, where other users cannot see it
-    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *dialect.generate_flags]
-    if api_key(cfg) is None:  # a request would pass this middleware before vLLM checks its key
+    module = (
+        "vllm.entrypoints.openai.api_server" if serves else "vime.backends.vllm.plugin_headless"
+    )
+    argv = [sys.executable, "-m", module, *dialect.generate_flags]
+    # A request would pass this middleware before vLLM checks its key.
+    if serves and api_key(cfg) is None:
         argv += ["--middleware", "vime.backends.vllm.plugin_route.PackedAnswers"]
     for name, value in {**ours, **given}.items():
         argv += words_of(name, value)
@@ -71,13 +110,20 @@ def api_key(cfg: Config) -> str | None:
 
 
 def environment(
-    cfg: Config, slots: list[int], *, host: str = LOOPBACK, dialect: Dialect, on: Platform
+    cfg: Config,
+    slots: list[int],
+    *,
+    host: str = LOOPBACK,
+    dialect: Dialect,
+    on: Platform,
+    workers: int | None = None,
 ) -> dict[str, str]:
     """The server's environment.
 
-    slots  the GPUs that the engine owns; not used on CPU
-    host   address that the server listens on. Its groups, and those with the trainer, use the
-           interface of this address
+    slots    the GPUs that the engine owns; not used on CPU
+    host     address that the server listens on. Its groups, and those with the trainer, use the
+             interface of this address
+    workers  of all engines on this node; None: all engines are on it
     """
     env = {
         **without_proxies(os.environ, host),
@@ -95,7 +141,7 @@ def environment(
     if not is_loopback(host):
         env["VLLM_HOST_IP"] = host
     if not on.is_cuda:
-        return env | cpu.environment(cfg, dialect)
+        return env | cpu.environment(cfg, dialect, workers)
     env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))
     # A forked EngineCore inherits the server's imports, which take about 20 s. If CUDA is already
     # in use, vLLM spawns EngineCore anyway.

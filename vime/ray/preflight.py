@@ -29,7 +29,17 @@ def check_cluster(cfg: Config) -> list[str]:
     from vime.ray import cluster
 
     cluster.join(cfg.cluster.working_dir, cfg.cluster.device)
-    cluster.planned(cfg)
+    return []
+
+
+def check_nodes(cfg: Config) -> list[str]:
+    """Every node of the run shows that it can take part, after the checks of the driver itself."""
+    if cfg.debug.dry_run or not joins_cluster():
+        return []
+    from vime.ray import cluster, node_check
+
+    nodes, plan = cluster.planned(cfg)
+    node_check.check_nodes(cfg, nodes, plan, cluster.driver_node())
     return []
 
 
@@ -93,4 +103,5 @@ CHECKS = (
     check_graders,
     check_served_teacher,
     check_trackers,
+    check_nodes,
 )

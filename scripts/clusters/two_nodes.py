@@ -229,11 +229,14 @@ def _hold(name: str, address: str) -> Node:
     )
     below = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
     deadline = time.monotonic() + 10
-    while not (found := below.read_text().split()) or not _is_ready(int(found[0])):
-        if outer.poll() is not None or time.monotonic() > deadline:
-            outer.kill()
-            raise OSError(f"unshare does not start {name}")
-        time.sleep(0.02)
+    try:
+        while not (found := below.read_text().split()) or not _is_ready(int(found[0])):
+            if outer.poll() is not None or time.monotonic() > deadline:
+                raise OSError(f"unshare does not start {name}")
+            time.sleep(0.02)
+    except BaseException:  # Ctrl-C, too: no record names this process yet
+        outer.kill()
+        raise
     return Node(name, address, int(found[0]), start_time(int(found[0])))
 
 

@@ -315,10 +315,10 @@ def test_a_firewall_between_two_nodes_is_found_by_a_probe(cluster, jobs):
 
 
 def test_ctrl_c_ends_the_nodes_that_have_started(tmp_path):
-    name = f"broken-off-{os.getpid()}"
-    record = two_nodes.folder_of(name) / "cluster.json"
+    record = tmp_path / "vime-broken-off/cluster.json"
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--name", name, "up"],
+        [sys.executable, str(SCRIPT), "--name", "broken-off", "up"],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     started: list[dict] = []
@@ -330,3 +330,21 @@ def test_ctrl_c_ends_the_nodes_that_have_started(tmp_path):
     assert process.wait(30) == 130
     assert not any(is_running(Node(**node)) for node in started)
     assert not record.exists()
+
+
+def test_ctrl_c_ends_a_node_that_no_record_names_yet(monkeypatch):
+    started: list[subprocess.Popen] = []
+
+    def interrupted(pid: int) -> bool:
+        raise KeyboardInterrupt
+
+    class Noted(subprocess.Popen):
+        def __init__(self, *args, **given) -> None:
+            super().__init__(*args, **given)
+            started.append(self)
+
+    monkeypatch.setattr(two_nodes, "_is_ready", interrupted)
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    with pytest.raises(KeyboardInterrupt):
+        two_nodes._hold("node-1", "")
+    assert [process.wait(10) for process in started] == [-signal.SIGKILL]

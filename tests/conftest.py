@@ -7,6 +7,7 @@ only the tests marked `stack`, because no other one imports Ray, Megatron or vLL
 from __future__ import annotations
 
 import builtins
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,19 @@ def stack_is_marked(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if asked and not request.node.get_closest_marker("stack"):
         pytest.fail(f"imports {asked[0]}: add @pytest.mark.stack", pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def environment_stays() -> Iterator[None]:
+    """Some libraries set variables when they are imported, such as TRL the log level of vLLM.
+
+    The processes that later tests start must not inherit them.
+    """
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

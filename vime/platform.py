@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _DEVICE_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvmap", "/dev/dxg")
 
 
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 LONGEST_SOCKET_PATH = 107  # bytes that Linux allows for the path of a socket
 
 
@@ -43,7 +44,14 @@ class Platform:
         """The torch dtype of `--dtype`: "auto", "float32" or "bfloat16"."""
         import torch
 
-        return getattr(torch, self.default_dtype if name == "auto" else name)
+        return getattr(torch, self.dtype_name(name))
+
+    def dtype_name(self, name: str) -> str:
+        """The same as a word. Unlike `dtype`, it does not import torch, which takes seconds."""
+        return self.default_dtype if name == "auto" else name
+
+    def dtype_bytes(self, name: str) -> int:
+        return _DTYPE_BYTES[self.dtype_name(name)]
 
 
 CUDA = Platform("cuda", "nccl", "bfloat16", "GPU", "GPUs")

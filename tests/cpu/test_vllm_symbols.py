@@ -62,6 +62,7 @@ def test_vllm_runs_the_part_of_an_engine_that_has_no_server():
 def test_a_worker_reads_the_file_of_its_own_node(tmp_path, monkeypatch):
     from vime.backends.vllm.plugin_receivers import SharedBucket, SharedMemoryReceiver
     from vime.weight_sync import wire
+    from vime.weight_sync.choice import NODE
 
     entries = wire.entries_of([("w", torch.zeros(16))])
     paths = {}
@@ -70,10 +71,10 @@ def test_a_worker_reads_the_file_of_its_own_node(tmp_path, monkeypatch):
         torch.from_file(paths[host], shared=True, size=16, dtype=torch.float32).fill_(number)
     receiver, got = object.__new__(SharedMemoryReceiver), []
     receiver.load = lambda packed, entries: got.append(dict(wire.unpack(packed, entries))["w"])
-    monkeypatch.setenv(wire.NODE, "fd00::2")
+    monkeypatch.setenv(NODE, "fd00::2")
     receiver.receive_weights(SharedBucket(entries, paths))
     assert torch.equal(got[0], torch.ones(16))
-    monkeypatch.setenv(wire.NODE, "10.0.0.9")
+    monkeypatch.setenv(NODE, "10.0.0.9")
     with pytest.raises(RuntimeError, match="node 10.0.0.9; trainer ranks are on 10.0.0.1, fd00::2"):
         receiver.receive_weights(SharedBucket(entries, paths))
 

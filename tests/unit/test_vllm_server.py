@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -235,8 +236,23 @@ def test_a_server_names_the_changes_to_vllm_that_it_needs(folder):
 
     assert patches(platform.CUDA) == {"inspect models here"}
     assert patches(platform.CPU) == {p.name for p in plugin_patches.PATCHES}
-    two_workers = patches(platform.CPU, actor_gpus_per_node=2, gpus_per_engine=2)
-    assert two_workers == patches(platform.CPU) - {"fork engine core"}
+
+
+def test_the_owner_of_an_engine_starts_a_server_without_importing_torch(folder):
+    """Nobody needs it there, and the import delays the server's own start by seconds."""
+    code = """
+import pickle, sys
+from vime.backends.vllm import engine, server
+from vime.backends.vllm.dialect import dialect_of
+cfg, on = pickle.loads(bytes.fromhex(sys.argv[1]))
+dialect = dialect_of("0.32.0")
+server.command(cfg, 0, host="127.0.0.1", port=1, dialect=dialect, on=on)
+server.environment(cfg, [0], dialect=dialect, on=on)
+print({"ray", "torch", "vllm"} & sys.modules.keys())
+"""
+    given = pickle.dumps((make_config(folder), platform.CPU)).hex()
+    done = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 # -- flags ---------------------------------------------------------------------------------------

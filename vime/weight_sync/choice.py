@@ -5,6 +5,8 @@ from __future__ import annotations
 from vime.config import Config
 from vime.platform import Platform
 
+NODE = "VIME_NODE"  # environment variable of an engine: the address of its node
+
 
 def transport_name(cfg: Config, on: Platform) -> str:
     """The transport of weights: "ipc" or "shm" on shared devices, else "nccl" or "gloo"."""

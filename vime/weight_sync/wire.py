@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-NODE = "VIME_NODE"  # environment variable of an engine: the address of its node
 ALIGNMENT = 64  # bytes; a view of any dtype can start at a multiple
 
 Entry = tuple[str, str, list[int]]  # name, dtype's name, shape: plain JSON

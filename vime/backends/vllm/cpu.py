@@ -73,7 +73,7 @@ def kv_cache_bytes(cfg: Config) -> int:
     hf = text_config(cfg)
     heads = hf.get("num_key_value_heads") or hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-    width = platform.CPU.dtype(cfg.model.dtype).itemsize
+    width = platform.CPU.dtype_bytes(cfg.model.dtype)
     token_bytes = 2 * hf["num_hidden_layers"] * heads * head_dim * width
     given = cfg.engine.vllm_args
     positions = (

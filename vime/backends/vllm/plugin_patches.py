@@ -17,7 +17,7 @@ def _inspect_models_here() -> None:
     registry._run_in_subprocess = lambda inspect: inspect()
 
 
-def _fork_engine_core() -> None:
+def _fork_processes() -> None:
     from vllm.platforms.cpu import CpuPlatform
 
     check = CpuPlatform.check_and_update_config
@@ -88,14 +88,14 @@ INSPECT_MODELS_HERE = Patch(
     ("vllm.model_executor.models.registry._run_in_subprocess",),
     _inspect_models_here,
 )
-FORK_ENGINE_CORE = Patch(
-    "fork engine core",
-    "vLLM forks on GPUs but spawns on CPU, because it binds the threads of worker processes. An "
-    "engine with one worker has no such process, and a forked EngineCore inherits the server's "
-    "imported modules, which saves about 11 s on 2 cores",
-    "vLLM forks EngineCore on CPU where it has one worker",
+FORK_PROCESSES = Patch(
+    "fork processes",
+    "vLLM forks on GPUs but spawns on CPU, because it binds the threads of worker processes. vime "
+    "turns that off. A forked EngineCore inherits the server's imported modules, and so do the "
+    "workers of a larger engine, which saves about 11 s of CPU time for each process",
+    "vLLM forks its processes on CPU where VLLM_CPU_OMP_THREADS_BIND is nobind",
     ("vllm.platforms.cpu.CpuPlatform.check_and_update_config",),
-    _fork_engine_core,
+    _fork_processes,
 )
 SEEDS_OF_SPLIT_PROMPTS = Patch(
     "seeds of split prompts",
@@ -122,4 +122,4 @@ ROTARY_OF_EVERY_HEAD = Patch(
     _rotary_of_every_head,
 )
 
-PATCHES = (INSPECT_MODELS_HERE, FORK_ENGINE_CORE, SEEDS_OF_SPLIT_PROMPTS, ROTARY_OF_EVERY_HEAD)
+PATCHES = (INSPECT_MODELS_HERE, FORK_PROCESSES, SEEDS_OF_SPLIT_PROMPTS, ROTARY_OF_EVERY_HEAD)

@@ -14,6 +14,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, Weight
 from vime.addresses import LOOPBACK
 from vime.backends.vllm.plugin_reload import ReloadingReceiver
 from vime.weight_sync import cuda_handles, wire
+from vime.weight_sync.choice import NODE
 
 
 @dataclass
@@ -57,7 +58,7 @@ class SharedMemoryReceiver(ReloadingReceiver):
         pass
 
     def receive_weights(self, update_info: SharedBucket) -> None:
-        node = os.environ.get(wire.NODE, LOOPBACK)
+        node = os.environ.get(NODE, LOOPBACK)
         if node not in update_info.paths:
             there = ", ".join(update_info.paths)
             raise RuntimeError(

@@ -21,8 +21,7 @@ from vime.config import Config
 from vime.patches import Patch
 from vime.platform import LONGEST_SOCKET_PATH, Platform
 from vime.rendezvous import interface_variables
-from vime.weight_sync import wire
-from vime.weight_sync.choice import engines_sleep, transport_name
+from vime.weight_sync.choice import NODE, engines_sleep, transport_name
 
 MODEL_NAME = "policy"  # the `model` of every request
 
@@ -60,7 +59,7 @@ def command(
     ours: dict[str, Any] = {
         "model": cfg.model.hf_checkpoint,
         "served_model_name": MODEL_NAME,
-        "dtype": str(on.dtype(cfg.model.dtype)).removeprefix("torch."),
+        "dtype": on.dtype_name(cfg.model.dtype),
         "seed": cfg.algorithm.seed + index,
         "tensor_parallel_size": cfg.cluster.gpus_per_engine,
         "logprobs_mode": "processed_logprobs",
@@ -130,7 +129,7 @@ def environment(
         **interface_variables(host, os.environ),
         **short_socket_paths(os.environ),
         plugin.ENGINE_PATCHES: ",".join(patch.name for patch in needed_patches(cfg, on)),
-        wire.NODE: host,
+        NODE: host,
         "VLLM_SERVER_DEV_MODE": "1",  # the control routes
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CONFIGURE_LOGGING": "1",
@@ -159,7 +158,9 @@ def needed_patches(cfg: Config, on: Platform) -> list[Patch]:
     """The changes to vLLM that this server needs."""
     needed = [patches.INSPECT_MODELS_HERE]
     if not on.is_cuda:
-        needed += [patches.SEEDS_OF_SPLIT_PROMPTS, patches.ROTARY_OF_EVERY_HEAD]
-        if cfg.cluster.gpus_per_engine == 1:
-            needed.append(patches.FORK_ENGINE_CORE)
+        needed += [
+            patches.FORK_PROCESSES,
+            patches.SEEDS_OF_SPLIT_PROMPTS,
+            patches.ROTARY_OF_EVERY_HEAD,
+        ]
     return needed

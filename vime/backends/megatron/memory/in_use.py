@@ -28,7 +28,7 @@ def memory_remedy(cfg: Config, longest: int = 0) -> Iterator[None]:
         if here.is_cuda:
             free = torch.cuda.mem_get_info()[0] - cfg.cluster.train_memory_margin_bytes
             limit = float(torch.cuda.memory_reserved() + max(0, free))
-        num_bytes = here.dtype(cfg.model.dtype).itemsize
+        num_bytes = here.dtype_bytes(cfg.model.dtype)
         on_one_gpu = -(-longest // cfg.parallel.cp)
         remedy = trainer_remedy(cfg, num_bytes, longest=on_one_gpu, limit=limit)
         raise ConfigError(f"{remedy}\n(torch: {error})") from error

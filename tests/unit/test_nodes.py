@@ -284,6 +284,8 @@ def test_keys_and_settings_of_libraries_reach_the_workers_and_paths_of_a_node_do
         "MY_GRADER_API_KEY": "g",
         "NCCL_DEBUG": "INFO",
         "VIME_DEVICE": "cuda",
+        "TENSORBOARD_DIR": "/logs",
+        "XDG_CACHE_HOME": "/cache",
         "no_proxy": "10.0.0.0/8",
     }
     kept = {

@@ -219,21 +219,21 @@ class Run:
     def _without_lost_engines(
         self, work: Callable[[], T], prepare: Callable[[], None] = lambda: None
     ) -> T:
-        """The result of `work`.
+        """The result of `work`. If it fails because engines were lost, the log says which.
 
-        Under --use-fault-tolerance, if `work` fails because engines were lost: start these engines
-        again, call `prepare` and repeat `work`.
+        Under --use-fault-tolerance: start these engines again, call `prepare` and repeat `work`.
         """
-        for _ in range(_RESTARTS if self.cfg.engine.fault_tolerance else 0):
+        restarts_left = _RESTARTS if self.cfg.engine.fault_tolerance else 0
+        while True:
             try:
                 return work()
             except EngineError:
                 lost = self._ask(self.manager.lost_engines.remote(), "the engines to be checked")
-                if not lost:
+                if not lost or restarts_left == 0:
                     raise
+            restarts_left -= 1
             self._restart_engines(lost)
             prepare()
-        return work()
 
     def _restart_engines(self, lost: list[int]) -> None:
         """Start lost engines again. All engines and the trainer are then ready for an update."""

@@ -12,6 +12,7 @@ from vime.addresses import LOOPBACK, HeldPort, host_and_port, url_of
 from vime.backends.vllm import cpu, server
 from vime.backends.vllm import dialect as dialects
 from vime.backends.vllm.client import EngineClient
+from vime.backends.vllm.lifeline import Lifeline, hold
 from vime.backends.vllm.out_of_memory import engine_remedy
 from vime.backends.vllm.process import STOP_PATIENCE_S, GuardedProcess
 from vime.config import Config
@@ -27,12 +28,15 @@ PORT_TAKEN = "address already in use"
 class Meeting:
     """Where the parts of an engine on several nodes find each other, on the node of part 0.
 
-    url           of the engine's HTTP server
-    master_port   of the store at which the workers meet
+    url             of the engine's HTTP server
+    master_port     of the store at which the workers meet
+    lifeline_port   at which the owners notice each other's end, and the token for it
     """
 
     url: str
     master_port: int
+    lifeline_port: int
+    lifeline_token: str
 
 
 class VLLMEngine:
@@ -65,11 +69,12 @@ class VLLMEngine:
         self.host = host
         self.part, self.num_parts = part, num_parts
         self.workers = workers
-        self.name = f"vLLM engine {index}" + (f", part {part}" if part else "")
+        self.name = engine_name(index, part)
         self.log = log_of(cfg, index, part)
         self.process: GuardedProcess | None = None
         self.port: HeldPort | None = None  # held until this process ends: the server may restart
         self.master: HeldPort | None = None  # for the next start of all parts
+        self.lifeline: Lifeline | None = None  # as well
         self.url = ""
 
     def meet(self, url: str | None = None) -> Meeting:
@@ -79,10 +84,11 @@ class VLLMEngine:
 
         The workers' port is new each time: a worker that outlived a lost engine finds nobody.
         """
-        if self.master is not None:
-            self.master.close()
-        self.master = HeldPort(self.host)
-        return Meeting(url_of(self.host, self._hold_port(url)), self.master.port)
+        for old in filter(None, (self.master, self.lifeline)):
+            old.close()
+        self.master, self.lifeline = HeldPort(self.host), Lifeline(self.host)
+        url = url_of(self.host, self._hold_port(url))
+        return Meeting(url, self.master.port, self.lifeline.port, self.lifeline.token)
 
     def start(self, url: str | None = None, meeting: Meeting | None = None) -> str:
         """Start the process and wait until the engine is healthy. Returns its URL.
@@ -129,11 +135,24 @@ class VLLMEngine:
         )
         self.process = GuardedProcess(self.name, argv, env, self.log)
         process, client = self.process, EngineClient(self.url)
+        if meeting is not None:
+            self._end_together(process, meeting)
         process.wait_until(
             lambda: (self.part > 0 or process.serves(host, port)) and client.healthy(),
             self.cfg.engine.start_timeout_s,
             "--vllm-start-timeout-sec",
         )
+
+    def _end_together(self, process: GuardedProcess, meeting: Meeting) -> None:
+        """Part 0 ends when another part has ended."""
+        if self.lifeline is not None:
+            self.lifeline.watch(process.stop)
+            return
+        first = host_and_port(meeting.url)[0]
+        try:
+            hold(first, meeting.lifeline_port, meeting.lifeline_token, process.guard.wait)
+        except OSError as error:
+            raise EngineError(f"{self.name} cannot reach part 0 on {first}: {error}") from None
 
     def _hold_port(self, url: str | None) -> int:
         """The server's port: that of `url`, else a free one."""
@@ -162,9 +181,16 @@ class VLLMEngine:
 
     def stop(self) -> None:
         """End the process group. Safe to call twice."""
+        if self.lifeline is not None:
+            self.lifeline.close()
         if self.process is not None:
             self.process.stop()
             self.process = None
+
+
+def engine_name(index: int, part: int = 0) -> str:
+    """The name of an engine, or of one of its parts, in messages."""
+    return f"vLLM engine {index}" + (f", part {part}" if part else "")
 
 
 def log_of(cfg: Config, index: int, part: int = 0) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from vime.backends.vllm.engine import VLLMEngine, log_of
+from vime.backends.vllm.engine import VLLMEngine, engine_name, log_of
 from vime.backends.vllm.router import Router
 from vime.config import Config
 from vime.errors import EngineError
@@ -31,7 +31,7 @@ class EngineGroup:
         self.router = Router(cfg, host=placement.driver.address)
         self.urls: list[str] = []
         self.owners = [self._owners(i) for i in range(cfg.cluster.num_engines)]
-        self._starting = [self._start(i) for i in range(cfg.cluster.num_engines)]
+        self._starting = {i: self._start(i) for i in range(cfg.cluster.num_engines)}
 
     def _owners(self, index: int) -> list[Any]:
         """The actors that will own an engine's processes: one on each of its nodes."""
@@ -79,7 +79,7 @@ class EngineGroup:
         ]
 
     def _is_lost(self, index: int, part: int, check: ray.ObjectRef) -> bool:
-        name = f"vLLM engine {index}" + (f", part {part}" if part else "")
+        name = engine_name(index, part)
         try:
             wait(check, what=f"{name} to answer", timeout_s=_CHECK_TIMEOUT_S)
         except (EngineError, TimeoutError, ray.exceptions.RayError) as error:
@@ -100,13 +100,19 @@ class EngineGroup:
                 except (TimeoutError, ray.exceptions.RayError):  # its owner is lost too
                     ray.kill(self.owners[index][part])
                     self.owners[index][part] = self._owner(index, part)
-        self._wait([self._start(index, self.urls[index]) for index in lost])
+        self._wait({index: self._start(index, self.urls[index]) for index in lost})
 
-    def _wait(self, starts: list[list[ray.ObjectRef]]) -> list[str]:
+    def _wait(self, starts: dict[int, list[ray.ObjectRef]]) -> list[str]:
         """The URLs of these engines, once all their parts have started."""
         what, timeout_s = f"{len(starts)} vLLM engines to start", self.cfg.engine.start_timeout_s
-        wait_all([ref for parts in starts for ref in parts], what=what, timeout_s=timeout_s)
-        return ray.get([parts[0] for parts in starts])
+        names = [
+            f"{engine_name(index, part)} on {slots[0].node.address}"
+            for index in starts
+            for part, slots in enumerate(self._parts(index))
+        ]
+        refs = [ref for parts in starts.values() for ref in parts]
+        wait_all(refs, what=what, timeout_s=timeout_s, names=names)
+        return ray.get([parts[0] for parts in starts.values()])
 
     def stop(self) -> None:
         """End the router and every engine, even if one fails to stop."""

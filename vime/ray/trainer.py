@@ -78,6 +78,8 @@ class TrainerGroup:
     def __init__(self, cfg: Config, placement: Placement) -> None:
         self.cfg = cfg
         self.num_ranks = len(placement.trainers)
+        slots = enumerate(placement.trainers)
+        self.names = [f"rank {rank} on {slot.node.address}" for rank, slot in slots]
         self.ranks = [self._rank(placement, rank) for rank in range(self.num_ranks)]
         for rank in self.ranks:
             rank.prepare.remote()  # not awaited: an error here occurs again in `start`
@@ -100,14 +102,13 @@ class TrainerGroup:
             r.start.remote(self.cfg, self.num_ranks, address, port, timeout_s) for r in self.ranks
         ]
         what = f"{self.num_ranks} trainer ranks to start"
-        return wait_all(refs, what=what, timeout_s=timeout_s)[0]
+        return wait_all(refs, what=what, timeout_s=timeout_s, names=self.names)[0]
 
     def call(self, method: str, *args: Any, timeout_s: float) -> Any:
         """Call `MegatronTrainer.method(*args)` on every rank. Returns rank 0's answer."""
         refs = [r.call.remote(method, timeout_s - 5, *args) for r in self.ranks]
-        return wait_all(
-            refs, what=f"{self.num_ranks} trainer ranks to {method}", timeout_s=timeout_s
-        )[0]
+        what = f"{self.num_ranks} trainer ranks to {method}"
+        return wait_all(refs, what=what, timeout_s=timeout_s, names=self.names)[0]
 
 
 def _cpu_environment(slot: Slot, placement: Placement) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -155,3 +156,20 @@ def test_ray_still_has_the_parts_that_the_check_uses():
 def test_an_empty_address_counts_as_none(value, joins, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", value)
     assert slots.joins_cluster() is joins
+
+
+def test_a_submitted_job_with_a_folder_takes_no_other(tmp_path, monkeypatch):
+    """Ray refuses two folders, or the second would be on the driver's node only."""
+    from vime.ray.cluster import code_to_copy
+
+    name = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+    monkeypatch.setenv(name, json.dumps({"runtime_env": {"env_vars": {"working_dir": "x"}}}))
+    assert code_to_copy(str(tmp_path)) == {"working_dir": str(tmp_path)}
+    assert code_to_copy(None) is None
+    monkeypatch.setenv(name, json.dumps({"runtime_env": {"working_dir": "gcs://_ray_pkg.zip"}}))
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert code_to_copy(None) is None
+    assert code_to_copy(".") is None
+    with pytest.raises(ConfigError, match="(?s)--working-dir other: .*leave one of the two"):
+        code_to_copy("other")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 
@@ -23,10 +24,27 @@ def with_code(working_dir: str | None) -> dict[str, str] | None:
     return None if working_dir is None else {"working_dir": os.path.abspath(working_dir)}
 
 
+def code_to_copy(working_dir: str | None) -> dict[str, str] | None:
+    """As `with_code`; None if a submitted job has brought a folder, which is the current one then.
+
+    Raises ConfigError if the folders differ, because Ray copies one.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    if "working_dir" not in job.get("runtime_env", {}):
+        return with_code(working_dir)
+    if working_dir is not None and not os.path.samefile(working_dir, os.getcwd()):
+        raise ConfigError(
+            f"--working-dir {working_dir}: `ray job submit --working-dir` has brought another "
+            "folder to the nodes, and Ray copies one folder only. Put all code into one, and leave "
+            "one of the two flags out."
+        )
+    return None
+
+
 def join(working_dir: str | None = None, device: str = "auto") -> None:
     """Connect to the cluster of RAY_ADDRESS, and choose GPUs or CPUs.
 
-    working_dir  a folder that Ray copies to every node. The folder of a submitted job comes first
+    working_dir  a folder that Ray copies to every node
     device       --device; auto: GPUs if any node has them
 
     Does nothing if this process is connected. Raises ConfigError.
@@ -35,8 +53,7 @@ def join(working_dir: str | None = None, device: str = "auto") -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         given = os.environ["RAY_ADDRESS"]
         address = check_address(given)
-        in_job = "working_dir" in os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "")
-        env = None if in_job else with_code(working_dir)
+        env = code_to_copy(working_dir)
         try:
             ray.init(address=address, runtime_env=env, logging_level="ERROR")
         except (Exception, SystemExit) as error:  # versions differ, or no cluster for "auto"

@@ -1,13 +1,13 @@
 """A Ray cluster of two nodes on one Linux machine, to try several nodes without a cluster.
 
     sudo .venv/bin/python scripts/clusters/two_nodes.py up --slots 1
-    sudo .venv/bin/python scripts/clusters/two_nodes.py exec 1 bash scripts/run-tiny-cpu.sh
+    sudo .venv/bin/python scripts/clusters/two_nodes.py exec 1 COMMAND
     sudo .venv/bin/python scripts/clusters/two_nodes.py down
 
 Each node is a set of Linux namespaces: it has its own network interfaces, addresses, processes,
 host name, /etc/hosts, /dev/shm and /tmp/ray. All other files are shared, as on a cluster with a
-shared disk. `exec` runs a command on a node, with RAY_ADDRESS set. For example, these commands
-give node 2 a view of its own:
+shared disk. `exec` runs a command on a node, with RAY_ADDRESS set; docs/clusters.md has a training
+run. For example, these commands give node 2 a view of its own:
 
     two_nodes.py exec 2 mount -t tmpfs none /data       node 2 does not see the files in /data
     two_nodes.py firewall 2 on                          nobody reaches its ports above 32767 (eth0)
@@ -49,6 +49,7 @@ RAY_ENV = {
     "RAY_AUTH_MODE": "disabled",  # nobody else reaches these networks
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TMPDIR": "/tmp",  # not TMPDIR, which all nodes share
 }
 # Packet filters of tc, as classic BPF: drop (2) a TCP packet that opens a connection (SYN without
 # ACK) to a port of 32768 or more; let all others pass (-1).

@@ -4,12 +4,16 @@ Two environment variables hold rollout ids, separated by spaces:
 
 LOSE_IN     the engine dies before the first request of these rollouts
 LOSE_AFTER  the engine dies after the last answer of these rollouts
+
+The processes of another node are out of reach here. `let_the_test_kill` waits until the test has
+killed them.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,15 @@ async def generate(args: Any, sample: Any, sampling_params: dict[str, Any]) -> A
 def after_rollout(args: Any, all_samples: Any, data_source: Any) -> None:
     """--rollout-all-samples-process-path"""
     _lose(args, "LOSE_AFTER", all_samples[0].rollout_id)
+
+
+def let_the_test_kill(args: Any, all_samples: Any, data_source: Any) -> None:
+    """--rollout-all-samples-process-path: writes the file `kill` once; waits until it is gone."""
+    if "kill" not in _done:
+        _done.add("kill")
+        (note := Path(args.run_dir) / "kill").touch()
+        while note.exists():
+            time.sleep(0.1)
 
 
 def _lose(args: Any, moment: str, rollout_id: int) -> None:

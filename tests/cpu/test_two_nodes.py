@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +28,8 @@ SCRIPT = ROOT / "scripts/clusters/two_nodes.py"
 BESIDE = ROOT / "tests/cpu/beside_the_run"
 FOR_RAY = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 TOLD_WITHIN_S = 90  # on a busy machine; on a quiet one, most of it is the import of torch
+JOB_S = 600  # on a busy machine; on a quiet one, about a minute
+LOST_AND_STARTED_S = 480  # from the loss of an engine to the end of a short run
 EXACT = 1e-6
 
 SMALL = {
@@ -37,6 +39,7 @@ SMALL = {
     "--vllm-enable-deterministic-inference": None,  # each sample has a seed
 }
 DECOUPLED = {"--colocate": "", "--rollout-num-gpus": "2"}
+ACROSS = {"--rollout-num-gpus-per-engine": "2"}  # with one slot of a node: over two nodes
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,10 @@ def jobs(tmp_path_factory, quickstart_assets) -> Jobs:
     return Jobs(quickstart_assets, tmp_path_factory.mktemp("jobs"))
 
 
+# The policy's loss is not zero: it has a penalty, and each rollout a second optimizer step.
+LOSS = {"--kl-loss-coef": "0.1", "--num-steps-per-rollout": "2"}
+
+
 @pytest.fixture(scope="module")
 def over_two_nodes(cluster, jobs) -> Job:
     """Tensor parallel within the nodes, data parallel across them, an engine on each.
@@ -98,6 +105,7 @@ def over_two_nodes(cluster, jobs) -> Job:
     """
     flags = {
         **DECOUPLED,
+        **LOSS,
         "--actor-num-nodes": "2",
         "--actor-num-gpus-per-node": "2",
         "--tensor-model-parallel-size": "2",
@@ -115,7 +123,7 @@ def over_two_nodes(cluster, jobs) -> Job:
     dead = "http://10.199.0.254:9"
     env = {"VLLM_API_KEY": "key", "http_proxy": dead, "https_proxy": dead}
     job = jobs.on(cluster, 3, "two", flags, **env)
-    job.run()
+    job.run(JOB_S)
     return job
 
 
@@ -124,12 +132,13 @@ def on_one_machine(jobs) -> Job:
     """The same ranks and engines without a cluster."""
     flags = {
         **DECOUPLED,
+        **LOSS,
         "--actor-num-gpus-per-node": "4",
         "--tensor-model-parallel-size": "2",
         "--cpu-slots": "6",
     }
     job = jobs("one", flags)
-    job.run()
+    job.run(JOB_S)
     return job
 
 
@@ -144,7 +153,7 @@ def steps(job: Job) -> list[dict]:
 
 def engine_hosts(job: Job) -> list[str]:
     """The address on which each engine listens, as it says in its log."""
-    logs = sorted((job.folder / "logs").glob("engine-*.log"))
+    logs = sorted((job.folder / "logs").glob("engine-?.log"))
     return [re.findall(r"'host': '(\S+)'", log.read_text())[0] for log in logs]
 
 
@@ -157,6 +166,7 @@ def test_two_nodes_give_the_losses_of_one_machine(over_two_nodes, on_one_machine
     assert len(two) == len(one) == 2
     for name in ("train/loss", "train/kl_loss", "train/grad_norm", "rollout/raw_reward"):
         assert [m[name] for m in two] == pytest.approx([m[name] for m in one], abs=EXACT), name
+    assert abs(two[1]["train/loss"]) > 1e3 * EXACT
     assert two[1]["train/kl_loss"] > EXACT  # the policy moved, and so did the engines'
     assert max(m["train/train_rollout_logprob_abs_diff"] for m in two) < 1e-4
 
@@ -179,40 +189,100 @@ def test_the_drivers_environment_reaches_every_process_and_engines_are_never_ope
     assert [answer[1] for n in graders for answer in n["without_key"].values()][:2] == [401, 401]
 
 
-def test_a_run_over_two_nodes_evaluates_and_is_resumed_by_a_job_submitted_on_the_second(
-    over_two_nodes, cluster, jobs
-):
-    """The resumed run is colocated and has other parallel sizes: a rank and an engine per node."""
+def test_a_run_over_two_nodes_evaluates(over_two_nodes):
     assert any(name.startswith("eval/few") for m in over_two_nodes.metrics() for name in m)
-    saved = str(jobs.root / "ckpt")
+
+
+@pytest.fixture(scope="module")
+def resumed(over_two_nodes, cluster, jobs) -> Job:
+    """The same run, continued with other parallel sizes: colocated, and one engine over both nodes.
+
+    It is a job submitted on the second node, where the engine's second part is killed after the
+    first rollout.
+    """
     flags = {
+        **ACROSS,
         "--actor-num-nodes": "2",
         "--actor-num-gpus-per-node": "1",
-        "--load": saved,
-        "--num-rollout": "3",
+        "--load": str(jobs.root / "ckpt"),
+        "--num-rollout": "4",
+        "--use-fault-tolerance": None,
+        "--rollout-all-samples-process-path": "tests.cpu.losing_engines.let_the_test_kill",
+        "--check-weight-update-equal": None,
     }
     job = jobs.submitted(cluster, 2, "resumed", flags)
-    job.run()
-    assert [m["step"] for m in steps(job)] == [3]
-    assert sorted(engine_hosts(job)) == ["10.199.0.1", "10.199.0.2"]
-    assert max(m["train/train_rollout_logprob_abs_diff"] for m in steps(job)) < 1e-4
-
-
-def test_the_async_loop_runs_over_ipv6_as_a_job_submitted_on_the_head(jobs):
-    """The script as a user calls it. The trainer is on one node, the engine on the other."""
-    name = f"six-{os.getpid()}"
-    call = [sys.executable, str(SCRIPT), "--name", name]
-    folder = two_nodes.folder_of(name)
+    process = job.start()
     try:
-        subprocess.run([*call, "up", "--ipv6"], check=True, env={**os.environ, **FOR_RAY})
-        made = two_nodes.load(folder)
-        flags = {**DECOUPLED, "--rollout-num-gpus": "1"}
-        job = jobs.submitted(made, 1, "six", flags, entry="train_async.py")
-        job.run()
+        lose_second_part(job, process, cluster.nodes[1])
+        assert process.wait(LOST_AND_STARTED_S) == 0, job.log.read_text()[-6000:]
     finally:
-        subprocess.run([*call, "down"], check=True)
+        job.end()
+    return job
+
+
+def lose_second_part(job: Job, process: subprocess.Popen, node: Node) -> None:
+    """Kills the process group of the engine's part on this node when the job waits for it."""
+    deadline = time.monotonic() + JOB_S
+    while not (note := job.folder / "kill").exists():
+        assert process.poll() is None, job.log.read_text()[-6000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (group,) = {os.getpgid(pid) for pid in running_on(node, "plugin_headless")}
+    os.killpg(group, signal.SIGKILL)
+    note.unlink()
+
+
+def running_on(node: Node, word: str) -> list[int]:
+    """The processes of a node with this word in their command line."""
+    there, found = os.readlink(f"/proc/{node.init}/ns/pid"), []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            command = (process / "cmdline").read_bytes().decode(errors="replace")
+            if os.readlink(process / "ns/pid") == there and word in command:
+                found.append(int(process.name))
+    return found
+
+
+def test_a_checkpoint_of_two_nodes_is_resumed_with_other_parallel_sizes(resumed):
+    assert [m["step"] for m in steps(resumed)] == [3, 4]
+
+
+def test_an_engine_over_two_nodes_has_the_trainer_s_weights(resumed):
+    assert max(m["train/train_rollout_logprob_abs_diff"] for m in steps(resumed)) < 1e-4
+    assert engine_hosts(resumed) == ["10.199.0.1"]
+    logs = resumed.folder / "logs"
+    assert "world_size=2 rank=1" in (logs / "engine-0-part-1.log").read_text()
+    assert "world_size=2 rank=0" in (logs / "engine-0.log").read_text()
+
+
+def test_the_loss_of_a_part_is_told_and_all_parts_start_again(resumed):
+    assert sum(m.get("rollout/engines_restarted", 0) for m in resumed.metrics()) == 1
+    said = " ".join(resumed.log.read_text().split())
+    assert "engine lost: vLLM engine 0, part 1 ended with code -9" in said
+    assert "logs/engine-0-part-1.log" in said
+
+
+def test_the_async_loop_runs_over_ipv6_as_a_job_on_the_head_with_an_engine_on_both_nodes(
+    jobs, tmp_path
+):
+    """The script as a user calls it, who has TMPDIR set."""
+    call = [sys.executable, str(SCRIPT), "--name", "six"]
+    env = {**os.environ, **FOR_RAY, "TMPDIR": str(tmp_path)}
+    folder = tmp_path / two_nodes.folder_of("six").name
+    try:
+        subprocess.run([*call, "up", "--ipv6", "--slots", "2"], check=True, env=env)
+        made = two_nodes.load(folder)
+        flags = {**DECOUPLED, **ACROSS, "--num-gpus-per-node": "1"}
+        flags |= {"--check-weight-update-equal": None}  # both workers report checksums
+        job = jobs.submitted(made, 1, "six", flags, entry="train_async.py")
+        job.run(JOB_S)
+    finally:
+        subprocess.run([*call, "down"], check=True, env=env)
     assert len(steps(job)) == 2
-    assert engine_hosts(job) == ["fd10:199:0::2"]
+    assert engine_hosts(job) == ["fd10:199:0::1"]
+    assert steps(job)[0]["train/train_rollout_logprob_abs_diff"] < 1e-4  # later ones are off-policy
+    assert "world_size=2 rank=1" in (job.folder / "logs/engine-0-part-1.log").read_text()
+    assert not (tmp_path / "ray").exists()  # each node has its own /tmp/ray
     assert not folder.exists()
     assert not any(is_running(node) for node in (made.switch, *made.nodes))
 
@@ -238,28 +308,23 @@ def seen_by(node: Node, views: dict[Path, Path | None]) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(
-    ("nodes", "slots", "fits"),
-    [
-        ("3", "1", "--actor-num-nodes 2 --actor-num-gpus-per-node 1"),
-        ("2", "4", "--actor-num-nodes 2 --actor-num-gpus-per-node 3"),
-    ],
-    ids=["a node is missing", "nodes are too small"],
-)
-def test_a_run_that_does_not_fit_is_told_what_the_cluster_has(nodes, slots, fits, cluster, jobs):
-    flags = {"--actor-num-nodes": nodes, "--actor-num-gpus-per-node": slots}
-    said = refusal(jobs.on(cluster, 1, f"shape-{nodes}-{slots}", flags))
-    assert f"--actor-num-nodes {nodes} --actor-num-gpus-per-node {slots}" in said
+def test_a_run_that_does_not_fit_is_told_what_the_cluster_has(cluster, jobs):
+    flags = {"--actor-num-nodes": "3", "--actor-num-gpus-per-node": "1"}
+    said = refusal(jobs.on(cluster, 1, "does-not-fit", flags))
+    assert "--actor-num-nodes 3 --actor-num-gpus-per-node 1" in said
     assert "10.199.0.1 3 3" in said
     assert "10.199.0.2 3 3" in said
-    assert fits in said
+    assert "--actor-num-nodes 2 --actor-num-gpus-per-node 1" in said
 
 
 TWO = {"--actor-num-nodes": "2", "--actor-num-gpus-per-node": "1"}
 
 
 def test_all_faults_of_a_node_are_told_together(cluster, jobs, tmp_path):
-    """It lacks the checkpoint, the run's folder and a module, and has another vime and vLLM."""
+    """It lacks the checkpoint, the run's folder and a module, and has another vime and vLLM.
+
+    And a firewall protects it.
+    """
     node = cluster.nodes[1]
     (tmp_path / "only_here").mkdir()
     (tmp_path / "only_here/driver_only.py").write_text((BESIDE / "own_functions.py").read_text())
@@ -277,15 +342,21 @@ def test_all_faults_of_a_node_are_told_together(cluster, jobs, tmp_path):
         types: tmp_path / "types.py",
         about: tmp_path / "METADATA",
     }
-    with seen_by(node, views):
-        said = refusal(job)
+    two_nodes.firewall(node, True)
+    try:
+        with seen_by(node, views):
+            said = refusal(job)
+    finally:
+        two_nodes.firewall(node, False)
     assert f"--hf-checkpoint {job.checkpoint}: node 10.199.0.2" in said
     assert f"--run-dir {job.folder}: node 10.199.0.2" in said
     both = "node 10.199.0.1 (and 1 more: 10.199.0.2)"  # the first lacks the module, too
     assert f"--custom-rm-path driver_only.share_of_sevens: {both} cannot find the module" in said
     assert "node 10.199.0.2 has another version of vime" in said
     assert f"node 10.199.0.2 has {vllm} 0.0.1" in said
-    assert said.count("node 10.199.0.1") == 1
+    assert "node 10.199.0.1 cannot reach node 10.199.0.2 at 10.199.0.2:" in said
+    assert "node 10.199.0.2 cannot reach" not in said
+    assert said.count("node 10.199.0.1") == 2
 
 
 def other_version_of_vllm(folder: Path) -> tuple[str, Path]:
@@ -301,17 +372,6 @@ def other_version_of_vllm(folder: Path) -> tuple[str, Path]:
 
 def names_of_distributions() -> set[str]:
     return {d.metadata["Name"] for d in metadata.distributions()}
-
-
-def test_a_firewall_between_two_nodes_is_found_by_a_probe(cluster, jobs):
-    node = cluster.nodes[1]
-    two_nodes.firewall(node, True)
-    try:
-        said = refusal(jobs.on(cluster, 1, "firewall", TWO))
-    finally:
-        two_nodes.firewall(node, False)
-    assert "node 10.199.0.1 cannot reach node 10.199.0.2 at 10.199.0.2:" in said
-    assert "node 10.199.0.2 cannot reach" not in said
 
 
 def test_ctrl_c_ends_the_nodes_that_have_started(tmp_path):

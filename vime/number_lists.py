@@ -117,19 +117,23 @@ def extend(owner: Any, name: str, more: Numbers | Runs | list[Any]) -> None:
     exactly. Otherwise it is a list.
     """
     before: Any = stored(owner, name)
-    if isinstance(more, Numbers | Runs) and (before is None or isinstance(before, list)):
-        same = _same_kind(before or [], more)
-        before = before if same is None else same
+    if isinstance(more, Numbers | Runs):
+        if before is None or before == []:
+            setattr(owner, name, more)
+            return
+        if isinstance(before, list):
+            same = _same_kind(before, more)
+            before = before if same is None else same
     added: Any = more
     if type(before) is not type(more):
         before, added = (v.tolist() if isinstance(v, Numbers | Runs) else v for v in (before, more))
     setattr(owner, name, added if before is None else before + added)
 
 
-def _same_kind(values: list, more: Numbers | Runs) -> Numbers | Runs | None:
-    """The values as `Numbers` or `Runs` like `more`; None if they would not stay the same."""
+def _same_kind(values: list, more: Numbers | Runs) -> Numbers | None:
+    """The values as `Numbers` like `more`; None if they would not stay the same."""
     if isinstance(more, Runs):
-        return None if values else Runs((), ())
+        return None
     wanted = int if more.values.dtype.kind == "i" else float
     if {*map(type, values)} - {wanted}:
         return None

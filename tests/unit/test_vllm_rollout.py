@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import socket
 import time
 
 import aiohttp
@@ -16,7 +17,7 @@ from vime.errors import EngineError, PluginError
 from vime.rollout.client import GenerateClient
 from vime.rollout.data_source import RolloutDataSourceWithBuffer
 from vime.rollout.generation import append_observation, generate
-from vime.rollout.posting import RequestFailed, few_handshakes
+from vime.rollout.posting import FewHandshakes, RequestFailed
 from vime.rollout.train_data import make_train_batch
 from vime.rollout.vllm_rollout import generate_rollout
 from vime.types import DynamicFilterOutput, Sample, Status
@@ -182,14 +183,13 @@ def test_a_burst_of_requests_does_not_flood_the_listener():
     """A refused connection also frees its slot, so the requests behind it end too."""
     begun = []
 
-    async def note(session, context, params):
+    def noted(address):
         begun.append(time.monotonic())
+        return socket.socket(*address[:3])
 
     async def burst(url):
-        noted = aiohttp.TraceConfig()
-        noted.on_connection_create_start.append(note)
-        traces = [few_handshakes(4, 0.05), noted]
-        async with aiohttp.ClientSession(trace_configs=traces) as session:
+        connector = FewHandshakes(4, 0.05, socket_factory=noted)
+        async with aiohttp.ClientSession(connector=connector) as session:
             requests = (session.get(url) for _ in range(20))
             return await asyncio.wait_for(asyncio.gather(*requests, return_exceptions=True), 30)
 

@@ -174,8 +174,10 @@ class Section:
         """The user's functions of a field that may hold several paths."""
         spec, value = flags_in(type(self))[name], getattr(self, name)
         assert spec.hook is not None, name
+        if not value:  # as for most fields; a rollout asks for each sample
+            return []
         asked = [hook for other, hook in (spec.hook_if or {}).items() if getattr(self, other)]
-        paths = value if isinstance(value, list) else [value] if value else []
+        paths = value if isinstance(value, list) else [value]
         return [Plugin(spec.name, path, asked[0] if asked else spec.hook) for path in paths]
 
     def own_plugins(self) -> list[Plugin]:

@@ -137,11 +137,14 @@ class DynamicFilterOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSequence:
-    """One sample for the trainer: N tokens, of which the last R are the response."""
+    """One sample for the trainer: N tokens, of which the last R are the response.
+
+    Arrays may be shared with samples and with other sequences, so nobody may write to them.
+    """
 
     index: int  # Sample.index
     group: int  # Sample.group_index
-    tokens: np.ndarray  # [N] int64
+    tokens: np.ndarray  # [N] int32
     response_length: int  # R
     loss_mask: np.ndarray  # [R] float32, 0 or 1
     weight: np.ndarray  # [R] float32, each token's share of its step's loss

@@ -46,7 +46,7 @@ def hf_model(folder: str | Path) -> Any:
 
 def hf_logps(model: Any, sequence: Any, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies of one sequence's response tokens, [R] each."""
-    tokens = torch.as_tensor(np.asarray(sequence.tokens))
+    tokens = torch.as_tensor(sequence.tokens).long()
     size = sequence.response_length
     logits = model(tokens[None]).logits[0, -size - 1 : -1] / temperature
     logp = logits.log_softmax(-1)

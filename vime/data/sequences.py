@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ def train_sequence(
 ) -> TrainSequence:
     """A sequence without weights, because they depend on the other sequences of its step.
 
+    The arrays of the sample are not copied if they have the right type.
+
     where      the name of the sample in errors
     loss_mask  None: all 1
     Raises ValueError when prompt or response has no token, or when a list does not have an entry
@@ -44,7 +47,7 @@ def train_sequence(
         "teacher_log_probs": teacher_log_probs,
     }
     arrays = {
-        name: None if values is None else np.array(values, dtype=np.float32)
+        name: None if values is None else np.asarray(values, dtype=np.float32)
         for name, values in lists.items()
     }
     for name, array in arrays.items():
@@ -57,9 +60,11 @@ def train_sequence(
     return TrainSequence(
         index=index,
         group=group,
-        tokens=np.array(tokens, dtype=np.int64),
+        tokens=np.asarray(tokens, dtype=np.int32),
         response_length=response_length,
-        loss_mask=np.ones(response_length, dtype=np.float32) if mask is None else mask,
+        loss_mask=_ones(1 << response_length.bit_length())[:response_length]
+        if mask is None
+        else mask,
         weight=np.zeros(0, dtype=np.float32),
         reward=reward,
         raw_reward=raw_reward,
@@ -67,3 +72,11 @@ def train_sequence(
         teacher_logp=arrays["teacher_log_probs"],
         train_metadata=train_metadata,
     )
+
+
+@cache
+def _ones(size: int) -> np.ndarray:
+    """Ones that many masks share, so nobody may write to them."""
+    ones_N = np.ones(size, dtype=np.float32)
+    ones_N.flags.writeable = False
+    return ones_N

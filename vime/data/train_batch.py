@@ -85,12 +85,12 @@ def token_weights(
     """
     sums = [float(m.sum()) for m in masks]
     if constant is not None:
-        return [(m / (constant * len(masks))).astype(np.float32) for m in masks]
+        return [(m / (constant * len(masks))).astype(np.float32, copy=False) for m in masks]
     if per_token:
         total = max(sum(sums), 1.0)
-        return [(m / total).astype(np.float32) for m in masks]
+        return [(m / total).astype(np.float32, copy=False) for m in masks]
     return [
-        (m / (max(s, 1.0) * len(masks))).astype(np.float32)
+        (m / (max(s, 1.0) * len(masks))).astype(np.float32, copy=False)
         for m, s in zip(masks, sums, strict=True)
     ]
 

@@ -4,8 +4,8 @@
 
 256 fake engines (`fake_engines.py`) answer over HTTP, behind a real vllm-router. The real rollout
 function generates and grades, the real batching packs for 128 data-parallel ranks, and Ray's object
-store carries the batch to a rank. Each size runs in its own process, so that peaks of memory do not
-mix. The times are CPU seconds, because the machine has other work.
+store carries each rank's part of the batch. Each size runs in its own process, so that peaks of
+memory do not mix. The times are CPU seconds, because the machine has other work.
 
 Generation is the yardstick: all tokens, at the measured rate of a 4B engine, on 256 GPUs. Each part
 may take a tenth of that. The figures of TARGET_SIZE samples are those of the largest size that ran,
@@ -192,11 +192,14 @@ def cpu_of(group: int) -> float:
 
 
 def through_store(parts: dict[str, Part], batch: Any) -> None:
-    """Puts the batch into Ray's object store; a rank, in its own process, gets it."""
+    """Puts all ranks' parts into Ray's object store; a rank, in its own process, gets its part."""
     import ray
+
+    from vime.data.train_batch import parts_of
 
     num_tokens = sum(s.length for s in batch.sequences)
     ray.init(
+        address="local",
         num_cpus=1,
         include_dashboard=False,
         logging_level="error",
@@ -205,20 +208,20 @@ def through_store(parts: dict[str, Part], batch: Any) -> None:
     try:
         ray.get(ray.remote(lambda: None).remote())  # the first worker has started
         with measured(parts, "put"):
-            ref = ray.put(batch)
-        parts |= ray.get(ray.remote(get_on_rank).remote([ref]))
+            refs = [ray.put(part) for part in parts_of(batch, ENGINES // TP)]
+        parts |= ray.get(ray.remote(get_on_rank).remote(refs[:1]))
     finally:
         ray.shutdown()
 
 
 def get_on_rank(refs: list[Any]) -> dict[str, Part]:
-    """What a trainer's rank pays for the batch."""
+    """What a trainer's rank pays for its part of the batch."""
     import ray
 
     parts: dict[str, Part] = {}
     with measured(parts, "get"):
-        batch = ray.get(refs[0])
-    assert any(s.tokens.any() for s in batch.sequences)
+        part = ray.get(refs[0])
+    assert any(s.tokens.any() for s in part.sequences.values())
     return parts
 
 

@@ -184,3 +184,26 @@ class TrainBatch:
     forward: StepPlan | None = None  # packing of forward-only passes; None: as in `steps`
     weight_version: int | None = None  # newest version that made a token with loss; None: unknown
     metrics: dict[str, float] = field(default_factory=dict)  # about samples and packing
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[S] int32, the number of tokens of each sequence."""
+        return np.array([s.length for s in self.sequences], np.int32)
+
+    @property
+    def indices(self) -> np.ndarray:
+        """[S] int64, `Sample.index` of each sequence."""
+        return np.array([s.index for s in self.sequences], np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankBatch:
+    """The part of a `TrainBatch` that one data-parallel rank needs, in place of the whole."""
+
+    rollout_id: int
+    sequences: dict[int, TrainSequence]  # those of this rank, by their position in the batch
+    steps: tuple[StepPlan, ...]  # of all ranks
+    forward: StepPlan | None
+    weight_version: int | None
+    lengths: np.ndarray  # of all sequences
+    indices: np.ndarray  # of all sequences

@@ -28,7 +28,7 @@ from vime.config import (
 from vime.data.batching import build_train_batch
 from vime.data.columns import as_train_batch
 from vime.data.packing import ATTENTION_EQUALS_REST, PackingRules
-from vime.data.train_batch import token_weights
+from vime.data.train_batch import parts_of, token_weights
 from vime.errors import PluginError
 from vime.types import Sample, Status
 
@@ -185,6 +185,21 @@ def test_a_step_whose_samples_all_failed_is_left_out():
     batch = build_train_batch(two_groups(s0=gone, s1=gone), make_config(steps_asked=2), 0)
     assert len(batch.steps) == 1
     assert sum(s.weight.sum() for s in batch.sequences) == pytest.approx(1.0)
+
+
+def test_each_data_parallel_rank_gets_only_its_own_sequences():
+    batch = build_train_batch(two_groups(), make_config(gpus=2, steps_asked=2), 3)
+    parts = parts_of(batch, 2)
+    for rank, part in enumerate(parts):
+        mine = {p for step in batch.steps for b in step.micro_batches[rank] for p in b}
+        assert set(part.sequences) == mine
+        assert all(part.sequences[p] is batch.sequences[p] for p in mine)
+        assert part.lengths.tolist() == [4, 6, 5, 3]
+        assert part.indices.tolist() == [0, 1, 2, 3]
+        assert (part.rollout_id, part.steps, part.forward) == (3, batch.steps, batch.forward)
+    assert sorted(p for part in parts for p in part.sequences) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="planned for 2 data-parallel ranks; there are 4"):
+        parts_of(batch, 4)
 
 
 def test_forward_only_passes_have_their_own_packing_on_request():

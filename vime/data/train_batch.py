@@ -10,7 +10,7 @@ import numpy as np
 
 from vime.config import Config
 from vime.data.packing import PackingRules, plan_step, repack
-from vime.types import StepPlan, TrainBatch, TrainSequence
+from vime.types import RankBatch, StepPlan, TrainBatch, TrainSequence
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -70,6 +70,37 @@ def plan_batch(
         forward=forward,
         metrics={**metrics, **_packing_metrics(sequences, plans, rules)},
     )
+
+
+def parts_of(batch: TrainBatch, num_ranks: int) -> list[RankBatch]:
+    """The batch in parts, one for each data-parallel rank.
+
+    Raises ValueError if the batch was planned for another number of ranks.
+    """
+    for plan in batch.steps:
+        if len(plan.micro_batches) != num_ranks:
+            raise ValueError(
+                f"rollout {batch.rollout_id} was planned for {len(plan.micro_batches)} "
+                f"data-parallel ranks; there are {num_ranks}"
+            )
+    lengths, indices = batch.lengths, batch.indices
+    return [
+        RankBatch(
+            rollout_id=batch.rollout_id,
+            sequences={
+                p: batch.sequences[p]
+                for plan in batch.steps
+                for b in plan.micro_batches[rank]
+                for p in b
+            },
+            steps=batch.steps,
+            forward=batch.forward,
+            weight_version=batch.weight_version,
+            lengths=lengths,
+            indices=indices,
+        )
+        for rank in range(num_ranks)
+    ]
 
 
 def token_weights(

@@ -1,4 +1,4 @@
-"""The rollout manager: it turns prompts into a TrainBatch, with the engines and the data source."""
+"""The rollout manager: it turns prompts into a batch, with the engines and the data source."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vime.backends.vllm.server import api_key
 from vime.config import Config
 from vime.config.view import ArgsView
 from vime.data.chat import load_tokenizer
+from vime.data.train_batch import parts_of
 from vime.errors import EngineError
 from vime.ray.engines import EngineGroup
 from vime.ray.placement_group import Placement
@@ -22,7 +23,7 @@ from vime.rollout import debug_data
 from vime.rollout.ahead import Ahead, load_ahead, save_ahead
 from vime.rollout.sockets import raise_file_limit
 from vime.rollout.train_data import eval_metrics, make_train_batch, rollout_metrics
-from vime.types import RolloutFnEvalOutput, RolloutFnTrainOutput, TrainBatch
+from vime.types import RankBatch, RolloutFnEvalOutput, RolloutFnTrainOutput
 
 
 class RolloutManager:
@@ -83,8 +84,8 @@ class RolloutManager:
     def count_prompts(self) -> int:
         return len(self.data_source)
 
-    def generate(self, rollout_id: int) -> tuple[TrainBatch, dict[str, float]]:
-        """One rollout, batched for the trainer, and its metrics."""
+    def generate(self, rollout_id: int) -> tuple[dict[str, float] | RankBatch, ...]:
+        """One rollout: its metrics, then the part of its batch for each data-parallel rank."""
         started = time.perf_counter()
         output = self._samples_of(rollout_id)
         rollout_s = time.perf_counter() - started
@@ -102,7 +103,8 @@ class RolloutManager:
             "perf/batching_time": time.perf_counter() - started - rollout_s,
             "perf/tokens_per_gpu_per_sec": tokens / rollout_s / self.cfg.cluster.rollout_gpus,
         }
-        return batch, rollout_metrics(self.args, output.samples, rollout_id, metrics, rollout_s)
+        metrics = rollout_metrics(self.args, output.samples, rollout_id, metrics, rollout_s)
+        return metrics, *parts_of(batch, self.cfg.dp)
 
     def _samples_of(self, rollout_id: int) -> RolloutFnTrainOutput:
         """The samples, from the checkpoint if it has this rollout, else from the rollout function.

@@ -34,8 +34,14 @@ class RolloutHandle:
     """A rollout that is being generated, or is complete."""
 
     rollout_id: int
-    batch: ray.ObjectRef
     metrics: ray.ObjectRef
+    parts: list[ray.ObjectRef]  # of the batch, by data-parallel rank
+
+    def silence(self) -> None:
+        """Retrieves the error of a rollout that failed; otherwise Ray prints it for each part."""
+        for ref in self.parts:
+            with suppress(Exception):
+                ray.get(ref, timeout=0)
 
 
 class Run:
@@ -137,7 +143,9 @@ class Run:
 
     def start_generating(self, step: int) -> RolloutHandle:
         """Begin rollout `step` in the background."""
-        return RolloutHandle(step, *self.manager.generate.options(num_returns=2).remote(step))
+        generate = self.manager.generate.options(num_returns=1 + self.cfg.dp)
+        metrics, *parts = generate.remote(step)
+        return RolloutHandle(step, metrics, parts)
 
     def finish(self, rollout: RolloutHandle) -> RolloutHandle:
         """Wait until a rollout is complete. Returns its handle.
@@ -146,12 +154,14 @@ class Run:
         """
 
         def complete() -> None:
-            self._ask(rollout.metrics, f"rollout {rollout.rollout_id}")
+            try:
+                self._ask(rollout.metrics, f"rollout {rollout.rollout_id}")
+            except Exception:
+                rollout.silence()
+                raise
 
         def begin_again() -> None:
             nonlocal rollout
-            with suppress(EngineError):  # Ray prints a traceback for errors that nobody retrieves
-                self._ask(rollout.batch, "the rollout that failed")
             self.sync_weights()
             rollout = self.start_generating(rollout.rollout_id)
 
@@ -184,7 +194,8 @@ class Run:
         if self.trainer is None:  # --debug-rollout-only
             return
         with self.timers("train"):
-            self.metrics |= self._train("train", rollout.batch)
+            timeout_s = self.cfg.engine.request_timeout_s
+            self.metrics |= self.trainer.train(rollout.parts, timeout_s=timeout_s)
         self.num_trained = rollout.rollout_id + 1
 
     def sync_weights(self) -> None:

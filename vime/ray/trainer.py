@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from vime.addresses import LOOPBACK
 from vime.config import Config
 from vime.platform import current
@@ -40,8 +42,13 @@ class TrainerRank:
         compat.apply()
         import vime.backends.megatron.model.build  # noqa: F401
 
-    def start(self, cfg: Config, world_size: int, address: str, port: int, timeout_s: float) -> int:
-        """Build the trainer and load its checkpoint. Returns the first rollout to train on."""
+    def start(
+        self, cfg: Config, world_size: int, address: str, port: int, timeout_s: float
+    ) -> tuple[int, int]:
+        """Build the trainer and load its checkpoint.
+
+        Returns the first rollout to train on, and the data-parallel rank.
+        """
         from vime.backends.megatron.memory.in_use import memory_remedy
         from vime.backends.megatron.trainer import MegatronTrainer
 
@@ -52,7 +59,7 @@ class TrainerRank:
             self.trainer = MegatronTrainer(
                 cfg, self.rank, world_size, 0, address, port, self.store, self.host
             )
-        return self.trainer.start_rollout_id
+        return self.trainer.start_rollout_id, self.trainer.dp_rank
 
     def _keep_log(self, cfg: Config) -> None:
         """Write logs/trainer-RANK.log in the run's folder, beside the logs of the engines."""
@@ -102,11 +109,26 @@ class TrainerGroup:
             r.start.remote(self.cfg, self.num_ranks, address, port, timeout_s) for r in self.ranks
         ]
         what = f"{self.num_ranks} trainer ranks to start"
-        return wait_all(refs, what=what, timeout_s=timeout_s, names=self.names)[0]
+        started = wait_all(refs, what=what, timeout_s=timeout_s, names=self.names)
+        self.dp_ranks = [dp_rank for _, dp_rank in started]
+        return started[0][0]
 
     def call(self, method: str, *args: Any, timeout_s: float) -> Any:
         """Call `MegatronTrainer.method(*args)` on every rank. Returns rank 0's answer."""
-        refs = [r.call.remote(method, timeout_s - 5, *args) for r in self.ranks]
+        return self._call(method, [args] * self.num_ranks, timeout_s)
+
+    def train(self, parts: list[ray.ObjectRef], *, timeout_s: float) -> dict[str, float]:
+        """All optimizer steps of one rollout. Each rank gets its own part of the batch only.
+
+        parts  `RankBatch`es by data-parallel rank
+        """
+        return self._call("train", [(parts[dp_rank],) for dp_rank in self.dp_ranks], timeout_s)
+
+    def _call(self, method: str, args_by_rank: list[tuple], timeout_s: float) -> Any:
+        refs = [
+            rank.call.remote(method, timeout_s - 5, *args)
+            for rank, args in zip(self.ranks, args_by_rank, strict=True)
+        ]
         what = f"{self.num_ranks} trainer ranks to {method}"
         return wait_all(refs, what=what, timeout_s=timeout_s, names=self.names)[0]
 

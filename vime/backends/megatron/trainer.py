@@ -34,8 +34,9 @@ from vime.backends.megatron.weights.folder import save_hf
 from vime.backends.vllm.client import EngineClient
 from vime.config import Config
 from vime.config.view import ArgsView
+from vime.data.train_batch import parts_of
 from vime.plan.shape import shape_of
-from vime.types import TrainBatch
+from vime.types import RankBatch, TrainBatch
 from vime.weight_sync.sender import make_sender
 
 log = logging.getLogger(__name__)
@@ -85,18 +86,27 @@ class MegatronTrainer:
 
     # -- training ----------------------------------------------------------------------------------
 
-    def train(self, batch: TrainBatch) -> dict[str, float]:
+    @property
+    def dp_rank(self) -> int:
+        from megatron.core import parallel_state as mpu
+
+        return mpu.get_data_parallel_rank()
+
+    def train(self, batch: TrainBatch | RankBatch) -> dict[str, float]:
         """Takes every optimizer step of one rollout. Returns its metrics, equal on every rank.
 
+        A rank reads its own sequences only, so its part of the batch is enough.
         A step whose loss or gradient is not finite changes nothing and counts in
         `train/skipped_steps`. Raises RuntimeError after MAX_SKIPPED_STEPS skipped steps in a row,
         and ConfigError, with the flags that help, if GPU memory runs out.
         """
         from vime.backends.megatron.training.one_rollout import OneRollout
 
+        if isinstance(batch, TrainBatch):
+            batch = parts_of(batch, self.cfg.dp)[self.dp_rank]
         self._wait_for_weights()
         self.memory.reset_peak()
-        with memory_remedy(self.cfg, max(s.length for s in batch.sequences)):
+        with memory_remedy(self.cfg, int(batch.lengths.max())):
             rollout = OneRollout(self.cfg, batch, self.actor, self.critic, self.device)
             metrics = rollout.train()
             self._wait_for_weights()

@@ -26,7 +26,7 @@ from vime.backends.megatron.training.update import Updates
 from vime.config import Config
 from vime.config.view import ArgsView
 from vime.errors import ConfigError
-from vime.types import StepPlan, TrainBatch
+from vime.types import RankBatch, StepPlan
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Actor:
 
     # -- log-probabilities -------------------------------------------------------------------------
 
-    def old_logps(self, batch: TrainBatch, columns: RolloutColumns, *, trains: bool) -> bool:
+    def old_logps(self, batch: RankBatch, columns: RolloutColumns, *, trains: bool) -> bool:
         """Fills the old policy's column. Returns whether the first step must fill its own part.
 
         The old policy has the weights before this rollout's first step, unless --keep-old-actor or
@@ -116,7 +116,7 @@ class Actor:
         a = self.cfg.algorithm
         return a.kl_coef != 0.0 or a.use_opd or a.custom_advantage_path is not None
 
-    def _logps_of_generator(self, batch: TrainBatch, columns: RolloutColumns) -> None:
+    def _logps_of_generator(self, batch: RankBatch, columns: RolloutColumns) -> None:
         """Fills the old policy's column from the weights that generated the rollout.
 
         A rollout from before this run has no copy of its weights. It uses the engine's
@@ -137,7 +137,7 @@ class Actor:
         columns.old_logp_N = self.logps_of(copy, batch, columns)
 
     def logps_of(
-        self, copy: WeightCopy, batch: TrainBatch, columns: RolloutColumns, prefix: str = ""
+        self, copy: WeightCopy, batch: RankBatch, columns: RolloutColumns, prefix: str = ""
     ) -> Tensor:
         """A column of the rollout's log-probabilities under other weights."""
         with copy.swapped_in():
@@ -157,7 +157,7 @@ class Actor:
     # -- steps -------------------------------------------------------------------------------------
 
     def step(
-        self, batch: TrainBatch, columns: RolloutColumns, step_id: int, *, on_policy: bool
+        self, batch: RankBatch, columns: RolloutColumns, step_id: int, *, on_policy: bool
     ) -> dict[str, float]:
         """One optimizer step. Returns its metrics; `Updates.take` says when a step is skipped."""
         plan = batch.steps[step_id]
@@ -203,7 +203,7 @@ class Actor:
             chunk_tokens=self.cfg.batch.log_probs_chunk,
         )
 
-    def finish(self, batch: TrainBatch, *, trained: bool) -> None:
+    def finish(self, batch: RankBatch, *, trained: bool) -> None:
         """After a rollout's last step: drops copies of old weights, updates the reference if due.
 
         trained  whether the actor took steps
@@ -215,6 +215,6 @@ class Actor:
             self.reference = WeightCopy(self.chunks)
 
 
-def forward_plans(batch: TrainBatch, first_step: int = 0) -> list[StepPlan]:
+def forward_plans(batch: RankBatch, first_step: int = 0) -> list[StepPlan]:
     """The packs of a forward-only pass: `batch.forward` if there is one, else the steps' packs."""
     return [batch.forward] if batch.forward is not None else list(batch.steps[first_step:])

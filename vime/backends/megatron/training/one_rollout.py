@@ -13,7 +13,7 @@ from vime.backends.megatron.training.report import Clock, mean_of_steps, samples
 from vime.backends.megatron.training.rollout_columns import RolloutColumns
 from vime.backends.megatron.training.rollout_metrics import rollout_metrics
 from vime.config import Config
-from vime.types import TrainBatch
+from vime.types import RankBatch
 
 _ACTOR_TRAIN_TIME = "perf/actor_train_time"
 
@@ -28,7 +28,7 @@ class OneRollout:
     def __init__(
         self,
         cfg: Config,
-        batch: TrainBatch,
+        batch: RankBatch,
         actor: Actor,
         critic: Critic | None,
         device: torch.device,

@@ -10,20 +10,20 @@ import torch
 import torch.distributed as dist
 
 from vime.plan.shape import Shape
-from vime.types import StepPlan, TrainBatch
+from vime.types import RankBatch, StepPlan
 
 
-def where_in(batch: TrainBatch, step_id: int) -> str:
+def where_in(batch: RankBatch, step_id: int) -> str:
     return f"rollout {batch.rollout_id}, step {step_id}"
 
 
-def samples_of(batch: TrainBatch, plan: StepPlan, spoilt: Sequence[int] = ()) -> str:
+def samples_of(batch: RankBatch, plan: StepPlan, spoilt: Sequence[int] = ()) -> str:
     """The indices of a step's samples, or only of the samples at the `spoilt` positions.
 
     spoilt  positions of sequences with a token whose loss or gradient is not finite
     """
     members = spoilt or sorted(p for owned in plan.micro_batches for b in owned for p in b)
-    shown = ", ".join(str(batch.sequences[p].index) for p in members[:16])
+    shown = ", ".join(str(index) for index in batch.indices[list(members[:16])])
     more = ", ..." if len(members) > 16 else ""
     return f"samples {shown}{more}" + ": loss or gradient not finite" * bool(spoilt)
 
@@ -45,12 +45,12 @@ def mean_of_steps(steps: list[dict[str, float]]) -> dict[str, float]:
     return metrics
 
 
-def training_speed(shape: Shape | None, batch: TrainBatch, seconds: float) -> dict[str, float]:
+def training_speed(shape: Shape | None, batch: RankBatch, seconds: float) -> dict[str, float]:
     """Tokens per second of all ranks, and TFLOP/s of one GPU, computed from the model's shape.
 
     seconds  of the actor's optimizer steps
     """
-    lengths = [s.length for s in batch.sequences]
+    lengths = batch.lengths.tolist()
     metrics = {"perf/actor_train_tok_per_s": sum(lengths) / seconds}
     if shape is not None:
         rate = shape.training_flops(lengths) / seconds / dist.get_world_size()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch import Tensor
 from vime.backends.megatron.training.token_table import MicroBatch, lay_out, token_table
 from vime.config import Config
 from vime.data.train_batch import lacks_logp
-from vime.types import StepPlan, TrainBatch
+from vime.types import RankBatch, StepPlan
 
 
 class RolloutColumns:
@@ -32,14 +32,7 @@ class RolloutColumns:
     this rank holds. It is 0 elsewhere. `whole` adds the columns of all ranks.
     """
 
-    def __init__(self, batch: TrainBatch, cfg: Config, device: torch.device) -> None:
-        dp = mpu.get_data_parallel_world_size()
-        for plan in batch.steps:
-            if len(plan.micro_batches) != dp:
-                raise ValueError(
-                    f"rollout {batch.rollout_id} was planned for {len(plan.micro_batches)} "
-                    f"data-parallel ranks; there are {dp}"
-                )
+    def __init__(self, batch: RankBatch, cfg: Config, device: torch.device) -> None:
         self.batch = batch
         self.dp_rank = mpu.get_data_parallel_rank()
         self.tp_shards = cfg.parallel.tp if cfg.parallel.sequence_parallel else 1
@@ -95,10 +88,12 @@ class RolloutColumns:
     def lacking_logp(self) -> list[int]:
         """Indices of all ranks' samples that lack the engine's figure at a token with loss.
 
-        Every rank finds the same samples. If some ranks raised an error, the others would wait.
+        A collective, because other ranks would wait if only some ranks raised an error.
         """
         sequences = self.batch.sequences
-        return [s.index for s in sequences if lacks_logp(s.rollout_logp, s)]
+        mine = (p for positions in self.steps for p in positions)
+        lacking = (p for p in mine if lacks_logp(sequences[p].rollout_logp, sequences[p]))
+        return self.batch.indices[self._of_all_ranks(lacking)].tolist()
 
     def whole(self, column_N: Tensor) -> Tensor:
         """The column at all tokens of this rank's sequences, on the last pipeline stage."""
@@ -116,8 +111,14 @@ class RolloutColumns:
 
     def not_finite(self, plan: StepPlan, column_N: Tensor) -> list[int]:
         """Positions of the step's sequences where the column is not finite. A collective."""
-        found_S = column_N.new_zeros(len(self.batch.sequences))
-        for p in (p for b in plan.micro_batches[self.dp_rank] for p in b):
-            found_S[p] = (~column_N[self.table.responses[p]].isfinite()).any()
+        mine = (p for b in plan.micro_batches[self.dp_rank] for p in b)
+        rows = self.table.responses
+        return self._of_all_ranks(p for p in mine if not column_N[rows[p]].isfinite().all())
+
+    def _of_all_ranks(self, positions: Iterable[int]) -> list[int]:
+        """The positions that at least one rank gives, in order. A collective."""
+        found_S = self.owned_N.new_zeros(len(self.batch.lengths))
+        for p in positions:
+            found_S[p] = 1
         dist.all_reduce(found_S, dist.ReduceOp.MAX)
         return found_S.nonzero()[:, 0].tolist()

@@ -15,6 +15,7 @@ scaled; `exponent` says how a part grows with the number of samples, and is 1 if
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
 import math
@@ -43,6 +44,7 @@ TP = 2  # so 256 GPUs have 128 data-parallel ranks
 SAMPLES_PER_PROMPT = 8
 PROMPT_DIGITS, NUM_TOKENS, VOCAB = 120, 8192, 151_936
 TARGET = 0.10
+BESIDE = ("router_cpu_s", "aiohttp_cpu_s")  # no parts: other processes' work, part of another part
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def one_rollout(num_samples: int, num_tokens: int, hold_s: float) -> dict[str, A
                 with measured(parts, "generate"):
                     output = generate_rollout(args, 0, source)
                 router_cpu_s = cpu_of(router.process.guard.pid)
+                aiohttp_cpu_s = aiohttp_alone(router.url, num_samples)
             finally:
                 router.stop()
         assert not output.metrics["rollout/request_retries"]
@@ -181,8 +184,35 @@ def one_rollout(num_samples: int, num_tokens: int, hold_s: float) -> dict[str, A
         "num_samples": num_samples,
         "num_tokens": num_samples * num_tokens,
         "router_cpu_s": router_cpu_s,
+        "aiohttp_cpu_s": aiohttp_cpu_s,
         "parts": {name: asdict(part) for name, part in parts.items()},
     }
+
+
+def aiohttp_alone(router_url: str, num_requests: int) -> float:
+    """CPU seconds of aiohttp for the same requests and answers, which nobody reads."""
+    from vime.rollout.posting import Endpoint
+    from vime.rollout.sockets import most_requests
+    from vime.rollout.vllm_rollout import run
+    from vime.rollout.wire import ALL, PACKED, PATH, TEXT, build_request
+
+    body = build_request(list(range(PROMPT_DIGITS)), {"max_tokens": NUM_TOKENS})
+
+    async def post_all() -> None:
+        slots = asyncio.Semaphore(most_requests()[0])
+        headers = {"Content-Type": "application/json", PACKED: "1", TEXT: ALL}
+        session = Endpoint(router_url + PATH, timeout_s=600).session(headers)
+
+        async def post() -> None:
+            async with slots, session.post(router_url + PATH, data=body) as response:
+                await response.read()
+
+        async with session:
+            await asyncio.gather(*(post() for _ in range(num_requests)))
+
+    cpu = time.process_time()
+    run(post_all())
+    return time.process_time() - cpu
 
 
 def cpu_of(group: int) -> float:
@@ -283,7 +313,22 @@ def summarize(runs: list[dict[str, Any]], tokens_per_s: float) -> list[dict[str,
             }
         )
     first = max(figures, key=lambda figure: figure["value"])
-    return [{**figure, "breaks_first": figure is first} for figure in figures]
+    figures = [{**figure, "breaks_first": figure is first} for figure in figures]
+    return figures + [beside_generate(name, runs) for name in BESIDE if name in last]
+
+
+def beside_generate(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Milliseconds a sample of something that explains the cost of `generate`."""
+    by_size = {str(run["num_samples"]): 1000 * run[name] / run["num_samples"] for run in runs}
+    values = list(by_size.values())
+    return {
+        "name": f"rollout_scale/{name.removesuffix('_cpu_s')}",
+        "unit": "CPU ms a sample",
+        "value": round(values[-1], 3),
+        "spread": [round(min(values), 3), round(max(values), 3)],
+        "by_size": {size: round(value, 3) for size, value in by_size.items()},
+        **on_this_cpu(("vllm-router", "aiohttp")),
+    }
 
 
 def measured_rate() -> float:
@@ -308,6 +353,9 @@ def main() -> int:
         runs.append(in_own_process(num_samples, options))
     figures = summarize(runs, measured_rate())
     for f in figures:
+        if f["unit"] == "CPU ms a sample":
+            print(f"{f['name']:26} {f['value']} CPU ms a sample")
+            continue
         at = f["at_the_target_size"]
         print(
             f"{f['name']:26} {f['value']:8.1%} of generation (target {TARGET:.0%}), "

@@ -3,7 +3,7 @@
 from vime.cli import parse_config
 from vime.config import Config
 from vime.ray.launch import launch, run_or_exit
-from vime.ray.preflight import CHECKS
+from vime.ray.preflight import CHECKS, check_synchronous
 
 
 def train(cfg: Config) -> None:
@@ -24,4 +24,4 @@ def train(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_or_exit(train, parse_config(checks=CHECKS))
+    run_or_exit(train, parse_config(checks=(*CHECKS, check_synchronous)))

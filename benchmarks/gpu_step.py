@@ -5,6 +5,8 @@
     python benchmarks/gpu_step.py --long-tail --peer                   log-normal lengths up to 8k
     python benchmarks/gpu_step.py --shape 4B --layout decoupled        NCCL between two GPUs
     python benchmarks/gpu_step.py --layout async                       train_async.py
+    python benchmarks/gpu_step.py --layout fully-async --long-tail     generation never stops; on
+                                                                       one GPU, with --max-staleness
 
 train.py runs with the flags below: engines behind the router, Megatron, live weight updates, 32
 prompts x 8 samples in a step. The figures are medians and quartiles of the steps after the first
@@ -53,8 +55,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="0.6B", choices=("0.6B", "1.7B", "4B"))
     parser.add_argument(
-        "--layout", default="colocated", choices=("colocated", "decoupled", "async")
+        "--layout", default="colocated", choices=("colocated", "decoupled", "async", "fully-async")
     )
+    parser.add_argument("--max-staleness", type=int, default=4, help="for --layout fully-async")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--response", type=int, help="tokens; 1,024, or 8,192 with --long-tail")
     parser.add_argument("--long-tail", action="store_true", help="log-normal lengths, mean 1,024")
@@ -91,9 +94,12 @@ def measure(
     run_dir = args.work_dir / f"{args.shape}-{args.layout}"
     train(args, model, prompts, run_dir, gpus)
     records = [r for r in read_metrics(run_dir / "metrics.jsonl") if "perf/step_time" in r]
-    figures = summarize(records, overlapping=args.layout == "async")
+    figures = summarize(
+        records[args.max_staleness :] if args.layout == "fully-async" else records,
+        overlapping="async" in args.layout,
+    )
     show(args, figures, records)
-    if args.layout != "colocated":
+    if args.layout in ("decoupled", "async"):
         compare_with_nvlink(figures["weight_update"], records[-1]["perf/update_weights_bytes"])
     write_results(args, figures)
     return figures
@@ -103,7 +109,7 @@ def train(
     args: argparse.Namespace, model: Path, prompts: Path, run_dir: Path, gpus: list[str]
 ) -> None:
     """Runs `train.py` with the founding recipe's flags at this size. Raises if it fails."""
-    entry = "train_async.py" if args.layout == "async" else "train.py"
+    entry = "train_async.py" if "async" in args.layout else "train.py"
     words = [sys.executable, str(ROOT / entry)]
     words += ["--hf-checkpoint", str(model), "--prompt-data", str(prompts)]
     words += ["--input-key", "prompt", "--label-key", "label", "--apply-chat-template"]
@@ -119,6 +125,11 @@ def train(
     if args.layout == "colocated":
         words += ["--colocate", "--vllm-gpu-memory-utilization", "0.7"]
         words += ["--no-offload-train"] if args.shape == "0.6B" else []
+    elif args.layout == "fully-async":
+        words += ["--colocate", "--no-offload-train", "--no-offload-rollout"]
+        words += ["--vllm-gpu-memory-utilization", "0.5", "--vllm-server-concurrency", "256"]
+        words += ["--rollout-function-path", "vime.rollout.fully_async.generate_rollout"]
+        words += ["--max-staleness", str(args.max_staleness)]
     else:
         words += ["--rollout-num-gpus", "1", "--vllm-gpu-memory-utilization", "0.85"]
     words += ["--use-rollout-logprobs"] if args.layout == "async" else []
@@ -156,8 +167,8 @@ def show(args: argparse.Namespace, figures: dict[str, Any], records: list[dict[s
     mismatch = [r[MISMATCH] for r in records if MISMATCH in r]
     print(f"  {MISMATCH}: {' '.join(f'{m:.4f}' for m in mismatch)}")
     last = records[-1]
-    extra = ("perf/tokens_per_gpu_per_sec", "perf/actor_train_tok_per_s")
-    for name in sorted(n for n in last if n in extra or n.startswith("perf/update_weights")):
+    extra = ("perf/tokens_per_gpu_per_sec", "perf/actor_train_tok_per_s", "rollout/", "perf/gr")
+    for name in sorted(n for n in last if n.startswith((*extra, "perf/update_weights"))):
         print(f"  {name}: {last[name]:.4g}")
 
 
@@ -183,9 +194,11 @@ def compare_with_nvlink(update: dict[str, Any], num_bytes: float) -> None:
 
 def write_results(args: argparse.Namespace, figures: dict[str, Any]) -> None:
     size = args.shape.lower().replace(".", "_") + ("_long_tail" if args.long_tail else "")
-    update = "colocated" if args.layout == "colocated" else "nccl"
-    wanted = {f"weight_update_{update}_{size}_s": ("weight_update", "s")}
-    wanted[f"grpo_step_{args.layout}_{size}_s"] = ("step", "s")
+    wanted = {}
+    if args.layout != "fully-async":
+        update = "colocated" if args.layout == "colocated" else "nccl"
+        wanted[f"weight_update_{update}_{size}_s"] = ("weight_update", "s")
+    wanted[f"grpo_step_{args.layout.replace('-', '_')}_{size}_s"] = ("step", "s")
     if args.layout == "colocated":
         wanted[f"sleep_wake_{size}_s"] = ("sleep_wake", "s")
         share = "framework_share" if size == "0_6b" else f"framework_share_{size}"

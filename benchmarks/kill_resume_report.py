@@ -46,20 +46,19 @@ class Verdict:
     curves: float  # of the other curves
     weights: float  # of the last export
     losses: tuple[list[float], list[float]]  # undisturbed, killed
+    exact: bool = True  # False: the time of each request decides which step trains on a group
 
     @property
     def is_good(self) -> bool:
-        counts = (
-            self.rollouts_with_other_samples,
-            self.attempts_with_other_prompts,
-            self.samples_lost,
-            self.samples_twice,
-            self.steps_missing_or_twice,
-        )
-        return not any(counts) and max(self.loss, self.curves, self.weights) <= BOUND
+        kept = (self.samples_lost, self.samples_twice, self.steps_missing_or_twice)
+        if not self.exact:
+            return not any(kept)
+        others = (self.rollouts_with_other_samples, self.attempts_with_other_prompts)
+        differences = (self.loss, self.curves, self.weights)
+        return not any(kept + others) and max(differences) <= BOUND
 
 
-def compare(straight: Job, killed: Job) -> Verdict:
+def compare(straight: Job, killed: Job, *, exact: bool) -> Verdict:
     """The verdict on two finished runs."""
     ours, theirs = samples_of(straight), samples_of(killed)
     trained = Counter(index for rollout in theirs.values() for index, _ in rollout)
@@ -85,6 +84,7 @@ def compare(straight: Job, killed: Job) -> Verdict:
         curves=max(map(apart, CURVES[1:])),
         weights=weights_apart(straight, killed),
         losses=tuple([by_step[s]["train/loss"] for s in shared] for by_step in steps),
+        exact=exact,
     )
 
 
@@ -129,7 +129,7 @@ def write_table(loop: str, kills: list[Any], verdict: Verdict, out: IO[str]) -> 
         out.write(f"  {count:3d} x {what}\n")
     out.write("\n| compared with the undisturbed run | |\n|---|---|\n")
     for field in fields(verdict):
-        if field.name != "losses":
+        if field.name not in ("losses", "exact"):
             value = getattr(verdict, field.name)
             text = f"{value:.1e}" if isinstance(value, float) and value else f"{value:g}"
             out.write(f"| {field.name.replace('_', ' ')} | {text} |\n")
@@ -146,7 +146,7 @@ def write_result(loop: str, kills: list[Any], verdict: Verdict) -> None:
     mine = f"kill_resume/{loop}/"
     figures = []
     for name, value in asdict(verdict).items():
-        if name == "losses":
+        if name in ("losses", "exact"):
             continue
         unit, bound = ("1", {"target": BOUND}) if isinstance(value, float) else ("count", {})
         figures.append({"name": mine + name, "value": value, "unit": unit, **bound, **common})
@@ -162,14 +162,19 @@ def write_result(loop: str, kills: list[Any], verdict: Verdict) -> None:
 
 
 def write_page() -> None:
-    """Puts the result file's figures of both loops into the table of docs/models.md."""
+    """Puts the result file's figures of all loops into the table of docs/models.md."""
     found = {f["name"]: f for f in json.loads(RESULT.read_text())}
-    loops = [loop for loop in ("sync", "async") if f"kill_resume/{loop}/kills" in found]
+    titles = {
+        "sync": "`train.py`",
+        "async": "`train_async.py`",
+        "fully-async": "generation that never stops",
+    }
+    loops = [loop for loop in titles if f"kill_resume/{loop}/kills" in found]
 
     def row(what: str, name: str) -> list[str]:
         return [what, *(f"{found[f'kill_resume/{loop}/{name}']['value']:g}" for loop in loops)]
 
-    rows = [["", *({"sync": "`train.py`", "async": "`train_async.py`"}[loop] for loop in loops)]]
+    rows = [["", *(titles[loop] for loop in loops)]]
     rows.append(row("kills", "kills"))
     cut = [
         sum(bool(k["unfinished"]) for k in found[f"kill_resume/{loop}/kills"]["kills"])

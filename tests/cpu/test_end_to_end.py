@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cpu.launching import Job, alive, descendants
+from vime.config.sections.rollout import FULLY_ASYNC
 
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # a SIGKILL ends them in a minute
 EXACT = 1e-4  # in float32, trainer and engine compute the same distribution
@@ -125,6 +127,46 @@ def test_the_async_loop_trains_decoupled_and_over_gloo(job_in):
     assert max(m["train/train_rollout_logprob_abs_diff"] for m in steps) < EXACT
     assert max(abs(m["train/ppo_kl"]) for m in steps) > 1e-6
     assert steps[-1]["rollout/raw_reward"] > steps[0]["rollout/raw_reward"]
+
+
+def test_generation_that_never_stops_loses_and_repeats_nothing_when_it_is_killed(
+    job_in, quickstart_assets
+):
+    """Every sample up to the last one is trained once, within the cap on its age."""
+    job = job_in(
+        "stream",
+        entry="train_async.py",
+        colocate="",
+        rollout_num_gpus="1",
+        num_rollout="6",
+        rollout_function_path=FULLY_ASYNC,
+        max_staleness="2",
+        eval_interval="3",
+        eval_prompt_data=f"few {quickstart_assets}/eval.jsonl@[:4]",
+    )
+    save, rollouts = job.folder / "ckpt", job.folder / "rollouts"
+    job.flags |= {"--save": str(save), "--load": str(save), "--save-interval": "2"}
+    job.flags["--save-debug-rollout-data"] = str(rollouts / "{rollout_id}.pt")
+    process = job.start()
+    below = wait_for_checkpoint(process, save, iteration=1)
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    wait_until_gone(below, but=RAY_AGENTS)
+
+    job.run()
+    steps = [m for m in job.metrics() if "train/loss" in m]
+    assert [m["step"] for m in steps] == [1, 2, 3, 4, 5, 6]
+    assert max(m["rollout/staleness/max"] for m in steps) <= 2
+    assert max(m["rollout/staleness/mean"] for m in steps) > 0
+    assert [m["step"] for m in job.metrics() if "eval/few" in m] == [0, 3, 6]
+    trained = []
+    for step in range(6):
+        saved = torch.load(rollouts / f"{step}.pt", weights_only=True)
+        samples = [sample for group in saved["groups"] for sample in group]
+        trained += [sample["index"] for sample in samples]
+        versions = {v for sample in samples for v in sample["weight_versions"]}
+        assert versions <= set(range(max(0, step - 2), step + 1))
+    assert sorted(trained) == list(range(6 * 64))
 
 
 def test_a_lost_engine_comes_back_and_nothing_of_the_run_is_lost(job_in, straight_run):

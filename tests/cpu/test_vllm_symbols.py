@@ -286,3 +286,25 @@ def test_vllm_still_logs_how_much_memory_it_lacks():
 
 
 MEMORY_SPEAKERS = ("worker/utils.py", "core/kv_cache_utils.py")
+
+
+def test_the_server_knows_how_many_tokens_a_request_has():
+    """The versions of tokens, for releases that do not report them, rely on these names."""
+    from vllm.v1.engine import detokenizer, output_processor
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    states = inspect.getsource(output_processor.OutputProcessor.__init__)
+    assert "self.request_states" in states
+    assert "external_req_id" in inspect.signature(output_processor.RequestState).parameters
+    assert callable(detokenizer.IncrementalDetokenizer.num_output_tokens)
+    reports = (
+        "weight_version"
+        in inspect.signature(output_processor.OutputProcessor.process_outputs).parameters
+    )
+    assert hasattr(AsyncLLM, "update_weight_version") == reports
+
+
+def test_a_request_can_have_a_prefix_cache_of_its_own():
+    from vllm.inputs.engine import tokens_input
+
+    assert tokens_input([1], cache_salt="3")["cache_salt"] == "3"

@@ -9,7 +9,7 @@ import pytest
 from tests.unit.fake_engine import make_config
 from vime.config.fields import flags_in
 from vime.errors import CheckpointError, PluginError
-from vime.rollout.ahead import Ahead, ahead_path, load_ahead, save_ahead
+from vime.rollout.ahead import PACE, Ahead, ahead_path, load_ahead, save_ahead
 from vime.types import RolloutFnTrainOutput, Sample, Status
 
 
@@ -71,7 +71,7 @@ SHAPING = [
     (section, f.name)
     for section in ("data", "rollout", "reward")
     for f in dataclasses.fields(getattr(make_config("none"), section))
-    if f.name != "log_path"
+    if f.name not in ("log_path", *PACE)
 ]
 
 

@@ -269,6 +269,7 @@ def test_waiting_for_a_head_that_is_not_there_says_where_to_look():
 
 @pytest.mark.stack
 def test_ray_has_the_flags_that_scripts_use(tmp_path):
+    pytest.importorskip("ray", reason="needs Ray")
     cluster = Cluster(tmp_path, 2)
     everything = {"NUM_CPUS": "3", "OBJECT_STORE_BYTES": "1", "NODE_ADDRESS": "10.0.0.1"}
     cluster.start("slurm.sbatch", **everything).communicate(timeout=30)

@@ -4,6 +4,8 @@ import pytest
 
 from tests.unit.command_lines import refused, words, write_checkpoint, write_prompts
 from vime.cli import parse_config
+from vime.config.sections.rollout import FULLY_ASYNC
+from vime.ray.preflight import check_one_ahead, check_synchronous
 
 REFUSED = {
     "steps that do not divide": (
@@ -35,6 +37,21 @@ REFUSED = {
         },
         "--rollout-num-gpus-per-engine 2 would put an engine on parts of two nodes, with "
         "--actor-num-gpus-per-node 3. Give a divisor or a multiple of 3.",
+    ),
+    "partial rollouts where nothing stops": (
+        {"--rollout-function-path": FULLY_ASYNC, "--partial-rollout": None},
+        f"--partial-rollout: --rollout-function-path {FULLY_ASYNC} continues all unfinished groups "
+        "anyway. Leave --partial-rollout out.",
+    ),
+    "weights that get too old between updates": (
+        {"--rollout-function-path": FULLY_ASYNC, "--update-weights-interval": "4"},
+        "--update-weights-interval 4 lets weights get 3 versions old, and --max-staleness 2 "
+        "forbids it. Raise the second, or lower the first.",
+    ),
+    "a cap on ages without the mode": (
+        {"--max-staleness": "1"},
+        f"--max-staleness 1 has no effect without --rollout-function-path {FULLY_ASYNC}. Add that, "
+        "or leave it out.",
     ),
     "a folder of code that is not there": (
         {"--working-dir": "/no/such/folder"},
@@ -550,3 +567,21 @@ def test_sequence_parallelism_alone_is_turned_off(tmp_path):
 def test_under_colocate_the_trainers_gpus_generate(tmp_path):
     cfg = parse_config(words(tmp_path, {"--colocate": None, "--rollout-num-gpus": "4"}))
     assert (cfg.cluster.rollout_gpus, cfg.cluster.total_gpus) == (8, 8)
+
+
+def test_each_loop_takes_only_the_rollouts_that_it_can_train_on(tmp_path, capsys):
+    stream = {"--rollout-function-path": FULLY_ASYNC}
+    shared = parse_config(words(tmp_path, {"--colocate": None}))
+    never_stops = parse_config(words(tmp_path, {"--colocate": None, **stream}))
+    assert check_one_ahead(never_stops) == check_synchronous(shared) == []
+    assert f"add --rollout-function-path {FULLY_ASYNC}" in check_one_ahead(shared)[0]
+    assert "works with train_async.py" in check_synchronous(never_stops)[0]
+
+
+@pytest.mark.parametrize("chosen", [{}, {"--use-tis": None}, {"--keep-old-actor": None}])
+def test_where_weights_change_in_flight_the_old_policy_is_the_engines(chosen, tmp_path, capsys):
+    stream = {"--rollout-function-path": FULLY_ASYNC}
+    cfg = parse_config(words(tmp_path, {**stream, **chosen}))
+    assert cfg.algorithm.use_rollout_logprobs == (not chosen)
+    assert ("come from the engine" in capsys.readouterr().err) == (not chosen)
+    assert not parse_config(words(tmp_path, chosen)).algorithm.use_rollout_logprobs

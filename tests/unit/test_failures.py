@@ -221,7 +221,7 @@ def test_failures_are_counted_by_their_kind():
             group("of my own", "teacher: q"),
         ],
     )
-    metrics = of_rollout(None, sampled, 1.0)
+    metrics = of_rollout(None, sampled, 1.0, 0)
     found = {n: v for n, v in metrics.items() if n.startswith("rollout/failed/")}
     assert found == {
         "rollout/failed/grading_failed": 2,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cpu.tiny import make_config
+from vime.config.sections.rollout import FULLY_ASYNC
 from vime.errors import ConfigError
 from vime.observe import Timers
 from vime.platform import CPU, CUDA
@@ -26,6 +27,12 @@ class Engine:
     def __init__(self, notes: list) -> None:
         self.notes = notes
 
+    def pause(self, mode):
+        self.notes.append(("pause", mode))
+
+    def resume(self):
+        self.notes.append(("resume",))
+
     def sleep(self, level):
         self.notes.append(("sleep", level))
 
@@ -33,10 +40,12 @@ class Engine:
         self.notes.append(("wake", *tags))
 
 
-def one_step(folder: Path, *, on=CUDA, **cluster) -> tuple[list, dict[str, float]]:
+def one_step(
+    folder: Path, *, on=CUDA, rollout: dict | None = None, **cluster
+) -> tuple[list, dict[str, float]]:
     """Every move in a start, an update, a training turn and another update."""
     notes: list = []
-    cfg = make_config(folder, cluster=cluster)
+    cfg = make_config(folder, cluster=cluster, rollout=rollout or {})
     timers = Timers()
     gpus = SharedGpus(cfg, lambda *call: notes.append(call), timers, on=on)
     gpus.engines_started([Engine(notes)])
@@ -115,3 +124,12 @@ def test_offloading_needs_shared_gpus(folder):
         make_config(
             folder, cluster={"colocate": True, "offload": True, "offload_train_asked": False}
         )
+
+
+def test_engines_that_never_sleep_stand_still_while_the_trainer_has_the_gpu(folder):
+    stay = {"colocate": True, "offload_train_asked": False, "offload_rollout_asked": False}
+    stream = {"function_path": FULLY_ASYNC}
+    notes, _ = one_step(folder, rollout=stream, **stay)
+    assert notes == ["update", ("pause", "keep"), "train", ("resume",), "update"]
+    assert one_step(folder, on=CPU, rollout=stream, **stay)[0] == ["update", "train", "update"]
+    assert one_step(folder, **stay)[0] == ["update", "train", "update"]

@@ -23,9 +23,9 @@ def test_answers_of_both_engine_versions_are_read():
     new = wire.parse_response(answer(spans=[("4", 0, 2), ("5", 2, 3)]))
     assert new == wire.Generation([0, 1, 2], [0.0, -0.5, -1.0], [4, 4, 5], Status.COMPLETED)
     old = wire.parse_response(
-        answer(entry=lambda i: {"token": f"token_id:{i}", "logprob": -0.5 * i}), known_version=9
+        answer(entry=lambda i: {"token": f"token_id:{i}", "logprob": -0.5 * i})
     )
-    assert old == wire.Generation([0, 1, 2], [0.0, -0.5, -1.0], [9, 9, 9], Status.COMPLETED)
+    assert old == wire.Generation([0, 1, 2], [0.0, -0.5, -1.0], [-1, -1, -1], Status.COMPLETED)
 
 
 def packed(
@@ -42,7 +42,7 @@ def test_a_packed_answer_is_read_like_any_other():
     assert wire.parse_response(packed(spans=spans)) == wire.Generation(
         [7, 8, 70_000], [-0.5, -1.5, 0.0], [4, 4, 5], Status.COMPLETED
     )
-    assert wire.parse_response(packed(), known_version=3).weight_versions == [3, 3, 3]
+    assert wire.parse_response(packed()).weight_versions == [-1, -1, -1]
     assert wire.parse_response(packed((), (), "abort")) == wire.Generation()
 
 

@@ -13,6 +13,7 @@ from vime.config import Config
 from vime.config.hf_config import num_layers
 from vime.config.notices import notices
 from vime.config.rules import CONVERT_RULES, RULES
+from vime.config.sections.algorithm import AlgorithmConfig
 from vime.data.checks import data_problems
 
 
@@ -53,4 +54,13 @@ def _settled(cfg: Config) -> Config:
         p = replace(p, vpp=chunks if chunks > 1 else None, layers_per_virtual_stage=None)
     if p.sequence_parallel and p.tp == 1:
         p = replace(p, sequence_parallel=False)
-    return replace(cfg, parallel=p)
+    return replace(cfg, parallel=p, algorithm=_with_old_policy(cfg))
+
+
+def _with_old_policy(cfg: Config) -> AlgorithmConfig:
+    """In the fully asynchronous mode, the old policy of a token is the one that sampled it."""
+    a = cfg.algorithm
+    chosen = a.use_tis or a.use_rollout_logprobs or a.keep_old_actor
+    if not cfg.rollout.fully_async or chosen or not a.needs_reward:
+        return a
+    return replace(a, use_rollout_logprobs=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from vime.algorithms.advantages import estimators_where
 from vime.config import Config
-from vime.config.sections.rollout import VLLM_ROLLOUT
+from vime.config.sections.rollout import ENGINE_ROLLOUTS
 
 
 def notices(cfg: Config) -> list[str]:
@@ -47,6 +47,13 @@ def notices(cfg: Config) -> list[str]:
         found.append(
             f"--rm-type {cfg.reward.rm_type} is ignored: --custom-rm-path "
             f"{cfg.reward.custom_rm_path} grades instead."
+        )
+    a = cfg.algorithm
+    if rollout.fully_async and not (a.use_tis or a.use_rollout_logprobs or a.keep_old_actor):
+        found.append(
+            "the old policy's log-probabilities come from the engine (--use-rollout-logprobs), "
+            "because the weights change during a response. --use-tis computes them again and "
+            "corrects the difference."
         )
     found += _of_the_algorithm(cfg)
     if _compares_single_answers(cfg):
@@ -100,14 +107,14 @@ def _compares_single_answers(cfg: Config) -> bool:
         and a.custom_advantage_path is None
         and not a.use_opd
         and own is None
-        and rollout.function_path == VLLM_ROLLOUT
+        and rollout.function_path in ENGINE_ROLLOUTS
     )
 
 
 def _relies_on_metadata_for_rewards(cfg: Config) -> bool:
     return (
         cfg.algorithm.needs_reward
-        and cfg.rollout.function_path == VLLM_ROLLOUT
+        and cfg.rollout.function_path in ENGINE_ROLLOUTS
         and cfg.rollout.custom_generate_path is None
         and cfg.reward.rm_type is None
         and cfg.reward.custom_rm_path is None

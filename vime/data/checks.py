@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vime.config import Config
 from vime.config.evaluation import eval_datasets
-from vime.config.sections.rollout import VLLM_ROLLOUT
+from vime.config.sections.rollout import ENGINE_ROLLOUTS
 from vime.data.datasets import Row, check_prompt_data
 from vime.rollout.rm_hub.registry import grader_of
 
@@ -43,7 +43,7 @@ def data_problems(cfg: Config) -> Iterator[str]:
 def _graders_problem(cfg: Config) -> Callable[[Row], str | None] | None:
     """Asks a row's grader about it; None if a function of the user may grade or change the row."""
     own = cfg.reward.custom_rm_path or cfg.rollout.custom_generate_path
-    if own or cfg.rollout.function_path != VLLM_ROLLOUT:
+    if own or cfg.rollout.function_path not in ENGINE_ROLLOUTS:
         return None
 
     def problem(row: Row) -> str | None:

@@ -8,6 +8,7 @@ import sys
 
 from vime.config import Config
 from vime.config.plugins import check_plugins
+from vime.config.sections.rollout import FULLY_ASYNC
 from vime.data.checks import check_chat_template
 from vime.ray.slots import check_slots, choose_here, joins_cluster
 
@@ -81,14 +82,21 @@ def check_trackers(cfg: Config) -> list[str]:
     return missing_packages(use_tensorboard=cfg.log.use_tensorboard, use_wandb=cfg.log.use_wandb)
 
 
-def check_decoupled(cfg: Config) -> list[str]:
+def check_one_ahead(cfg: Config) -> list[str]:
     """train_async.py generates and trains at the same time, which a shared GPU cannot do."""
-    if not cfg.cluster.colocate:
+    if not cfg.cluster.colocate or cfg.rollout.fully_async:
         return []
     return [
-        "--colocate: train_async.py trains and generates at the same time. "
-        "Leave it out and set --rollout-num-gpus, or run train.py."
+        "--colocate: train_async.py trains and generates at the same time. Leave it out and set "
+        f"--rollout-num-gpus, add --rollout-function-path {FULLY_ASYNC}, or run train.py."
     ]
+
+
+def check_synchronous(cfg: Config) -> list[str]:
+    """train.py trains on whole rollouts, and changes weights between them."""
+    if not cfg.rollout.fully_async:
+        return []
+    return [f"--rollout-function-path {FULLY_ASYNC} works with train_async.py. Run that."]
 
 
 CHECKS = (

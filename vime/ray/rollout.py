@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 from vime.addresses import host_and_port
-from vime.backends.vllm.client import EngineClient
 from vime.backends.vllm.local_http import without_proxies
 from vime.backends.vllm.router import address_in_args
 from vime.backends.vllm.server import api_key
@@ -21,6 +20,8 @@ from vime.ray.placement_group import Placement
 from vime.ray.wait import stacks_if_longer_than
 from vime.rollout import debug_data
 from vime.rollout.ahead import Ahead, load_ahead, save_ahead
+from vime.rollout.fully_async import Generation
+from vime.rollout.saved_stream import load_stream, save_stream
 from vime.rollout.sockets import raise_file_limit
 from vime.rollout.train_data import eval_metrics, make_train_batch, rollout_metrics
 from vime.types import RankBatch, RolloutFnEvalOutput, RolloutFnTrainOutput
@@ -37,6 +38,7 @@ class RolloutManager:
         self.states: dict[int, Any] = {}
         self.latest: Ahead | None = None  # the newest rollout; an earlier checkpoint saves it too
         self.restored: Ahead | None = None  # the rollout that came with the checkpoint
+        self.generation: Generation | None = None  # runs in the fully asynchronous mode
 
     def start(self, placement: Placement | None) -> list[str]:
         """Start engines and router (none without a placement) and load the data source.
@@ -62,6 +64,10 @@ class RolloutManager:
         self.eval_fn = self.cfg.eval.plugin("function_path") or rollout_fn
         loads = self.cfg.debug.load_rollout_data
         self.rollout_fn = debug_data.generate_rollout if loads else rollout_fn
+        if self.cfg.rollout.fully_async and not loads:
+            steps = self.cfg.batch.num_rollout or self.cfg.batch.rollouts(self.count_prompts())
+            self.generation = Generation(self.cfg, self.runtime, self.data_source, steps)
+            self.args = self.generation.args
         return list(self.runtime["vllm_engine_urls"])
 
     def _avoid_proxies(self) -> None:
@@ -73,7 +79,10 @@ class RolloutManager:
     def load(self, rollout_id: int) -> None:
         """Continue with the data state that was saved with `rollout_id`."""
         self.data_source.load(rollout_id)
-        self.restored = load_ahead(self.cfg, rollout_id)
+        if self.generation is not None:
+            self.generation.restore(load_stream(self.cfg, rollout_id))
+        else:
+            self.restored = load_ahead(self.cfg, rollout_id)
 
     def lost_engines(self) -> list[int]:
         return self.engines.lost()
@@ -89,7 +98,7 @@ class RolloutManager:
         started = time.perf_counter()
         output = self._samples_of(rollout_id)
         rollout_s = time.perf_counter() - started
-        if (state := self._data_state()) is not None:
+        if self.generation is None and (state := self._data_state()) is not None:
             self.states[rollout_id] = state
             self.latest = Ahead(rollout_id, output, state)
         if path := self.cfg.debug.save_rollout_data:
@@ -97,11 +106,11 @@ class RolloutManager:
         batch = make_train_batch(self.args, output.samples, rollout_id)
         tokens = sum(s.response_length for s in batch.sequences)
         metrics = {
+            "perf/tokens_per_gpu_per_sec": tokens / rollout_s / self.cfg.cluster.rollout_gpus,
             **output.metrics,
             **batch.metrics,
             "perf/rollout_time": rollout_s,
             "perf/batching_time": time.perf_counter() - started - rollout_s,
-            "perf/tokens_per_gpu_per_sec": tokens / rollout_s / self.cfg.cluster.rollout_gpus,
         }
         metrics = rollout_metrics(self.args, output.samples, rollout_id, metrics, rollout_s)
         return metrics, *parts_of(batch, self.cfg.dp)
@@ -115,10 +124,11 @@ class RolloutManager:
         if restored is not None and restored.rollout_id == rollout_id:
             self.data_source.load_state_dict(restored.data_state)
             return restored.output
-        before = self._data_state() if self.cfg.engine.fault_tolerance else None
+        goes_back = self.cfg.engine.fault_tolerance and self.generation is None
+        before = self._data_state() if goes_back else None
         try:
             with stacks_if_longer_than(self.cfg.engine.request_timeout_s):
-                output = self.rollout_fn(self._args_now(), rollout_id, self.data_source)
+                output = self.rollout_fn(self.args, rollout_id, self.data_source)
         except EngineError:
             if before is not None:
                 self.data_source.load_state_dict(before)
@@ -132,20 +142,12 @@ class RolloutManager:
         source = self.data_source
         return source.state_dict() if hasattr(source, "state_dict") else None
 
-    def _args_now(self) -> ArgsView:
-        """`args`, with the engines' weight version if their answers do not report it."""
-        urls = self.runtime["vllm_engine_urls"]
-        client = EngineClient(urls[0], who="the rollout manager") if urls else None
-        if client is None or client.dialect.reports_weight_versions:
-            return self.args
-        return ArgsView(self.cfg, **self.runtime, weight_version=client.weight_versions()[0])
-
     def evaluate(self, rollout_id: int) -> dict[str, float]:
         """Run the evaluation function. Its metrics are named eval/{dataset}..."""
         started = time.perf_counter()
         with stacks_if_longer_than(self.cfg.engine.request_timeout_s):
             output: RolloutFnEvalOutput = self.eval_fn(
-                self._args_now(), rollout_id, self.data_source, evaluation=True
+                self.args, rollout_id, self.data_source, evaluation=True
             )
         eval_s = time.perf_counter() - started
         if path := self.cfg.debug.save_rollout_data:
@@ -154,6 +156,11 @@ class RolloutManager:
 
     def save(self, rollout_id: int) -> None:
         """Write the data source's state as it was after rollout `rollout_id`."""
+        if self.generation is not None:
+            with self.generation.suspended() as entries:
+                self.data_source.save(rollout_id)
+                save_stream(self.cfg, rollout_id, entries)
+            return
         if rollout_id in self.states:
             self.data_source.save(rollout_id, state=self.states[rollout_id])
         else:
@@ -161,6 +168,18 @@ class RolloutManager:
         save_ahead(self.cfg, rollout_id, self.latest)
         self.states = {i: s for i, s in self.states.items() if i > rollout_id}
 
+    def weights_are(self, version: int) -> None:
+        """The engines have new weights."""
+        if self.generation is not None:
+            self.generation.weights_are(version)
+
+    def suspend(self) -> None:
+        """Running requests stop where they are. The next `weights_are` goes on."""
+        if self.generation is not None:
+            self.generation.suspend()
+
     def stop(self) -> None:
+        if self.generation is not None:
+            self.generation.close()
         if self.engines:
             self.engines.stop()

@@ -44,6 +44,14 @@ class RolloutHandle:
                 ray.get(ref, timeout=0)
 
 
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """An evaluation after rollout `step`, which runs or is complete."""
+
+    step: int
+    scores: ray.ObjectRef
+
+
 class Run:
     """The actions of a training loop. `steps()` yields the rollouts and logs each after it ends."""
 
@@ -53,7 +61,12 @@ class Run:
         self.metrics: dict[str, float] = {}
         self.timers = Timers()
         self.trainer = None if cfg.debug.rollout_only else TrainerGroup(cfg, placement)
-        self.manager = remote(RolloutManager, {}, **placement.manager_options).remote(cfg)
+        options = placement.manager_options
+        if cfg.rollout.fully_async:
+            options["max_concurrency"] = 2  # an evaluation runs beside the rest
+        self.manager = remote(RolloutManager, {}, **options).remote(cfg)
+        self.evaluation: Evaluation | None = None
+        self.held: tuple[int, dict[str, float]] | None = None
         self.gpus = SharedGpus(cfg, self._train, self.timers, on=current())
         self._start(placement)
         if self.start_step > 0 and (cfg.checkpoint.load or not cfg.debug.needs_no_data_state):
@@ -102,6 +115,7 @@ class Run:
             self._train("connect_engines", self.engine_urls, timeout_s=timeout_s)
 
     def stop(self) -> None:
+        self._log_held()
         self._ask(self.manager.stop.remote(), "engines and router to stop", _STOP_TIMEOUT_S)
 
     # -- the steps of the loop -------------------------------------------------------------------
@@ -116,7 +130,7 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The rollouts left to do. A rollout is logged when the loop asks for the next one."""
         self.log.start(self.start_step, self.num_rollouts)
-        if self.metrics:  # from an evaluation before the first step
+        if self.metrics or self.evaluation:  # from an evaluation before the first step
             self._log(self.start_step)
         for step in range(self.start_step, self.num_rollouts):
             started = time.perf_counter()
@@ -125,13 +139,21 @@ class Run:
             self.metrics |= {"perf/step_time": step_s, **self.timers.take()}
             self.metrics["perf/wait_time_ratio"] = self.metrics["perf/train_wait_time"] / step_s
             self._log(step + 1)
+        self.finish_evaluation()
         if self.trainer is not None and self.cfg.checkpoint.async_save:
             self.log.phase("save")
             self._train("finish_saves")
 
     def _log(self, num_trained: int) -> None:
-        self.log.step(num_trained, self.metrics)
-        self.metrics = {}
+        """Log a step. It waits while an evaluation of its weights runs."""
+        self.held, self.metrics = (num_trained, self.metrics), {}
+        if self.evaluation is None:
+            self._log_held()
+
+    def _log_held(self) -> None:
+        if self.held is not None:
+            self.log.step(*self.held)
+            self.held = None
 
     def due(self, interval: int | None, step: int) -> bool:
         """True every `interval` rollouts and after the last one; never if `interval` is None."""
@@ -180,10 +202,40 @@ class Run:
 
         self.metrics |= self._without_lost_engines(scores, self.sync_weights)
 
+    def start_evaluating(self, step: int) -> None:
+        """Evaluate beside generation and training. Call `finish_evaluation` before new weights."""
+        self.evaluation = Evaluation(step, self.manager.evaluate.remote(step))
+
+    def finish_evaluation(self) -> None:
+        """Wait for the evaluation. Its metrics are those of the step whose weights it measured."""
+        if self.evaluation is None:
+            return
+        running, self.evaluation = self.evaluation, None
+
+        def scores() -> dict[str, float]:
+            return self._ask(running.scores, "the evaluation")
+
+        def begin_again() -> None:
+            nonlocal running
+            self.sync_weights()
+            running = Evaluation(running.step, self.manager.evaluate.remote(running.step))
+
+        with self.timers("eval_wait"):
+            found = self._without_lost_engines(scores, begin_again)
+        if self.held is None:
+            self.metrics |= found
+        else:
+            self.held[1].update(found)
+            self._log_held()
+
     # -- training --------------------------------------------------------------------------------
 
     def gpus_for_training(self) -> AbstractContextManager[None]:
         """Under --colocate the engines release their memory during the block."""
+        if self.cfg.rollout.fully_async and self.gpus.shared:
+            self.finish_evaluation()
+            if self.gpus.engines_sleep:
+                self._ask(self.manager.suspend.remote(), "generation to stand still")
         self._without_lost_engines(self.gpus.sleep_engines)
         return self.gpus.for_training()
 
@@ -210,6 +262,8 @@ class Run:
                 self.metrics |= self._train("update_weights", self.num_trained, timeout_s=timeout_s)
 
         self._without_lost_engines(update)
+        if self.cfg.rollout.fully_async:
+            self._ask(self.manager.weights_are.remote(self.num_trained), "generation to go on")
 
     def save(self, step: int) -> None:
         """Commit a checkpoint: exports and data state, then weights, and last the tracker file."""

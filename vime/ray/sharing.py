@@ -6,13 +6,13 @@ The loop says whose turn it is, and this file moves the memory. Without shared G
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from vime.config import Config
 from vime.observe import Timers
 from vime.platform import Platform
-from vime.weight_sync.choice import engines_sleep, trainer_offloads
+from vime.weight_sync.choice import engines_sleep, shares_gpus, trainer_offloads
 from vime.weight_sync.together import call_each
 
 # vLLM's sleep level that drops weights and caches. No copy is needed, because all weights are
@@ -31,6 +31,8 @@ class SharedGpus:
     ) -> None:
         self.engines_sleep = engines_sleep(cfg, on)
         self.trainer_offloads = trainer_offloads(cfg, on)
+        self.shared = shares_gpus(cfg, on)
+        self.freezes = cfg.rollout.fully_async and self.shared and not self.engines_sleep
         self.timeout_s = cfg.engine.weight_transfer_timeout_s
         self.train = train
         self.timers = timers
@@ -56,12 +58,24 @@ class SharedGpus:
 
     @contextmanager
     def for_training(self) -> Iterator[None]:
-        """The engines sleep already. After the block the trainer keeps only weights on the GPU."""
+        """The engines sleep already. After the block the trainer keeps only weights on the GPU.
+
+        Engines that never sleep stand still during the block, so that training has the whole GPU.
+        """
         if self.trainer_offloads:
             with self.timers("onload"):
                 self.train("onload")
-        yield
+        with self._engines_frozen() if self.freezes else nullcontext():
+            yield
         self._offload(keep_weights=True)
+
+    @contextmanager
+    def _engines_frozen(self) -> Iterator[None]:
+        self._every_engine(lambda c: c.pause("keep"), "pause")
+        try:
+            yield
+        finally:
+            self._every_engine(lambda c: c.resume(), "resume")
 
     @contextmanager
     def for_weight_update(self) -> Iterator[None]:

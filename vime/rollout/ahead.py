@@ -24,6 +24,8 @@ from vime.types import RolloutFnTrainOutput, Sample
 
 logger = logging.getLogger(__name__)
 
+PACE = ("max_weight_staleness", "late_groups", "recompute_kv_cache", "concurrency")
+
 
 @dataclass(frozen=True, slots=True)
 class Ahead:
@@ -50,7 +52,7 @@ def save_ahead(cfg: Config, rollout_id: int, latest: Ahead | None) -> None:
         return
     content = {
         "rollout_id": latest.rollout_id,
-        "asked_for": _asked_for(cfg),
+        "asked_for": flags_of_a_rollout(cfg),
         "groups": [[sample.to_dict() for sample in group] for group in latest.output.samples],
         "metrics": {name: float(value) for name, value in (latest.output.metrics or {}).items()},
         "data_state": latest.data_state,
@@ -77,8 +79,7 @@ def load_ahead(cfg: Config, rollout_id: int) -> Ahead | None:
         raise CheckpointError(
             f"{path} is damaged: {error}. Delete it; the run then generates the rollout again."
         ) from error
-    then, now = content["asked_for"], _asked_for(cfg)
-    if changed := sorted(name for name in then.keys() | now if then.get(name) != now.get(name)):
+    if changed := changed_since(content["asked_for"], cfg):
         logger.warning(
             "%s was made with other sampling flags (%s), so the rollout is generated again",
             path,
@@ -89,11 +90,17 @@ def load_ahead(cfg: Config, rollout_id: int) -> Ahead | None:
     return Ahead(content["rollout_id"], output, content["data_state"])
 
 
-def _asked_for(cfg: Config) -> dict[str, str]:
+def changed_since(then: dict[str, str], cfg: Config) -> list[str]:
+    """The flags whose values differ from the `flags_of_a_rollout` of an earlier run."""
+    now = flags_of_a_rollout(cfg)
+    return sorted(name for name in then.keys() | now if then.get(name) != now.get(name))
+
+
+def flags_of_a_rollout(cfg: Config) -> dict[str, str]:
     """{flag: its value as text}: the flags that determine a rollout.
 
     They are every field of the data, rollout and reward sections, except the functions that only
-    write a log.
+    write a log, and the flags that only set the pace.
     """
     asked = {
         "--rollout-batch-size": repr(cfg.batch.prompts),
@@ -102,6 +109,6 @@ def _asked_for(cfg: Config) -> dict[str, str]:
     for section in (cfg.data, cfg.rollout, cfg.reward):
         for f in fields(section):
             spec = flag_of(f)
-            if spec is None or spec.hook is not LOG:
+            if f.name not in PACE and (spec is None or spec.hook is not LOG):
                 asked[spec.name if spec else f.name] = repr(getattr(section, f.name))
     return asked

@@ -29,8 +29,8 @@ class GenerateClient:
     engine_urls    the engines behind the router
     concurrency    maximum number of requests in flight
     timeout_s      deadline of one request, retries included
-    known_version  the weight version to record when an engine reports none
     api_key        the key of engines that run with --vllm-api-key or VLLM_API_KEY
+    cache_salt     requests with different salts share no cached prefix. It may change at any time
     """
 
     def __init__(
@@ -40,17 +40,17 @@ class GenerateClient:
         *,
         concurrency: int,
         timeout_s: float,
-        known_version: int | None = None,
         api_key: str | None = None,
+        cache_salt: str | None = None,
         retry_window_s: float = RETRY_WINDOW_S,
     ) -> None:
         self.endpoint = Endpoint(router_url.rstrip("/") + wire.PATH, timeout_s, retry_window_s)
         self.engine_urls = engine_urls
-        self.known_version = known_version
         self.headers = {"Content-Type": "application/json", wire.PACKED: "1"}
         if api_key:
             self.headers["Authorization"] = f"Bearer {api_key}"
         self.aborting = False
+        self.cache_salt = cache_salt
         self._slots = asyncio.Semaphore(concurrency)
         self._num_in_flight = 0
         self._none_in_flight = asyncio.Event()
@@ -70,12 +70,15 @@ class GenerateClient:
         sampling_params: dict[str, Any],
         session_id: str | None = None,
         text: str | None = None,
+        version: int | None = None,
     ) -> Generation:
         """One answer. After `abort`, sends nothing and returns an empty answer with status ABORTED.
 
         session_id  a --vllm-router-policy with sessions sends all requests of a session to the
                     engine that has their prefix in its cache
         text        wire.ALL or wire.PLAIN: ask for the text, too
+        version     the weights that made the first of `token_ids`; None: the present ones. It takes
+                    the place of the salt, so a request that goes on finds its prefix in the cache
         Raises RequestFailed.
         """
         async with self._slots:
@@ -85,16 +88,19 @@ class GenerateClient:
             with self._in_flight():
                 answer = await self.endpoint.post(
                     self._session,
-                    wire.build_request(token_ids, sampling_params),
+                    wire.build_request(token_ids, sampling_params, self._salt(version)),
                     {name: value for name, value in headers.items() if value},
                     stopped=lambda: self.aborting,
                 )
         if answer is None:
             return Generation()
         try:
-            return wire.parse_response(answer, self.known_version)
+            return wire.parse_response(answer)
         except WireError as error:
             raise RequestFailed(f"{self.endpoint.url}: {error}") from None
+
+    def _salt(self, version: int | None) -> str | None:
+        return self.cache_salt if self.cache_salt is None or version is None else str(version)
 
     @contextmanager
     def _in_flight(self) -> Iterator[None]:
@@ -132,7 +138,7 @@ class GenerateClient:
                 )
 
     async def _abort_engine(self, url: str) -> None:
-        for path in ("/pause?mode=abort", "/resume"):
+        for path in ("/pause?mode=abort&clear_cache=false", "/resume"):
             try:
                 timeout = aiohttp.ClientTimeout(total=CONTROL_TIMEOUT_S)
                 async with self._session.post(url + path, timeout=timeout) as response:

@@ -28,14 +28,14 @@ RUNTIME = (
     "vllm_router_ip",
     "vllm_router_port",
     "vllm_api_key",
-    "weight_version",
+    "generation",
 )
 
 
 async def evaluate(args: Any, rollout_id: int) -> RolloutFnEvalOutput:
     """Scores every data set. Raises EngineError when no sample of a data set was graded."""
     datasets = eval_datasets(args.config)
-    async with make_client(args) as client:
+    async with make_client(args, args.config.eval.concurrency) as client:
         results = await asyncio.gather(
             *(_evaluate_dataset(args, rollout_id, client, dataset) for dataset in datasets)
         )

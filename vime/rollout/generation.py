@@ -10,7 +10,7 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, fields
@@ -108,14 +108,16 @@ def current_rollout() -> Rollout:
         ) from None
 
 
-def make_client(args: Any) -> GenerateClient:
-    """A client of the router in `args`. --vllm-server-concurrency bounds requests per engine.
+def make_client(args: Any, per_engine: int | None = None) -> GenerateClient:
+    """A client of the router in `args`.
+
+    per_engine  bounds the requests in flight (default: --vllm-server-concurrency)
 
     The machine's limits of files and ports bound the requests of all engines together.
     """
     cfg: Config = args.config
     urls = tuple(args.vllm_engine_urls)
-    asked = cfg.rollout.concurrency * max(1, len(urls))
+    asked = (per_engine or cfg.rollout.concurrency) * max(1, len(urls))
     most, setting = most_requests()
     batch = (cfg.rollout.over_sampling or cfg.batch.prompts) * cfg.batch.samples_per_prompt
     if most < min(asked, batch):
@@ -127,13 +129,14 @@ def make_client(args: Any) -> GenerateClient:
             max(1, len(urls)),
             min(asked, batch),
         )
+    stream = getattr(args, "generation", None)
     return GenerateClient(
         url_of(args.vllm_router_ip, args.vllm_router_port),
         urls,
         concurrency=min(asked, most),
         timeout_s=cfg.engine.request_timeout_s,
-        known_version=getattr(args, "weight_version", None),
         api_key=getattr(args, "vllm_api_key", None),
+        cache_salt=stream.cache_salt if stream else None,
     )
 
 
@@ -142,13 +145,30 @@ async def finish_group(rollout: Rollout, group: Group) -> Group:
 
     Call it in its own task, because it sets the task's rollout, which `generate` reads.
     """
+    return (await finish_or_stop(rollout, group))[0]
+
+
+async def finish_or_stop(
+    rollout: Rollout, group: Group, sample_ended: Callable[[], None] = lambda: None
+) -> tuple[Group, bool]:
+    """`finish_group`, and whether the group is complete. If not, call this again later.
+
+    sample_ended  called after each generated response
+    """
+
+    async def finish(sample: Sample) -> list[Sample]:
+        made = await _finish_sample(rollout, sample)
+        sample_ended()
+        return made
+
     _current.set(rollout)
-    parts = await asyncio.gather(*(_finish_sample(rollout, sample) for sample in group))
+    parts = await asyncio.gather(*map(finish, group))
     group = [sample for part in parts for sample in part]
-    if not rollout.client.aborting and await _graded(rollout, group):
-        group = [await _run_sample_hooks(rollout, sample) for sample in group]
-        grading.check_group(rollout.args, group, as_number=rollout.numeric_rewards)
-    return group
+    if rollout.client.aborting or not await _graded(rollout, group):
+        return group, False
+    group = [await _run_sample_hooks(rollout, sample) for sample in group]
+    grading.check_group(rollout.args, group, as_number=rollout.numeric_rewards)
+    return group, True
 
 
 async def _graded(rollout: Rollout, group: Group) -> bool:
@@ -280,13 +300,22 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any]) -
     plain = bool(params.get("skip_special_tokens"))
     # The engine knows the text of a whole response only. A client would need 5 ms for 8k tokens.
     text = None if sample.response_length else wire.PLAIN if plain else wire.ALL
-    generation = await rollout.client.generate(listed(sample, "tokens"), params, session, text)
+    generation = await rollout.client.generate(
+        listed(sample, "tokens"), params, session, text, _first_version(sample)
+    )
     append(sample, generation)
     if generation.text is not None:
         sample.response = generation.text
     elif len(generation):
         sample.response = _text(rollout.tokenizer, sample, skip_special_tokens=plain)
     return sample
+
+
+def _first_version(sample: Sample) -> int | None:
+    """The weight version of the oldest token that an engine made; None if there is none."""
+    versions = stored(sample, "weight_versions")
+    values = versions.values if isinstance(versions, Runs) else versions
+    return min((v for v in values if v != UNKNOWN_VERSION), default=None)
 
 
 def _text(tokenizer: Any, sample: Sample, *, skip_special_tokens: bool = False) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from vime.config import Config
 from vime.config.evaluation import eval_datasets
 from vime.config.sections.prompts import DATA_SOURCE_PATH
-from vime.config.sections.rollout import VLLM_ROLLOUT
+from vime.config.sections.rollout import ENGINE_ROLLOUTS
 from vime.errors import ReturnError
 from vime.plugins.hook import Plugin
 from vime.plugins.rollout import REWARD, reward_problem
@@ -281,6 +281,6 @@ def _no_label(name: str, rm_type: str | None, key: str | None, where: str) -> li
 def _takes_labels_from_rows(cfg: Config) -> bool:
     """Whether the labels can come from --prompt-data only."""
     rollout, data = cfg.rollout, cfg.data
-    own = rollout.function_path == VLLM_ROLLOUT and rollout.custom_generate_path is None
+    own = rollout.function_path in ENGINE_ROLLOUTS and rollout.custom_generate_path is None
     from_file = data.data_source_path == DATA_SOURCE_PATH and data.prompt_data is not None
     return own and from_file and cfg.debug.load_rollout_data is None

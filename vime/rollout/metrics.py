@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vime.number_lists import Runs, stored
+from vime.number_lists import Runs, array_of, stored
 from vime.rollout.failures import Failure, kind_of
 from vime.rollout.sampling import Sampled
 from vime.rollout.wire import UNKNOWN_VERSION
@@ -23,7 +23,7 @@ REPETITION_CHARACTERS = (
 )
 
 
-def of_rollout(args: Any, sampled: Sampled, seconds: float) -> dict[str, float]:
+def of_rollout(args: Any, sampled: Sampled, seconds: float, rollout_id: int) -> dict[str, float]:
     """Drops, aborts, weight versions and speed of a rollout."""
     samples = [sample for group in sampled.kept for sample in group]
     values: dict[str, float] = {
@@ -47,6 +47,7 @@ def of_rollout(args: Any, sampled: Sampled, seconds: float) -> dict[str, float]:
     if known:
         values["rollout/weight_version/min"] = min(known)
         values["rollout/weight_version/max"] = max(known)
+        values |= staleness(samples, rollout_id)
     if versions[UNKNOWN_VERSION]:
         values["rollout/weight_version/unknown"] = versions[UNKNOWN_VERSION]
     if others := [s.non_generation_time for s in samples if s.non_generation_time]:
@@ -55,6 +56,29 @@ def of_rollout(args: Any, sampled: Sampled, seconds: float) -> dict[str, float]:
     longest = max((s.response_length for s in samples), default=0)
     values["perf/longest_sample_tokens_per_sec"] = longest / max(seconds, 1e-9)
     return values
+
+
+def staleness(samples: Sequence[Sample], step: int) -> dict[str, float]:
+    """How many weight versions old the tokens with loss are when step `step` trains on them.
+
+    Step s trains weights of version s. `.../share_K` is the share of tokens that are K old.
+    """
+    counts: Counter[int] = Counter()
+    for sample in samples:
+        versions = array_of(sample, "weight_versions")
+        versions = np.asarray(versions, np.int64)
+        if sample.loss_mask is not None:
+            versions = versions[np.asarray(sample.loss_mask, bool)]
+        known, number = np.unique(versions[versions != UNKNOWN_VERSION], return_counts=True)
+        counts.update(dict(zip((step - known).tolist(), number.tolist(), strict=True)))
+    total = counts.total()
+    if not total:
+        return {}
+    return {
+        "rollout/staleness/mean": sum(age * n for age, n in counts.items()) / total,
+        "rollout/staleness/max": max(counts),
+        **{f"rollout/staleness/share_{age}": n / total for age, n in sorted(counts.items())},
+    }
 
 
 def timed_out(sample: Sample) -> bool:

@@ -96,11 +96,11 @@ async def _generate_rollout(args: Any, rollout_id: int, data_source: Any) -> Rol
             judge=lambda group: judge(args, group),
             abort=rollout.abort,
         )
-    await _run_hooks(args, data_source, sampled)
+    await run_hooks(args, data_source, sampled)
     num_kept_for_later = _return_leftovers(rollout, data_source, sampled)
     samples = [sample for group in sampled.kept for sample in group]
     grading.warn_of_missing_marks(args, samples)
-    values = metrics.of_rollout(args, sampled, time.perf_counter() - started)
+    values = metrics.of_rollout(args, sampled, time.perf_counter() - started, rollout_id)
     values["rollout/buffer/returned"] = num_kept_for_later
     values |= getattr(data_source, "skipped", {})
     values["rollout/request_retries"] = client.endpoint.num_retries
@@ -122,7 +122,7 @@ async def judge(args: Any, group: Group) -> DynamicFilterOutput:
     return as_verdict(await _answer(keeps, args, usable), usable, args)
 
 
-async def _run_hooks(args: Any, data_source: Any, sampled: Sampled) -> None:
+async def run_hooks(args: Any, data_source: Any, sampled: Sampled) -> None:
     """Calls the sample filter with the groups to train on, then the hook that sees all samples."""
     cfg = args.config.rollout
     if sample_filter := cfg.plugin("sample_filter_path"):

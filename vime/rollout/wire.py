@@ -1,9 +1,9 @@
 """The format of `POST /inference/v1/generate`: token ids in, token ids and log-probabilities out.
 
-Only this file knows how the answers of engine versions differ. vLLM 0.32 reports the weight version
-of each token. vLLM 0.25 does not, so its tokens get UNKNOWN_VERSION. Engines that vime starts
-answer with arrays if a request has the header `PACKED` (`vime.backends.vllm.plugin_route`), and
-with the text if it has the header `TEXT`. Other engines ignore the headers and answer as vLLM does.
+Engines that vime starts answer with arrays if a request has the header `PACKED`
+(`vime.backends.vllm.plugin_route`), and with the text if it has the header `TEXT`. Other engines
+ignore the headers and answer as vLLM does. A token whose weight version they do not report gets
+UNKNOWN_VERSION.
 """
 
 from __future__ import annotations
@@ -61,17 +61,21 @@ class Generation:
         return len(stored(self, "token_ids"))
 
 
-def build_request(token_ids: list[int], sampling_params: dict[str, Any]) -> bytes:
+def build_request(
+    token_ids: list[int], sampling_params: dict[str, Any], cache_salt: str | None = None
+) -> bytes:
     """The body of a request. The engine decodes text only if stop strings need it."""
     params = {k: v for k, v in sampling_params.items() if v is not None}
     params |= {"logprobs": 0, "detokenize": bool(params.get("stop")), "n": 1}
-    return dumps({"token_ids": token_ids, "sampling_params": params})
+    request = {"token_ids": token_ids, "sampling_params": params}
+    if cache_salt is not None:
+        request["cache_salt"] = cache_salt
+    return dumps(request)
 
 
-def parse_response(body: bytes, known_version: int | None = None) -> Generation:
+def parse_response(body: bytes) -> Generation:
     """Reads an answer, packed or in vLLM's own format.
 
-    known_version  the version for tokens whose version the engine does not report
     Raises WireError on an answer without a log-probability for every token.
     """
     try:
@@ -86,7 +90,7 @@ def parse_response(body: bytes, known_version: int | None = None) -> Generation:
     values = log_probs.values if isinstance(log_probs, Numbers) else log_probs
     if not np.asarray(values, np.float32).min(initial=0.0) > LEAST_LOG_PROB:  # false for NaN, too
         raise WireError("a sampled token came with no finite log-probability")
-    versions = _versions(spans, len(token_ids), known_version)
+    versions = _versions(spans, len(token_ids))
     return Generation(token_ids, log_probs, versions, STATUS_OF[reason], text)
 
 
@@ -112,9 +116,8 @@ def _packed(body: bytes) -> _Parts:
     return token_ids, log_probs, head.get("weight_versions"), reason, text
 
 
-def _versions(spans: list[dict] | None, count: int, known_version: int | None) -> Runs:
+def _versions(spans: list[dict] | None, count: int) -> Runs:
     """One version per token, from spans [start, end). A label that is not a number is unknown."""
-    default = UNKNOWN_VERSION if known_version is None else known_version
     values, counts, at = [], [], 0
 
     def add(version: int, end: int) -> None:
@@ -129,7 +132,7 @@ def _versions(spans: list[dict] | None, count: int, known_version: int | None) -
             version = int(span["version"])
         except ValueError:
             continue
-        add(default, min(span["start"], count))
+        add(UNKNOWN_VERSION, min(span["start"], count))
         add(version, min(span["end"], count))
-    add(default, count)
+    add(UNKNOWN_VERSION, count)
     return Runs(tuple(values), tuple(counts))

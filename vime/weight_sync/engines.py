@@ -18,15 +18,23 @@ class Engines:
     asleep           the engines' KV caches sleep during the update. vLLM schedules no request until
                      they wake up, so no pause is needed, and a resume would come too early
     check_checksums  --check-weight-update-equal
+    keep_kv          running requests keep the keys and values that older weights made
     """
 
     def __init__(
-        self, clients: list[Any], timeout_s: float, *, asleep: bool, check_checksums: bool
+        self,
+        clients: list[Any],
+        timeout_s: float,
+        *,
+        asleep: bool,
+        check_checksums: bool,
+        keep_kv: bool = False,
     ) -> None:
         self.clients = clients
         self.timeout_s = timeout_s
         self.asleep = asleep
         self.check_checksums = check_checksums
+        self.keep_kv = keep_kv
 
     def freeze(self) -> None:
         """Requests stop where they are, and the engines expect new weights."""
@@ -40,14 +48,15 @@ class Engines:
         self._each(lambda c: c.finish_weight_update(), "end of the weight update")
 
     def acknowledge(self, version: int, checksums: dict[str, str]) -> None:
-        """Forget the cached keys and values of the old weights, and set the version.
+        """Unless `keep_kv`, forget the keys and values of the old weights. Set the version.
 
         Raises EngineError unless every worker of every engine confirms the version and, if
         checksums are checked, reports the same checksums.
         """
 
         def stamp(client: Any) -> None:
-            client.reset_prefix_cache()
+            if not self.keep_kv:
+                client.reset_prefix_cache()
             held = client.set_weight_version(version)
             if not held or any(v != version for v in held):
                 raise EngineError(

@@ -54,9 +54,14 @@ class WeightSender:
         timeout_s: float,
         compare_checksums: bool = False,
         engines_asleep: bool = False,
+        keep_kv: bool = False,
     ) -> None:
         self.engines = Engines(
-            clients, timeout_s, asleep=engines_asleep, check_checksums=compare_checksums
+            clients,
+            timeout_s,
+            asleep=engines_asleep,
+            check_checksums=compare_checksums,
+            keep_kv=keep_kv,
         )
         self.transport = transport
         self.rank = rank
@@ -184,4 +189,5 @@ def make_sender(
         timeout_s=timeout_s,
         compare_checksums=cfg.engine.check_weight_update_equal,
         engines_asleep=engines_sleep(cfg, on),
+        keep_kv=cfg.rollout.keeps_kv_cache,
     )

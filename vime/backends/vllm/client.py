@@ -43,8 +43,11 @@ class EngineClient:
     # -- generation ------------------------------------------------------------------------------
 
     def pause(self, mode: str = "keep") -> None:
-        """keep: freeze requests until `resume`; abort: answer them now with their tokens so far."""
-        self._call("POST", "/pause", params={"mode": mode})
+        """keep: freeze requests until `resume`; abort: answer them now with their tokens so far.
+
+        Cached keys and values stay. vLLM would drop those of frozen requests, too.
+        """
+        self._call("POST", "/pause", params={"mode": mode, "clear_cache": "false"})
 
     def resume(self) -> None:
         self._call("POST", "/resume")
@@ -79,13 +82,12 @@ class EngineClient:
         self._transfer("/finish_weight_update")
 
     def set_weight_version(self, version: int) -> list[int]:
-        """Set the version of every worker. Releases that report versions stamp new tokens with it.
+        """Set the version of every worker. The engine stamps new tokens with it.
 
         Returns the version that each worker now reports.
         """
         held = _versions(self.rpc("vime_set_weight_version", version))
-        if self.dialect.reports_weight_versions:
-            self._call("POST", "/update_weight_version", json={"new_version": str(version)})
+        self._call("POST", "/update_weight_version", json={"new_version": str(version)})
         return held
 
     def weight_versions(self) -> list[int]:

@@ -15,14 +15,11 @@ class Dialect:
     """One release.
 
     generate_flags           flags that make the server offer /inference/v1/generate
-    reports_weight_versions  answers hold each token's weight version, which /update_weight_version
-                             sets
     kv_cache_bytes_flag      --kv-cache-memory-bytes sets the size of the KV cache on CPU too
     """
 
     version: tuple[int, int]
     generate_flags: tuple[str, ...]
-    reports_weight_versions: bool
     kv_cache_bytes_flag: bool
 
 
@@ -32,7 +29,7 @@ def dialect_of(version: str) -> Dialect:
     assert numbers, f"not a vLLM version: {version!r}"
     release = (int(numbers[1]), int(numbers[2]))
     recent = release >= SCALE_OUT
-    return Dialect(release, ("--enable-scale-out",) if recent else (), recent, recent)
+    return Dialect(release, ("--enable-scale-out",) if recent else (), recent)
 
 
 def installed_version() -> str | None:

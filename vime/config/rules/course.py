@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from vime.config import Config
 from vime.config.sections.prompts import DATA_SOURCE_PATH
-from vime.config.sections.rollout import SFT_ROLLOUT, VLLM_ROLLOUT
+from vime.config.sections.rollout import ENGINE_ROLLOUTS, SFT_ROLLOUT
 
 
 def run_has_a_length(cfg: Config) -> Iterator[str]:
@@ -28,7 +28,7 @@ def _rollout_makes_its_prompts(cfg: Config) -> Iterator[str]:
         yield f"{name} does not read --prompt-data {cfg.data.prompt_data}. Drop one of the two."
     if cfg.batch.num_epoch is not None:
         yield f"{name} has no epochs. Give --num-rollout in place of --num-epoch."
-    if rollout.function_path == VLLM_ROLLOUT and rollout.custom_generate_path is None:
+    if rollout.function_path in ENGINE_ROLLOUTS and rollout.custom_generate_path is None:
         yield (
             f"{name} leaves samples without prompts. Add a --custom-generate-function-path or a "
             "--rollout-function-path that makes prompts."
@@ -72,6 +72,12 @@ def weights_are_due_in_time(cfg: Config) -> Iterator[str]:
             f"{name}: with --colocate, engines drop their weights while the trainer works. Add "
             "--no-offload-rollout, or leave --update-weights-interval out."
         )
+    staleness = cfg.rollout.max_weight_staleness
+    if cfg.rollout.fully_async and staleness < interval - 1:
+        yield (
+            f"{name} lets weights get {interval - 1} versions old, and --max-staleness "
+            f"{staleness} forbids it. Raise the second, or lower the first."
+        )
     for other, value in (
         ("--eval-interval", cfg.eval.interval),
         ("--save-interval", cfg.checkpoint.save_interval),
@@ -85,7 +91,7 @@ def weights_are_due_in_time(cfg: Config) -> Iterator[str]:
 
 def loss_and_rollout_agree(cfg: Config) -> Iterator[str]:
     function, loss = cfg.rollout.function_path, cfg.algorithm.loss_type
-    if not cfg.algorithm.needs_reward and function == VLLM_ROLLOUT:
+    if not cfg.algorithm.needs_reward and function in ENGINE_ROLLOUTS:
         yield (
             f"--loss-type {loss} learns from given answers, and --rollout-function-path {function} "
             f"samples new ones. Add --rollout-function-path {SFT_ROLLOUT}."
@@ -104,7 +110,7 @@ def debug_runs_have_their_parts(cfg: Config) -> Iterator[str]:
     no trainer.
     """
     debug, function = cfg.debug, cfg.rollout.function_path
-    if debug.train_only and debug.load_rollout_data is None and function == VLLM_ROLLOUT:
+    if debug.train_only and debug.load_rollout_data is None and function in ENGINE_ROLLOUTS:
         yield (
             f"--debug-train-only starts no engines, and --rollout-function-path {function} needs "
             "engines. Give a function that reads its data itself, or drop --debug-train-only."

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vime.config import Config
 from vime.config.hf_config import hf_config
-from vime.config.sections.rollout import VLLM_ROLLOUT
+from vime.config.sections.rollout import ENGINE_ROLLOUTS
 
 
 def checkpoint_is_there(cfg: Config) -> Iterator[str]:
@@ -63,7 +63,7 @@ def _served_teacher(cfg: Config) -> Iterator[str]:
         rollout.data_postprocess_path,
         cfg.debug.load_rollout_data,
     )
-    if url is None and rollout.function_path == VLLM_ROLLOUT and not any(by_hand):
+    if url is None and rollout.function_path in ENGINE_ROLLOUTS and not any(by_hand):
         yield (
             "--opd-type vllm needs a teacher. Add --opd-teacher-url http://HOST:PORT of "
             "`vllm serve TEACHER`, or your own function that sets Sample.teacher_log_probs."

@@ -97,6 +97,12 @@ class EvalConfig(Section):
         at_least=1,
         per_dataset=True,
     )
+    concurrency: int | None = flag(
+        "--eval-concurrency",
+        "requests of an evaluation in flight per engine (default: --vllm-server-concurrency)",
+        default=None,
+        at_least=1,
+    )
     max_response_len: int | None = twin(RolloutConfig, "max_response_len")
     temperature: float | None = twin(RolloutConfig, "temperature")
     top_p: float | None = twin(RolloutConfig, "top_p")

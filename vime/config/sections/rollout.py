@@ -22,6 +22,8 @@ from vime.plugins.rollout import (
 from vime.rollout.rm_hub.registry import GRADERS, problems_of
 
 VLLM_ROLLOUT = "vime.rollout.vllm_rollout.generate_rollout"
+FULLY_ASYNC = "vime.rollout.fully_async.generate_rollout"
+ENGINE_ROLLOUTS = (VLLM_ROLLOUT, FULLY_ASYNC)  # vime's own that sample with engines
 SFT_ROLLOUT = "vime.rollout.sft_rollout.generate_rollout"
 
 
@@ -117,6 +119,27 @@ class RolloutConfig(Section):
         at_least=0,
         only_with="--partial-rollout",
     )
+    max_weight_staleness: int = flag(
+        "--max-staleness",
+        "train on no token whose weights are more than N versions old; more groups are under way "
+        "with a larger N",
+        default=2,
+        at_least=0,
+        only_with=f"--rollout-function-path {FULLY_ASYNC}",
+    )
+    late_groups: str = flag(
+        "--late-groups",
+        "groups that would exceed --max-staleness: a step waits for them, or drops or restarts them",
+        default="wait",
+        choices=("wait", "drop", "restart"),
+        only_with=f"--rollout-function-path {FULLY_ASYNC}",
+    )
+    recompute_kv_cache: bool = flag(
+        "--recompute-kv-cache",
+        "running requests compute their keys and values again after each weight update",
+        default=False,
+        only_with=f"--rollout-function-path {FULLY_ASYNC}",
+    )
     buffer_filter_path: str = flag(
         "--buffer-filter-path",
         "takes groups out of the buffer of unfinished groups",
@@ -191,7 +214,22 @@ class RolloutConfig(Section):
         "--vllm-server-concurrency", "requests in flight per engine", default=512, at_least=1
     )
 
+    @property
+    def fully_async(self) -> bool:
+        """Whether generation never stops."""
+        return self.function_path == FULLY_ASYNC
+
+    @property
+    def keeps_kv_cache(self) -> bool:
+        """Whether engines keep the keys and values of older weights."""
+        return self.fully_async and not self.recompute_kv_cache
+
     def problems(self) -> Iterator[str]:
+        if self.fully_async and self.partial:
+            yield (
+                f"--partial-rollout: --rollout-function-path {FULLY_ASYNC} continues all unfinished "
+                "groups anyway. Leave --partial-rollout out."
+            )
         if (
             self.max_context_len is not None
             and self.max_prompt_len is not None

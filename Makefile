@@ -82,7 +82,10 @@ bench-founding-recipe:  ## the founding recipe on 8 GPUs (or 4) with random weig
 bench-scaling-model: install  ## predicted step time on 1 to 8 GPUs, from the results of the GPU benchmarks
 	$(PYTHON) benchmarks/scaling_model.py
 
-bench-kill-resume: install  ## 30 runs killed at random moments and resumed, against an undisturbed run
+bench-async-loops: install  ## the three loops on CPU with answers of a long tail: time of a step
+	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.async_loops
+
+bench-kill-resume: install  ## 60 runs killed at random moments and resumed, against undisturbed runs
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.kill_resume --write
 
 bench-convert: install  ## convert a checkpoint of Qwen3-4B's shapes and back: seconds, peak memory

@@ -20,7 +20,7 @@ from vime.ray.placement_group import Placement
 from vime.ray.wait import stacks_if_longer_than
 from vime.rollout import debug_data
 from vime.rollout.ahead import Ahead, load_ahead, save_ahead
-from vime.rollout.fully_async import Generation
+from vime.rollout.fully_async import GENERATION_TIME, Generation
 from vime.rollout.saved_stream import load_stream, save_stream
 from vime.rollout.sockets import raise_file_limit
 from vime.rollout.train_data import eval_metrics, make_train_batch, rollout_metrics
@@ -105,12 +105,14 @@ class RolloutManager:
             debug_data.save_rollout(path, rollout_id, output.samples, output.metrics)
         batch = make_train_batch(self.args, output.samples, rollout_id)
         tokens = sum(s.response_length for s in batch.sequences)
+        # Generation that never stops takes longer than the wait for its groups.
+        generation_s = output.metrics.get(GENERATION_TIME, rollout_s)
         metrics = {
-            "perf/tokens_per_gpu_per_sec": tokens / rollout_s / self.cfg.cluster.rollout_gpus,
             **output.metrics,
             **batch.metrics,
             "perf/rollout_time": rollout_s,
             "perf/batching_time": time.perf_counter() - started - rollout_s,
+            "perf/tokens_per_gpu_per_sec": tokens / generation_s / self.cfg.cluster.rollout_gpus,
         }
         metrics = rollout_metrics(self.args, output.samples, rollout_id, metrics, rollout_s)
         return metrics, *parts_of(batch, self.cfg.dp)

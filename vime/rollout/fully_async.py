@@ -31,6 +31,7 @@ from vime.rollout.teacher import teacher_of
 from vime.rollout.vllm_rollout import judge, run, run_hooks
 from vime.types import Group, RolloutFnEvalOutput, RolloutFnTrainOutput, Sample
 
+GENERATION_TIME = "perf/generation_time"  # since the previous step had its groups
 CALL_TIMEOUT_S = 300.0  # of a call that waits for no generation
 
 
@@ -203,16 +204,15 @@ class Generation:
         grading.warn_of_missing_marks(self.args, [s for group in sampled.kept for s in group])
         values = metrics.of_rollout(self.args, sampled, collected.seconds, step)
         self._count()
-        values |= of_stream(collected, self.cfg.cluster.rollout_gpus)
+        values |= of_stream(collected)
         values |= getattr(self.data_source, "skipped", {})
         values["rollout/request_retries"], self.num_retries = self.num_retries, 0
         values["perf/reward_time"], self.reward_s = self.reward_s, 0.0
         return RolloutFnTrainOutput(sampled.kept, values)
 
 
-def of_stream(collected: Collected, num_gpus: int) -> dict[str, float]:
+def of_stream(collected: Collected) -> dict[str, float]:
     """The stream's metrics of a step."""
-    tokens = sum(s.response_length for group in collected.kept for s in group)
     late = [s.response_length for entry in collected.late for s in entry.group]
     return {
         "rollout/groups_running": collected.running,
@@ -222,7 +222,7 @@ def of_stream(collected: Collected, num_gpus: int) -> dict[str, float]:
         "rollout/late_response_len": sum(late) / len(late) if late else 0.0,
         "perf/groups_wait_time": collected.waited_s,
         "perf/engines_idle_time": collected.idle_s,
-        "perf/tokens_per_gpu_per_sec": tokens / max(collected.seconds, 1e-9) / num_gpus,
+        GENERATION_TIME: collected.seconds,
     }
 
 

@@ -61,6 +61,9 @@ bench-answers: install  ## the share of the answer table that each grader gets r
 bench-packing: install  ## fill of micro-batches, balance of ranks, seconds to plan
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/packing.py
 
+bench-timeline: install  ## CPU time of a span of the timeline
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/timeline.py
+
 bench-logprob-memory: install  ## peak memory of log-probabilities at a 152k vocabulary
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/logprob_memory.py
 

@@ -293,16 +293,15 @@ def test_the_plot_is_a_png_and_refuses_metrics_without_rewards(tmp_path):
 
 def settings(**given):
     fields = dict.fromkeys(("run_dir", "tb_dir", "wandb_project", "wandb_group"))
-    return SimpleNamespace(
-        **{**fields, "use_tensorboard": False, "use_wandb": False, "progress": "none", **given}
-    )
+    off = {"use_tensorboard": False, "use_wandb": False, "progress": "none", "timeline": False}
+    return SimpleNamespace(**{**fields, **off, **given})
 
 
 def test_a_run_log_writes_to_run_dir_or_else_to_the_fallback(tmp_path):
     with RunLog(settings(), fallback_dir=str(tmp_path / "save")) as log:
         log.start(0, 2)
-        log.phase("train")
-        log.step(1, {"train/loss": 1.0})
+        with log.phase("train"):
+            log.step(1, {"train/loss": 1.0})
     assert steps_in(tmp_path / "save") == [1]
     assert RunLog(settings(run_dir=str(tmp_path)), fallback_dir="elsewhere").run_dir == tmp_path
 

@@ -64,6 +64,7 @@ def test_the_client_reads_the_answers_that_the_route_packs():
     numbers = [5, 70_000, 6], [-0.5, -1.0, -0.25], [2, 2, 2]
     assert read == wire.Generation(*numbers, Status.TRUNCATED, "two\nlines \u2028 é")
     assert wire.parse_response(route.pack(output)).text is None
+    assert wire.parse_response(route.pack(output, url="http://h:1")).engine == "http://h:1"
 
 
 def test_a_missing_weight_version_is_marked_unknown():

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from vime.observe import spans
 from vime.observe.metrics import MetricsLog
 from vime.observe.progress import Progress, clock_time
 from vime.observe.trackers import make_trackers
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_RUNS = "runs"  # the folder of runs without --run-dir and --save
 
@@ -24,6 +30,7 @@ class LogSettings(Protocol):
     wandb_project: str | None
     wandb_group: str | None
     progress: str
+    timeline: bool
 
 
 class RunLog:
@@ -36,7 +43,8 @@ class RunLog:
         with RunLog(cfg.log, fallback_dir=cfg.checkpoint.save) as log:
             log.starting("2 engines")
             log.start(start_step, num_rollouts)
-            log.phase("train")
+            with log.phase("train"):
+                ...
             log.step(num_trained, metrics)
     """
 
@@ -75,10 +83,13 @@ class RunLog:
         self._progress = Progress(num_rollouts, start=start_step, mode=self._settings.progress)
         self._progress.__enter__()
 
-    def phase(self, name: str) -> None:
-        """Sets the phase that the progress line shows."""
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A phase of the loop, for the progress line and the timeline."""
         if self._progress is not None:
             self._progress.phase(name)
+        with spans.span(name):
+            yield
 
     def keep(self, num_trained: int, metrics: Mapping[str, Any]) -> None:
         """Saves a step's metrics before a checkpoint commits the step, in case of a kill."""
@@ -92,6 +103,9 @@ class RunLog:
         self._progress.update(num_trained, self._metrics.log(num_trained, metrics))
 
     def __enter__(self) -> RunLog:
+        if self._settings.timeline:
+            shutil.rmtree(self.run_dir / spans.FOLDER, ignore_errors=True)  # of an earlier run
+            spans.record(self.run_dir, "loop")
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -99,3 +113,18 @@ class RunLog:
             self._progress.__exit__(*exc)
         if self._metrics is not None:
             self._metrics.close()
+        if self._settings.timeline:
+            spans.stop()
+            self._write_timeline()
+
+    def _write_timeline(self) -> None:
+        """A run does not fail because its timeline does."""
+        from vime.observe.timeline import write_timeline
+
+        try:
+            written = write_timeline(self.run_dir)
+        except Exception as error:
+            logger.warning("no timeline: %s: %s", type(error).__name__, error)
+        else:
+            if self._settings.progress != "none":
+                print("timeline: " + ", ".join(map(str, written)), flush=True)

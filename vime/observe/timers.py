@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from vime.observe.spans import span
+
 
 class Timers:
     """Accumulates durations under names such as `perf/save_time`.
@@ -14,7 +16,8 @@ class Timers:
             ...
         metrics = timers.take()  # {"perf/save_time": seconds}
 
-    Durations of one name add up over a step. A block that raises an error counts, too.
+    Durations of one name add up over a step. A block that raises an error counts, too. The timeline
+    of the run gets the blocks as well.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -25,7 +28,8 @@ class Timers:
     def __call__(self, name: str) -> Iterator[None]:
         start = self._clock()
         try:
-            yield
+            with span(name.replace("_", " ")):
+                yield
         finally:
             self.add(name, self._clock() - start)
 

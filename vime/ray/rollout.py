@@ -15,6 +15,8 @@ from vime.config.view import ArgsView
 from vime.data.chat import load_tokenizer
 from vime.data.train_batch import parts_of
 from vime.errors import EngineError
+from vime.observe import spans
+from vime.observe.spans import span
 from vime.ray.engines import EngineGroup
 from vime.ray.placement_group import Placement
 from vime.ray.wait import stacks_if_longer_than
@@ -31,6 +33,8 @@ class RolloutManager:
     """A plain class that Ray wraps. `start` once, then `generate`, `evaluate`, `save`, `stop`."""
 
     def __init__(self, cfg: Config) -> None:
+        if cfg.log.timeline:
+            spans.record(cfg.log.run_dir, "manager")
         self.cfg = cfg
         self.engines: EngineGroup | None = None
         # The data source's state right after each rollout: a checkpoint of rollout i must not
@@ -96,14 +100,16 @@ class RolloutManager:
     def generate(self, rollout_id: int) -> tuple[dict[str, float] | RankBatch, ...]:
         """One rollout: its metrics, then the part of its batch for each data-parallel rank."""
         started = time.perf_counter()
-        output = self._samples_of(rollout_id)
+        with span("wait for groups" if self.generation else "generate", rollout=rollout_id):
+            output = self._samples_of(rollout_id)
         rollout_s = time.perf_counter() - started
         if self.generation is None and (state := self._data_state()) is not None:
             self.states[rollout_id] = state
             self.latest = Ahead(rollout_id, output, state)
         if path := self.cfg.debug.save_rollout_data:
             debug_data.save_rollout(path, rollout_id, output.samples, output.metrics)
-        batch = make_train_batch(self.args, output.samples, rollout_id)
+        with span("batching", rollout=rollout_id):
+            batch = make_train_batch(self.args, output.samples, rollout_id)
         tokens = sum(s.response_length for s in batch.sequences)
         # Generation that never stops takes longer than the wait for its groups.
         generation_s = output.metrics.get(GENERATION_TIME, rollout_s)
@@ -147,7 +153,8 @@ class RolloutManager:
     def evaluate(self, rollout_id: int) -> dict[str, float]:
         """Run the evaluation function. Its metrics are named eval/{dataset}..."""
         started = time.perf_counter()
-        with stacks_if_longer_than(self.cfg.engine.request_timeout_s):
+        timeout_s = self.cfg.engine.request_timeout_s
+        with stacks_if_longer_than(timeout_s), span("evaluate", step=rollout_id):
             output: RolloutFnEvalOutput = self.eval_fn(
                 self.args, rollout_id, self.data_source, evaluation=True
             )
@@ -158,6 +165,10 @@ class RolloutManager:
 
     def save(self, rollout_id: int) -> None:
         """Write the data source's state as it was after rollout `rollout_id`."""
+        with span("save", rollout=rollout_id):
+            self._save(rollout_id)
+
+    def _save(self, rollout_id: int) -> None:
         if self.generation is not None:
             with self.generation.suspended() as entries:
                 self.data_source.save(rollout_id)
@@ -178,10 +189,12 @@ class RolloutManager:
     def suspend(self) -> None:
         """Running requests stop where they are. The next `weights_are` goes on."""
         if self.generation is not None:
-            self.generation.suspend()
+            with span("suspend"):
+                self.generation.suspend()
 
     def stop(self) -> None:
         if self.generation is not None:
             self.generation.close()
+        spans.stop()
         if self.engines:
             self.engines.stop()

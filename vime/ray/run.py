@@ -15,6 +15,7 @@ from vime.backends.vllm.client import EngineClient
 from vime.config import Config
 from vime.errors import EngineError
 from vime.observe import RunLog, Timers
+from vime.observe.spans import span
 from vime.platform import current
 from vime.ray.environment import remote
 from vime.ray.placement_group import Placement
@@ -68,7 +69,8 @@ class Run:
         self.evaluation: Evaluation | None = None
         self.held: tuple[int, dict[str, float]] | None = None
         self.gpus = SharedGpus(cfg, self._train, self.timers, on=current())
-        self._start(placement)
+        with span("start"):
+            self._start(placement)
         if self.start_step > 0 and (cfg.checkpoint.load or not cfg.debug.needs_no_data_state):
             self._ask(self.manager.load.remote(self.start_step - 1), "the data state to be loaded")
         self.num_rollouts = self._num_rollouts()
@@ -134,15 +136,16 @@ class Run:
             self._log(self.start_step)
         for step in range(self.start_step, self.num_rollouts):
             started = time.perf_counter()
-            yield step
+            with span("step", step=step):
+                yield step
             step_s = time.perf_counter() - started
             self.metrics |= {"perf/step_time": step_s, **self.timers.take()}
             self.metrics["perf/wait_time_ratio"] = self.metrics["perf/train_wait_time"] / step_s
             self._log(step + 1)
         self.finish_evaluation()
         if self.trainer is not None and self.cfg.checkpoint.async_save:
-            self.log.phase("save")
-            self._train("finish_saves")
+            with self.log.phase("save"):
+                self._train("finish_saves")
 
     def _log(self, num_trained: int) -> None:
         """Log a step. It waits while an evaluation of its weights runs."""
@@ -192,13 +195,13 @@ class Run:
         return rollout
 
     def generate(self, step: int) -> RolloutHandle:
-        self.log.phase("generate")
-        return self.finish(self.start_generating(step))
+        with self.log.phase("generate"):
+            return self.finish(self.start_generating(step))
 
     def evaluate(self, step: int) -> None:
         def scores() -> dict[str, float]:
-            self.log.phase("evaluate")
-            return self._ask(self.manager.evaluate.remote(step), "the evaluation")
+            with self.log.phase("evaluate"):
+                return self._ask(self.manager.evaluate.remote(step), "the evaluation")
 
         self.metrics |= self._without_lost_engines(scores, self.sync_weights)
 
@@ -241,14 +244,14 @@ class Run:
 
     def train(self, rollout: RolloutHandle) -> None:
         """All optimizer steps of one rollout."""
-        self.log.phase("train")
-        self.metrics |= self._ask(rollout.metrics, "the rollout's metrics")
-        if self.trainer is None:  # --debug-rollout-only
-            return
-        with self.timers("train"):
-            timeout_s = self.cfg.engine.request_timeout_s
-            self.metrics |= self.trainer.train(rollout.parts, timeout_s=timeout_s)
-        self.num_trained = rollout.rollout_id + 1
+        with self.log.phase("train"):
+            self.metrics |= self._ask(rollout.metrics, "the rollout's metrics")
+            if self.trainer is None:  # --debug-rollout-only
+                return
+            with self.timers("train"):
+                timeout_s = self.cfg.engine.request_timeout_s
+                self.metrics |= self.trainer.train(rollout.parts, timeout_s=timeout_s)
+            self.num_trained = rollout.rollout_id + 1
 
     def sync_weights(self) -> None:
         """Put the trainer's weights into every engine, and check that all engines have them."""
@@ -256,9 +259,8 @@ class Run:
             return
 
         def update() -> None:
-            self.log.phase("sync weights")
             timeout_s = self.cfg.engine.weight_transfer_timeout_s + 30
-            with self.gpus.for_weight_update():
+            with self.log.phase("sync weights"), self.gpus.for_weight_update():
                 self.metrics |= self._train("update_weights", self.num_trained, timeout_s=timeout_s)
 
         self._without_lost_engines(update)
@@ -269,8 +271,7 @@ class Run:
         """Commit a checkpoint: exports and data state, then weights, and last the tracker file."""
         if self.trainer is None:
             return
-        self.log.phase("save")
-        with self.timers("save"):
+        with self.log.phase("save"), self.timers("save"):
             if self.cfg.checkpoint.save_hf:
                 self._train("save_hf", self.cfg.checkpoint.save_hf.format(rollout_id=step))
             if self.cfg.checkpoint.save:
@@ -302,15 +303,15 @@ class Run:
 
     def _restart_engines(self, lost: list[int]) -> None:
         """Start lost engines again. All engines and the trainer are then ready for an update."""
-        self.log.phase("restart engines")
-        self.gpus.free_trainer_memory()
-        restarted = self.manager.restart_engines.remote(lost)
-        timeout_s = self.cfg.engine.start_timeout_s + _STOP_TIMEOUT_S
-        self._ask(restarted, "lost engines to start again", timeout_s)
-        self.gpus.sleep_engines()
-        with self.gpus.for_training():
-            pass  # the trainer's weights return to the GPU
-        self._connect_engines()
+        with self.log.phase("restart engines"):
+            self.gpus.free_trainer_memory()
+            restarted = self.manager.restart_engines.remote(lost)
+            timeout_s = self.cfg.engine.start_timeout_s + _STOP_TIMEOUT_S
+            self._ask(restarted, "lost engines to start again", timeout_s)
+            self.gpus.sleep_engines()
+            with self.gpus.for_training():
+                pass  # the trainer's weights return to the GPU
+            self._connect_engines()
         name = "rollout/engines_restarted"
         self.metrics[name] = self.metrics.get(name, 0) + len(lost)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import ray
 
 from vime.addresses import LOOPBACK
 from vime.config import Config
+from vime.observe import spans
 from vime.platform import current
 from vime.ray.environment import remote
 from vime.ray.placement_group import Placement, Slot
@@ -53,8 +55,10 @@ class TrainerRank:
         from vime.backends.megatron.trainer import MegatronTrainer
 
         self._keep_log(cfg)
+        if cfg.log.timeline:
+            spans.record(cfg.log.run_dir, f"trainer-{self.rank}")
         os.environ.update(interface_variables(self.host, os.environ))
-        with stacks_if_longer_than(timeout_s), memory_remedy(cfg):
+        with stacks_if_longer_than(timeout_s), memory_remedy(cfg), spans.span("start"):
             # Ray shows each actor only its own GPU, so the local rank is always 0.
             self.trainer = MegatronTrainer(
                 cfg, self.rank, world_size, 0, address, port, self.store, self.host
@@ -75,8 +79,18 @@ class TrainerRank:
             logger.addHandler(handler)
 
     def call(self, method: str, timeout_s: float, *args: Any) -> Any:
-        with stacks_if_longer_than(timeout_s):
-            return getattr(self.trainer, method)(*args)
+        try:
+            with stacks_if_longer_than(timeout_s), _span(method, *args):
+                return getattr(self.trainer, method)(*args)
+        finally:
+            spans.flush()  # at the end of the run, Ray ends this process at once
+
+
+def _span(method: str, *args: Any) -> AbstractContextManager[None]:
+    """The span of a call, with the rollout or the version that it is about."""
+    subject = getattr(args[0], "rollout_id", args[0]) if args else None
+    about = {"of": subject} if isinstance(subject, int | str) else {}
+    return spans.span(method.replace("_", " "), **about)
 
 
 class TrainerGroup:

@@ -12,6 +12,8 @@ from typing import Any
 import aiohttp
 
 from vime.errors import EngineError
+from vime.number_lists import Runs, stored
+from vime.observe import spans
 from vime.rollout import wire
 from vime.rollout.posting import RETRY_WINDOW_S, Endpoint, RequestFailed
 from vime.rollout.wire import Generation, WireError
@@ -31,6 +33,7 @@ class GenerateClient:
     timeout_s      deadline of one request, retries included
     api_key        the key of engines that run with --vllm-api-key or VLLM_API_KEY
     cache_salt     requests with different salts share no cached prefix. It may change at any time
+    purpose        the name of the requests in the timeline
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class GenerateClient:
         timeout_s: float,
         api_key: str | None = None,
         cache_salt: str | None = None,
+        purpose: str = "generate",
         retry_window_s: float = RETRY_WINDOW_S,
     ) -> None:
         self.endpoint = Endpoint(router_url.rstrip("/") + wire.PATH, timeout_s, retry_window_s)
@@ -51,6 +55,7 @@ class GenerateClient:
             self.headers["Authorization"] = f"Bearer {api_key}"
         self.aborting = False
         self.cache_salt = cache_salt
+        self.purpose = purpose
         self._slots = asyncio.Semaphore(concurrency)
         self._num_in_flight = 0
         self._none_in_flight = asyncio.Event()
@@ -85,6 +90,7 @@ class GenerateClient:
             if self.aborting:
                 return Generation()
             headers = {SESSION_HEADER: session_id, wire.TEXT: text}
+            began = spans.now()
             with self._in_flight():
                 answer = await self.endpoint.post(
                     self._session,
@@ -95,9 +101,21 @@ class GenerateClient:
         if answer is None:
             return Generation()
         try:
-            return wire.parse_response(answer)
+            generation = wire.parse_response(answer)
         except WireError as error:
             raise RequestFailed(f"{self.endpoint.url}: {error}") from None
+        if spans.recording():
+            self._record(began, session_id, generation)
+        return generation
+
+    def _record(self, began: float, session_id: str | None, generation: Generation) -> None:
+        """A span of the engine that answered. Engines that vime did not start do not say which."""
+        known = generation.engine in self.engine_urls
+        track = f"engine {self.engine_urls.index(generation.engine)}" if known else "engines"
+        versions = stored(generation, "weight_versions")
+        values = list(versions.values) if isinstance(versions, Runs) else sorted(set(versions))
+        args = {"sample": session_id, "tokens": len(generation), "versions": values}
+        spans.add(self.purpose, began, track, **args)
 
     def _salt(self, version: int | None) -> str | None:
         return self.cache_salt if self.cache_salt is None or version is None else str(version)

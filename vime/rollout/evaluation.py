@@ -35,7 +35,7 @@ RUNTIME = (
 async def evaluate(args: Any, rollout_id: int) -> RolloutFnEvalOutput:
     """Scores every data set. Raises EngineError when no sample of a data set was graded."""
     datasets = eval_datasets(args.config)
-    async with make_client(args, args.config.eval.concurrency) as client:
+    async with make_client(args, args.config.eval.concurrency, "evaluate") as client:
         results = await asyncio.gather(
             *(_evaluate_dataset(args, rollout_id, client, dataset) for dataset in datasets)
         )

@@ -23,6 +23,7 @@ from vime.config import Config
 from vime.data import chat
 from vime.errors import PluginError
 from vime.number_lists import Numbers, Runs, extend, listed, stored
+from vime.observe.spans import span
 from vime.plugins.hook import Plugin
 from vime.plugins.rollout import GENERATE
 from vime.rollout import grading, wire
@@ -108,10 +109,13 @@ def current_rollout() -> Rollout:
         ) from None
 
 
-def make_client(args: Any, per_engine: int | None = None) -> GenerateClient:
+def make_client(
+    args: Any, per_engine: int | None = None, purpose: str = "generate"
+) -> GenerateClient:
     """A client of the router in `args`.
 
     per_engine  bounds the requests in flight (default: --vllm-server-concurrency)
+    purpose     the name of the requests in the timeline
 
     The machine's limits of files and ports bound the requests of all engines together.
     """
@@ -137,6 +141,7 @@ def make_client(args: Any, per_engine: int | None = None) -> GenerateClient:
         timeout_s=cfg.engine.request_timeout_s,
         api_key=getattr(args, "vllm_api_key", None),
         cache_salt=stream.cache_salt if stream else None,
+        purpose=purpose,
     )
 
 
@@ -162,11 +167,12 @@ async def finish_or_stop(
         return made
 
     _current.set(rollout)
-    parts = await asyncio.gather(*map(finish, group))
-    group = [sample for part in parts for sample in part]
-    if rollout.client.aborting or not await _graded(rollout, group):
-        return group, False
-    group = [await _run_sample_hooks(rollout, sample) for sample in group]
+    with span(rollout.client.purpose, "groups", group=group[0].group_index):
+        parts = await asyncio.gather(*map(finish, group))
+        group = [sample for part in parts for sample in part]
+        if rollout.client.aborting or not await _graded(rollout, group):
+            return group, False
+        group = [await _run_sample_hooks(rollout, sample) for sample in group]
     grading.check_group(rollout.args, group, as_number=rollout.numeric_rewards)
     return group, True
 
@@ -181,7 +187,8 @@ async def _graded(rollout: Rollout, group: Group) -> bool:
             return False
         if rollout.teacher is None:
             return True
-        await rollout.teacher.judge(group)
+        with span("judge", "teacher", group=group[0].group_index):
+            await rollout.teacher.judge(group)
         return not rollout.teacher.stopped.is_set()
 
 

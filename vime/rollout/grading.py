@@ -10,6 +10,7 @@ import asyncio
 import importlib.util
 import logging
 import re
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from vime.config.evaluation import eval_datasets
 from vime.config.sections.prompts import DATA_SOURCE_PATH
 from vime.config.sections.rollout import ENGINE_ROLLOUTS
 from vime.errors import ReturnError
+from vime.observe.spans import span
 from vime.plugins.hook import Plugin
 from vime.plugins.rollout import REWARD, reward_problem
 from vime.rollout.deadline import Overran, ended_by
@@ -120,14 +122,20 @@ async def _by_registry(args: Any, sample: Sample, rm_type: str) -> float | dict[
     if grader.takes_sample:
         if rm_type.startswith(BOXED):
             sample = replace(sample, response=response)
-        return await grader.grade(args, sample)
+        with _span(sample):
+            return await grader.grade(args, sample)
     quick = grader.quick and grader.quick(response, sample.label, sample.metadata)
     if quick is not None:
         return quick
     settings = args.config.reward
     pool = shared_pool(settings.workers, settings.timeout_s)
     future = pool.submit(name, response, sample.label, sample.metadata)
-    return await asyncio.wrap_future(future)
+    with _span(sample):  # a quick answer has none: it takes as long as its span
+        return await asyncio.wrap_future(future)
+
+
+def _span(sample: Sample) -> AbstractContextManager[None]:
+    return span("grade", "graders", sample=sample.index, group=sample.group_index)
 
 
 def without_end_mark(response: str) -> str:
@@ -171,7 +179,8 @@ async def _in_time(args: Any, grader: Plugin, subject: Any) -> Any:
     """The answer of a user's grader. Raises GradingTimeout, and PluginError if it is no reward."""
     limit_s = args.config.engine.request_timeout_s
     try:
-        return await ended_by(grader.call(args, subject), seconds=limit_s)
+        with _span(subject[0] if isinstance(subject, list) else subject):
+            return await ended_by(grader.call(args, subject), seconds=limit_s)
     except Overran:
         raise GradingTimeout(
             f"the custom grader took longer than {limit_s:g} s (--router-request-timeout-secs)"

@@ -49,6 +49,7 @@ class Generation:
     """An answer of R tokens. `log_probs` and `weight_versions` have R entries, too.
 
     text  of these tokens; None if the engine was not asked for it or cannot give it
+    engine  its URL; None if it does not say
     """
 
     token_ids: list[int] | Numbers = field(default_factory=list)
@@ -56,6 +57,7 @@ class Generation:
     weight_versions: list[int] | Runs = field(default_factory=list)
     status: Status = Status.ABORTED
     text: str | None = None
+    engine: str | None = None
 
     def __len__(self) -> int:
         return len(stored(self, "token_ids"))
@@ -80,7 +82,7 @@ def parse_response(body: bytes) -> Generation:
     """
     try:
         read = _packed if body.startswith(MAGIC) else _stock
-        token_ids, log_probs, spans, reason, text = read(body)
+        token_ids, log_probs, spans, reason, text, engine = read(body)
     except (ValueError, LookupError, TypeError) as error:
         raise WireError(f"not an answer of {PATH}: {error!r} in {body[:200]!r}") from None
     if reason not in STATUS_OF:
@@ -91,10 +93,10 @@ def parse_response(body: bytes) -> Generation:
     if not np.asarray(values, np.float32).min(initial=0.0) > LEAST_LOG_PROB:  # false for NaN, too
         raise WireError("a sampled token came with no finite log-probability")
     versions = _versions(spans, len(token_ids))
-    return Generation(token_ids, log_probs, versions, STATUS_OF[reason], text)
+    return Generation(token_ids, log_probs, versions, STATUS_OF[reason], text, engine)
 
 
-_Parts = tuple[list | Numbers, list | Numbers, list[dict] | None, str, str | None]
+_Parts = tuple[list | Numbers, list | Numbers, list[dict] | None, str, str | None, str | None]
 
 
 def _stock(body: bytes) -> _Parts:
@@ -102,7 +104,7 @@ def _stock(body: bytes) -> _Parts:
     content = (choice.get("logprobs") or {}).get("content") or []
     log_probs = [entry["logprob"] for entry in content]
     spans = choice.get("weight_versions")
-    return choice.get("token_ids") or [], log_probs, spans, choice["finish_reason"], None
+    return choice.get("token_ids") or [], log_probs, spans, choice["finish_reason"], None, None
 
 
 def _packed(body: bytes) -> _Parts:
@@ -112,8 +114,8 @@ def _packed(body: bytes) -> _Parts:
     count, first = head["num_tokens"], end + 1
     token_ids = Numbers(np.frombuffer(body, np.int32, count, first).copy())
     log_probs = Numbers(np.frombuffer(body, np.float32, offset=first + 4 * count).copy())
-    reason, text = head["finish_reason"], head.get("text")
-    return token_ids, log_probs, head.get("weight_versions"), reason, text
+    reason, text, engine = head["finish_reason"], head.get("text"), head.get("engine")
+    return token_ids, log_probs, head.get("weight_versions"), reason, text, engine
 
 
 def _versions(spans: list[dict] | None, count: int) -> Runs:

@@ -14,7 +14,7 @@ from vime import platform
 from vime.addresses import LOOPBACK
 from vime.config import Config
 from vime.errors import EngineError
-from vime.observe import Timers
+from vime.observe import Timers, spans
 from vime.weight_sync import wire
 from vime.weight_sync.broadcast import Broadcast
 from vime.weight_sync.choice import engines_sleep, transport_name
@@ -112,7 +112,7 @@ class WeightSender:
 
     def _update_on_rank_0(self, buckets: Iterable[list[wire.Named]], version: int) -> SyncReport:
         """Rank 0 sends the buckets and leads the engines through the update."""
-        timers, began = Timers(), time.monotonic()
+        timers, began, span_began = Timers(), time.monotonic(), spans.now()
         num_bytes = num_tensors = num_buckets = 0
         checksums: dict[str, str] = {}
 
@@ -142,6 +142,8 @@ class WeightSender:
         finally:
             with timers("resume"):
                 self.engines.resume()
+            for i in range(len(self.engines.clients)):
+                spans.add("update weights", span_began, f"engine {i}", version=version)
         return SyncReport(
             version=version,
             seconds=time.monotonic() - began,

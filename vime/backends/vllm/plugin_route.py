@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from vime.addresses import url_of
 from vime.data import chat
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,9 @@ class PackedAnswers:
         if body is None:
             return
         kind = dict(scope["headers"]).get(TEXT.encode(), b"").decode()
+        url = url_of(*scope["server"]) if scope.get("server") else None
         text_of = partial(self._text, engine, kind)
-        work = asyncio.ensure_future(_answer(engine, body, text_of, self.versions))
+        work = asyncio.ensure_future(_answer(engine, body, text_of, self.versions, url))
         left = asyncio.ensure_future(_client_left(receive))
         try:
             await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
@@ -170,6 +172,7 @@ async def _answer(
     body: bytes,
     text_of: Callable[[list[int]], Awaitable[str | None]],
     versions: TokenVersions,
+    url: str | None = None,
 ) -> tuple[int, bytes]:
     """Status and body. If the engine has died, vLLM's own watchdog ends the server."""
     try:
@@ -182,7 +185,7 @@ async def _answer(
                 raise Refused(str(error)) from None
             (output,) = final.outputs
             own = spans(len(output.token_ids))
-        return 200, pack(output, await text_of(list(output.token_ids)), own)
+        return 200, pack(output, await text_of(list(output.token_ids)), own, url)
     except Refused as error:
         return 400, msgspec.json.encode({"error": str(error)})
     except Exception as error:
@@ -217,10 +220,13 @@ def parse(body: bytes) -> tuple[Any, Any]:
     return tokens_input(token_ids, cache_salt=salt), params
 
 
-def pack(output: Any, text: str | None = None, own: list[dict] | None = None) -> bytes:
+def pack(
+    output: Any, text: str | None = None, own: list[dict] | None = None, url: str | None = None
+) -> bytes:
     """A `CompletionOutput` of R tokens: `MAGIC`, a line of JSON, R int32 and R float32 values.
 
     own  the tokens' versions if the release of vLLM does not report them
+    url  of this engine, because the router chose it
     """
     if output.finish_reason == "error":
         raise RuntimeError("the engine ended the request with an internal error")
@@ -233,6 +239,7 @@ def pack(output: Any, text: str | None = None, own: list[dict] | None = None) ->
         "weight_versions": own
         or (spans and [{"version": s.version, "start": s.start, "end": s.end} for s in spans]),
         "text": text,
+        "engine": url,
     }
     arrays = np.asarray(output.token_ids, np.int32), np.asarray(log_probs, np.float32)
     return b"".join([MAGIC, msgspec.json.encode(head), b"\n", *(a.tobytes() for a in arrays)])

@@ -260,6 +260,12 @@ class LogConfig(Section):
         default="auto",
         choices=("auto", "rich", "plain", "none"),
     )
+    timeline: bool = flag(
+        "--timeline",
+        "record when engines, trainer ranks, graders and the manager work, and on what: "
+        "RUN_DIR/timeline.json for Perfetto, and timeline.png",
+        default=False,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from vime.observe.spans import span
 from vime.plan.shape import Shape
 from vime.types import RankBatch, StepPlan
 
@@ -67,6 +68,7 @@ class Clock:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
-        torch.cuda.synchronize()
+        with span(name.removeprefix("perf/").removesuffix("_time").replace("_", " ")):
+            yield
+            torch.cuda.synchronize()
         self.seconds[name] = time.perf_counter() - started

@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.fake_engine import FakeEngine, ids_of
 from vime.observe import RunLog, Timers, spans
-from vime.observe.timeline import main, write_timeline
+from vime.observe.timeline import main, write_if_short, write_timeline
 from vime.observe.tracks import Span, between, by_track, in_progress, lanes, read_spans
 from vime.rollout.client import GenerateClient
 from vime.rollout.wire import Generation
@@ -183,6 +183,7 @@ def test_the_command_draws_a_part_and_explains_itself(tmp_path, capsys):
     assert capsys.readouterr().out.split() == [
         str(tmp_path / "timeline.json"), str(tmp_path / "timeline.png"),
     ]  # fmt: skip
+    assert main([str(tmp_path), "20", "30"]) == 1
     assert main([]) == 2
     assert main([str(tmp_path / "elsewhere")]) == 1
     assert "--timeline" in capsys.readouterr().err
@@ -203,6 +204,13 @@ def test_a_run_writes_its_timeline_at_its_end_and_drops_that_of_an_earlier_run(t
     assert (tmp_path / "timeline.json").is_file()
     assert (tmp_path / "timeline.png").is_file()
     assert not spans.recording()
+
+
+def test_a_long_run_ends_without_the_files_and_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr("vime.observe.timeline.MOST_BYTES", 10)
+    write_lines(tmp_path, "loop", {"name": "train", "ts": 0, "dur": 1})
+    assert f"python -m vime.observe.timeline {tmp_path} START END" in write_if_short(tmp_path)
+    assert not (tmp_path / "timeline.json").exists()
 
 
 async def test_spans_of_one_event_loop_overlap(tmp_path):

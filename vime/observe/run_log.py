@@ -119,12 +119,12 @@ class RunLog:
 
     def _write_timeline(self) -> None:
         """A run does not fail because its timeline does."""
-        from vime.observe.timeline import write_timeline
+        from vime.observe.timeline import write_if_short
 
         try:
-            written = write_timeline(self.run_dir)
+            written = write_if_short(self.run_dir)
         except Exception as error:
             logger.warning("no timeline: %s: %s", type(error).__name__, error)
         else:
             if self._settings.progress != "none":
-                print("timeline: " + ", ".join(map(str, written)), flush=True)
+                print(f"timeline: {written}", flush=True)

@@ -11,17 +11,20 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from vime.files import written_whole
+from vime.observe.spans import FOLDER
 from vime.observe.timeline_plot import plot_timeline
 from vime.observe.tracks import Span, between, by_track, in_progress, lanes, read_spans
 
+MOST_BYTES = 32 << 20  # of spans; some 230,000, which take 20 s
 USAGE = """\
 usage: python -m vime.observe.timeline RUN_DIR [START END]
 
-Writes RUN_DIR/timeline.json and timeline.png; the picture shows the seconds START to END only."""
+Writes RUN_DIR/timeline.json and timeline.png, of the whole run or of the seconds START to END."""
 
 
 def chrome_events(spans: Sequence[Span]) -> Iterator[dict[str, Any]]:
@@ -62,8 +65,10 @@ def write_trace(spans: Sequence[Span], path: Path) -> Path:
     """Writes a Chrome trace. https://ui.perfetto.dev opens it."""
     with written_whole(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
-        for number, event in enumerate(chrome_events(spans)):
-            file.write(",\n" * bool(number) + json.dumps(event))
+        separator, events = "", chrome_events(spans)
+        while some := list(islice(events, 1000)):
+            file.write(separator + json.dumps(some)[1:-1])
+            separator = ",\n"
         file.write("\n]}\n")
     return path
 
@@ -71,14 +76,27 @@ def write_trace(spans: Sequence[Span], path: Path) -> Path:
 def write_timeline(run_dir: Path, seconds: Sequence[float] = ()) -> list[Path]:
     """Writes both files, or only the trace if matplotlib is missing. Returns their paths.
 
-    seconds  (start, end) of the part of the run to draw; empty: all of it
+    seconds  (start, end) of a part of the run; empty: all of it
+    Raises ValueError if there are no spans.
     """
     spans = read_spans(run_dir)
+    began = spans[0].began
+    if seconds and not (spans := between(spans, *seconds)):
+        raise ValueError(f"no spans between the seconds {seconds[0]:g} and {seconds[1]:g}")
     written = [write_trace(spans, run_dir / "timeline.json")]
     if importlib.util.find_spec("matplotlib"):
-        shown = between(spans, *seconds) if seconds else spans
-        written.append(plot_timeline(shown, run_dir / "timeline.png", began=spans[0].began))
+        written.append(plot_timeline(spans, run_dir / "timeline.png", began=began))
     return written
+
+
+def write_if_short(run_dir: Path) -> str:
+    """Writes both files at the end of a run, unless that takes minutes. Returns a message."""
+    folder = run_dir / FOLDER
+    size = sum(path.stat().st_size for path in folder.glob("*.jsonl"))
+    if size > MOST_BYTES:
+        command = f"python -m vime.observe.timeline {run_dir} START END"
+        return f"{size >> 20} MiB of spans in {folder}; {command} shows the seconds START to END"
+    return ", ".join(map(str, write_timeline(run_dir)))
 
 
 def main(argv: list[str] | None = None) -> int:

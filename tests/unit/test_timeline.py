@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.fake_engine import FakeEngine, ids_of
 from vime.observe import RunLog, Timers, spans
-from vime.observe.timeline import main, write_if_short, write_timeline
+from vime.observe.timeline import from_first_step, main, write_if_short, write_timeline
 from vime.observe.tracks import Span, between, by_track, in_progress, lanes, read_spans
 from vime.rollout.client import GenerateClient
 from vime.rollout.wire import Generation
@@ -174,6 +174,13 @@ def test_the_files_of_all_processes_become_one_trace_and_one_picture(tmp_path):
         (0, 0), (1_000_000, 1), (1_500_000, 2), (8_000_000, 0),
     ]  # fmt: skip
     assert max(e["args"]["number"] for e in engine if e["ph"] == "C") == 3
+
+
+def test_the_picture_leaves_out_the_start_of_the_run(tmp_path):
+    run = [work(0, 70, name="start"), work(60, 90), work(80, 99, name="step")]
+    cut = from_first_step(run)
+    assert [(s.name, s.began, s.ended) for s in cut] == [("generate", 80, 90), ("step", 80, 99)]
+    assert from_first_step(run[:2]) == run[:2]
 
 
 def test_the_command_draws_a_part_and_explains_itself(tmp_path, capsys):

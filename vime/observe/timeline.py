@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -18,7 +19,7 @@ from typing import Any
 from vime.files import written_whole
 from vime.observe.spans import FOLDER
 from vime.observe.timeline_plot import plot_timeline
-from vime.observe.tracks import Span, between, by_track, in_progress, lanes, read_spans
+from vime.observe.tracks import STEP, Span, between, by_track, in_progress, lanes, read_spans
 
 MOST_BYTES = 32 << 20  # of spans; some 230,000, which take 20 s
 USAGE = """\
@@ -76,7 +77,8 @@ def write_trace(spans: Sequence[Span], path: Path) -> Path:
 def write_timeline(run_dir: Path, seconds: Sequence[float] = ()) -> list[Path]:
     """Writes both files, or only the trace if matplotlib is missing. Returns their paths.
 
-    seconds  (start, end) of a part of the run; empty: all of it
+    seconds  (start, end) of a part of the run; empty: all of it, but the picture leaves out the
+             start of the engines, which may take longer than many steps
     Raises ValueError if there are no spans.
     """
     spans = read_spans(run_dir)
@@ -85,8 +87,15 @@ def write_timeline(run_dir: Path, seconds: Sequence[float] = ()) -> list[Path]:
         raise ValueError(f"no spans between the seconds {seconds[0]:g} and {seconds[1]:g}")
     written = [write_trace(spans, run_dir / "timeline.json")]
     if importlib.util.find_spec("matplotlib"):
-        written.append(plot_timeline(spans, run_dir / "timeline.png", began=began))
+        shown = spans if seconds else from_first_step(spans)
+        written.append(plot_timeline(shown, run_dir / "timeline.png", began=began))
     return written
+
+
+def from_first_step(spans: list[Span]) -> list[Span]:
+    """The spans, cut at the first step. All of them if there is no step."""
+    first = next((span.began for span in spans if span.name == STEP), spans[0].began)
+    return between(spans, (first - spans[0].began) / 1e6, math.inf)
 
 
 def write_if_short(run_dir: Path) -> str:

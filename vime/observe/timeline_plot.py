@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vime.observe.plot import INK, MUTED, plain
-from vime.observe.tracks import Span, by_track, in_progress, kind_of
+from vime.observe.tracks import STEP, Span, by_track, in_progress, kind_of
 
 MOST_ROWS = 16  # of trainers, and of engines; timeline.json has all
-MOST_LABELS = 24  # of steps
-STEP = "step"  # a span of the loop that is drawn as a line, because it contains all others
+LABEL = 0.035  # the width of a step's label, as a share of the picture's
 WAIT = "wait"
 
 # kind of work: (its colour, the names of its spans)
@@ -43,7 +43,7 @@ def plot_timeline(spans: Sequence[Span], path: str | Path, *, began: int | None 
     """Draws spans as a PNG. Returns `path`.
 
     Where work overlaps, as the requests of an engine do, the height is their number. On the right
-    is the share of the time since the first step in which a track worked.
+    is the share of the time in which a track worked.
 
     began  the time that counts as 0, in microseconds (default: of the first span)
     """
@@ -56,22 +56,22 @@ def plot_timeline(spans: Sequence[Span], path: str | Path, *, began: int | None 
     figure = Figure(figsize=(14, 1.5 + 0.42 * len(tracks)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    first = min(span.began for span in spans)
     steps = [span for span in tracks.get("loop", ()) if span.name == STEP]
-    since = steps[0].began if steps else spans[0].began
     used: set[str] = set()
     for row, (track, own) in enumerate(tracks.items()):
         draw = _draw_overlaps if own[0].overlaps else _draw_bars
         used |= draw(axes, row, own, began)
         if track != "loop":
-            share = _busy(own, since) / max(1, end - since)
+            share = _busy(own) / max(1, end - first)
             axes.annotate(
                 f"{share:.0%}", (1.005, row), xycoords=("axes fraction", "data"), va="center",
                 color=MUTED, fontsize=8, annotation_clip=False,
             )  # fmt: skip
-    _draw_steps(axes, steps, began)
+    _draw_steps(axes, steps, began, LABEL * (end - first))
     axes.set_yticks(range(len(tracks)), [_label(t, own) for t, own in tracks.items()], fontsize=8)
     axes.set_ylim(len(tracks) - 0.5, -0.6)
-    axes.set_xlim(_seconds(spans[0].began, began), _seconds(end, began))
+    axes.set_xlim(_seconds(first, began), _seconds(end, began))
     axes.set_xlabel("seconds", color=INK, fontsize=9)
     _legend(axes, used)
     plain(axes)
@@ -83,12 +83,14 @@ def plot_timeline(spans: Sequence[Span], path: str | Path, *, began: int | None 
     return path
 
 
-def _draw_steps(axes: Any, steps: Sequence[Span], began: int) -> None:
-    """A line at the begin of each step, and a label where there is room."""
-    for number, step in enumerate(steps):
+def _draw_steps(axes: Any, steps: Iterable[Span], began: int, apart: float) -> None:
+    """A line at the beginning of each step, and labels that are `apart` microseconds apart."""
+    last = -math.inf
+    for step in steps:
         x = _seconds(step.began, began)
         axes.axvline(x, color=MUTED, linewidth=0.5, zorder=1)
-        if number % (1 + len(steps) // MOST_LABELS) == 0:
+        if step.began - last >= apart:
+            last = step.began
             axes.annotate(
                 f"step {step.args.get('step', '')}", (x, -0.55), (2, 0), va="bottom",
                 textcoords="offset points", color=MUTED, fontsize=7, annotation_clip=False,
@@ -134,12 +136,12 @@ def _most(spans: Iterable[Span]) -> int:
     return max((count for _, count in in_progress(_requests(spans))), default=0)
 
 
-def _busy(spans: Iterable[Span], since: int) -> int:
-    """Microseconds from `since` on in which a track does anything but wait."""
+def _busy(spans: Iterable[Span]) -> int:
+    """Microseconds in which a track does anything but wait."""
     waits = KINDS[WAIT][1]
     counts = in_progress(s for s in spans if s.name not in waits)
     pairs = zip(counts, counts[1:], strict=False)
-    return sum(max(0, after - max(time, since)) for (time, count), (after, _) in pairs if count)
+    return sum(after - time for (time, count), (after, _) in pairs if count)
 
 
 def _label(track: str, spans: Sequence[Span]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +14,17 @@ from typing import Any
 
 from vime.observe.spans import FOLDER
 
-TRACKS = ("loop", "manager", "trainer", "engine", "graders", "teacher", "groups")  # from the top
+STEP = "step"  # the span of the loop that contains a step
+TRACKS = (
+    "loop",
+    "manager",
+    "evaluations",
+    "trainer",
+    "engine",
+    "graders",
+    "teacher",
+    "groups",
+)  # from the top
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +142,8 @@ def between(spans: Iterable[Span], start_s: float, end_s: float) -> list[Span]:
     """The parts of spans between two times, in seconds from the first span."""
     spans = list(spans)
     first = spans[0].began
-    low, high = first + round(1e6 * start_s), first + round(1e6 * end_s)
+    low = first + round(1e6 * start_s)
+    high = math.inf if math.isinf(end_s) else first + round(1e6 * end_s)
     return [
         Span(s.name, s.track, max(s.began, low), min(s.ended, high), s.overlaps, s.args)
         for s in spans

@@ -154,7 +154,7 @@ class RolloutManager:
         """Run the evaluation function. Its metrics are named eval/{dataset}..."""
         started = time.perf_counter()
         timeout_s = self.cfg.engine.request_timeout_s
-        with stacks_if_longer_than(timeout_s), span("evaluate", step=rollout_id):
+        with stacks_if_longer_than(timeout_s), span("evaluate", "evaluations", step=rollout_id):
             output: RolloutFnEvalOutput = self.eval_fn(
                 self.args, rollout_id, self.data_source, evaluation=True
             )

@@ -11,3 +11,5 @@ warnings.filterwarnings("ignore", message=r"Mimo\w+ is experimental.*")
 warnings.filterwarnings("ignore", category=SyntaxWarning, module=r".*megatron.*")
 # The only warning of this module, in 0.19, names the successor of GPTModel.
 logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+# It takes the mark of an unfinished save, which vime writes first, for an old checkpoint.
+logging.getLogger("megatron.core.dist_checkpointing.serialization").setLevel(logging.ERROR)

@@ -116,6 +116,7 @@ def _quiet() -> Iterator[None]:
     """Silences torch's notices that megatron-core uses ShardedTensor and `load_state_dict`."""
     with warnings.catch_warnings(), _named_failures():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
         yield
 
 

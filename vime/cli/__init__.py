@@ -13,7 +13,6 @@ from vime.config import Config
 from vime.config.hf_config import num_layers
 from vime.config.notices import notices
 from vime.config.rules import CONVERT_RULES, RULES
-from vime.config.sections.algorithm import AlgorithmConfig
 from vime.data.checks import data_problems
 
 
@@ -47,20 +46,14 @@ def parse_convert_config(argv: Sequence[str] | None = None, checks: Iterable[Che
 
 
 def _settled(cfg: Config) -> Config:
-    """Counts virtual stages whose layers are given, and turns off what a notice says is off."""
+    """Counts virtual stages whose layers are given, and sets the flags that a notice tells of."""
     p = cfg.parallel
     if p.layers_per_virtual_stage is not None:
         chunks = num_layers(cfg) // p.pp // p.layers_per_virtual_stage
         p = replace(p, vpp=chunks if chunks > 1 else None, layers_per_virtual_stage=None)
     if p.sequence_parallel and p.tp == 1:
         p = replace(p, sequence_parallel=False)
-    return replace(cfg, parallel=p, algorithm=_with_old_policy(cfg))
-
-
-def _with_old_policy(cfg: Config) -> AlgorithmConfig:
-    """In the fully asynchronous mode, the old policy of a token is the one that sampled it."""
     a = cfg.algorithm
-    chosen = a.use_tis or a.use_rollout_logprobs or a.keep_old_actor
-    if not cfg.rollout.fully_async or chosen or not a.needs_reward:
-        return a
-    return replace(a, use_rollout_logprobs=True)
+    if cfg.takes_old_policy_from_engine:
+        a = replace(a, use_rollout_logprobs=True)
+    return replace(cfg, parallel=p, algorithm=a)

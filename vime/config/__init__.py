@@ -47,6 +47,16 @@ class Config:
         return replace(self, optimizer=self.optimizer.of_critic, algorithm=algorithm)
 
     @property
+    def takes_old_policy_from_engine(self) -> bool:
+        """Whether the fully asynchronous mode decides for --use-rollout-logprobs.
+
+        The weights change during a response, so only the engine's figures are right for each token.
+        """
+        a = self.algorithm
+        chosen = a.use_tis or a.use_rollout_logprobs or a.keep_old_actor
+        return self.rollout.fully_async and a.needs_reward and not chosen
+
+    @property
     def decay_steps(self) -> int | None:
         """Optimizer steps until the learning rate's decay ends, warm-up included.
 

@@ -48,8 +48,7 @@ def notices(cfg: Config) -> list[str]:
             f"--rm-type {cfg.reward.rm_type} is ignored: --custom-rm-path "
             f"{cfg.reward.custom_rm_path} grades instead."
         )
-    a = cfg.algorithm
-    if rollout.fully_async and not (a.use_tis or a.use_rollout_logprobs or a.keep_old_actor):
+    if cfg.takes_old_policy_from_engine:
         found.append(
             "the old policy's log-probabilities come from the engine (--use-rollout-logprobs), "
             "because the weights change during a response. --use-tis computes them again and "

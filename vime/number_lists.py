@@ -104,6 +104,12 @@ def listed(owner: Any, name: str) -> Any:
     return value.tolist() if isinstance(value, Numbers | Runs) else value
 
 
+def distinct(owner: Any, name: str) -> set[Any]:
+    """The different entries of a field, without a list of all."""
+    value = stored(owner, name)
+    return set(value.values if isinstance(value, Runs) else value)
+
+
 def array_of(owner: Any, name: str) -> Any:
     """A field's value with an array in place of `Numbers` and `Runs`. Nobody may write to it."""
     value = stored(owner, name)

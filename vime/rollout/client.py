@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 
 from vime.errors import EngineError
-from vime.number_lists import Runs, stored
+from vime.number_lists import distinct
 from vime.observe import spans
 from vime.rollout import wire
 from vime.rollout.posting import RETRY_WINDOW_S, Endpoint, RequestFailed
@@ -112,9 +112,8 @@ class GenerateClient:
         """A span of the engine that answered. Engines that vime did not start do not say which."""
         known = generation.engine in self.engine_urls
         track = f"engine {self.engine_urls.index(generation.engine)}" if known else "engines"
-        versions = stored(generation, "weight_versions")
-        values = list(versions.values) if isinstance(versions, Runs) else sorted(set(versions))
-        args = {"sample": session_id, "tokens": len(generation), "versions": values}
+        versions = sorted(distinct(generation, "weight_versions"))
+        args = {"sample": session_id, "tokens": len(generation), "versions": versions}
         spans.add(self.purpose, began, track, **args)
 
     def _salt(self, version: int | None) -> str | None:

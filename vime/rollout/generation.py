@@ -22,7 +22,7 @@ from vime.addresses import url_of
 from vime.config import Config
 from vime.data import chat
 from vime.errors import PluginError
-from vime.number_lists import Numbers, Runs, extend, listed, stored
+from vime.number_lists import Numbers, Runs, distinct, extend, listed, stored
 from vime.observe.spans import span
 from vime.plugins.hook import Plugin
 from vime.plugins.rollout import GENERATE
@@ -320,9 +320,7 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any]) -
 
 def _first_version(sample: Sample) -> int | None:
     """The weight version of the oldest token that an engine made; None if there is none."""
-    versions = stored(sample, "weight_versions")
-    values = versions.values if isinstance(versions, Runs) else versions
-    return min((v for v in values if v != UNKNOWN_VERSION), default=None)
+    return min(distinct(sample, "weight_versions") - {UNKNOWN_VERSION}, default=None)
 
 
 def _text(tokenizer: Any, sample: Sample, *, skip_special_tokens: bool = False) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vime.number_lists import Runs, array_of, stored
+from vime.number_lists import array_of, distinct, listed
 from vime.rollout.failures import Failure, kind_of
 from vime.rollout.sampling import Sampled
 from vime.rollout.wire import UNKNOWN_VERSION
@@ -103,11 +103,9 @@ def _packed_size(text: bytes) -> int:
 
 def _versions(sample: Sample) -> set[int]:
     """The weight versions of the tokens with loss. A tool's tokens have none."""
-    versions = stored(sample, "weight_versions")
     if sample.loss_mask is None:
-        return set(versions.values if isinstance(versions, Runs) else versions)
-    versions = versions.tolist() if isinstance(versions, Runs) else versions
-    return set(itertools.compress(versions, sample.loss_mask))
+        return distinct(sample, "weight_versions")
+    return set(itertools.compress(listed(sample, "weight_versions"), sample.loss_mask))
 
 
 def of_evaluation(name: str, groups: Sequence[Group], rewards: Sequence[Sequence[float]]) -> dict:
